@@ -1,0 +1,68 @@
+// Device: the port to the memory that holds hot pages and to the kernels that work on it. Host code
+// sees this, never a vendor's runtime. The CPU device keeps frames in a memfd.
+#ifndef PAGETIDE_WORKER_DEVICE_H_
+#define PAGETIDE_WORKER_DEVICE_H_
+
+#include <cstddef>
+#include <cstdint>
+#include <memory>
+#include <span>
+#include <vector>
+
+#include "absl/status/status.h"
+#include "absl/status/statusor.h"
+#include "absl/strings/string_view.h"
+#include "core/geometry.h"
+
+namespace pagetide {
+
+// Consecutive rows of one layer in one frame, for attention.
+struct DeviceExtent {
+  uint64_t page_offset = 0;  // byte offset of the page's frame in the pool
+  uint32_t first_slot = 0;
+  uint32_t count = 0;
+  uint64_t first_position = 0;  // absolute position of the first row
+};
+
+struct AttentionCall {
+  const GroupGeometry* group = nullptr;
+  uint32_t layer = 0;  // index within the group
+  std::span<const DeviceExtent> extents;  // ascending positions, no gaps
+  uint32_t num_queries = 0;
+  uint32_t query_heads = 0;     // multiple of kv_heads
+  uint64_t first_position = 0;  // of the first query
+  float scale = 0;
+  std::span<const float> queries;    // [num_queries, query_heads, k_dim]
+  std::span<float> outputs;          // [num_queries, query_heads, v_dim]
+  std::span<float> log_sum_exp;      // [num_queries, query_heads]
+};
+
+// One allocation, made once, that frames are carved from. Offsets are bytes from its start. Calls are
+// complete on return. Ranges are the caller's to keep apart: the pool does not lock.
+class DevicePool {
+ public:
+  virtual ~DevicePool() = default;
+  virtual uint64_t size_bytes() const = 0;
+  // Host address of the pool, or nullptr if the host cannot address it.
+  virtual std::byte* host_view() = 0;
+  virtual absl::Status Write(uint64_t offset, std::span<const std::byte> from) = 0;
+  virtual absl::Status Read(uint64_t offset, std::span<std::byte> to) = 0;
+  virtual absl::Status Copy(uint64_t to, uint64_t from, uint64_t num_bytes) = 0;
+  virtual absl::Status Zero(uint64_t offset, uint64_t num_bytes) = 0;
+  // FAILED_PRECONDITION (CANNOT_ATTEND) for types this device has no kernel for.
+  virtual absl::Status Attend(const AttentionCall& call) = 0;
+  // A file descriptor that a peer on the same host can map read-only, or -1. Stays the pool's.
+  virtual int export_fd() const = 0;
+};
+
+class Device {
+ public:
+  virtual ~Device() = default;
+  virtual absl::string_view name() const = 0;  // "cpu", "cuda:0"
+  // RESOURCE_EXHAUSTED when the memory is not to be had.
+  virtual absl::StatusOr<std::unique_ptr<DevicePool>> CreatePool(uint64_t size_bytes) = 0;
+};
+
+}  // namespace pagetide
+
+#endif  // PAGETIDE_WORKER_DEVICE_H_

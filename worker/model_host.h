@@ -1,0 +1,392 @@
+// ModelHost: all that a worker does for one model: its frames, its pages, its open sequences. The gRPC
+// services call it; it knows neither gRPC nor CUDA nor RocksDB, only the device and store ports.
+//
+// Thread-safe; one mutex, never held over device or store I/O (prepare → act → complete). Calls that
+// need frames acquire all of them, first come first served, or none, and wait until their deadline.
+//
+// A sequence's committed rows never change in place. Rows of a *pending write* (an append or a
+// reservation) go straight into frames behind the committed length, where nobody else looks, and
+// become visible at commit by moving the length. One pending write a sequence.
+#ifndef PAGETIDE_WORKER_MODEL_HOST_H_
+#define PAGETIDE_WORKER_MODEL_HOST_H_
+
+#include <cstdint>
+#include <functional>
+#include <memory>
+#include <optional>
+#include <span>
+#include <string>
+#include <vector>
+
+#include "absl/functional/function_ref.h"
+#include "absl/status/status.h"
+#include "absl/status/statusor.h"
+#include "absl/strings/string_view.h"
+#include "absl/time/time.h"
+#include "base/clock.h"
+#include "base/executor.h"
+#include "core/ids.h"
+#include "core/keys.h"
+#include "core/model.h"
+#include "core/page_store.h"
+#include "core/sequence_id.h"
+#include "core/tier.h"
+#include "worker/device.h"
+
+namespace pagetide {
+
+// Who calls, from the authenticated identity.
+struct Tenant {
+  std::string name;
+  TenantSalt salt;
+};
+
+// The caller's view of a sequence it wants to change.
+struct SequenceHandle {
+  SequenceId id;
+  uint64_t epoch = 0;
+  std::optional<uint64_t> expected_revision;
+};
+
+struct SequenceInfo {
+  SequenceId id;
+  uint64_t epoch = 0;
+  uint64_t revision = 0;
+  uint64_t length = 0;
+  uint64_t canonical_length = 0;
+  uint64_t pending_tokens = 0;
+  uint64_t num_pages = 0;
+  uint64_t resident_pages = 0;
+  uint64_t shared_pages = 0;
+};
+
+// Values equal the proto enum ReuseLimit.
+enum class ReuseLimit : uint8_t {
+  kWholePrompt = 1,
+  kNeverStored = 2,
+  kDiverged = 3,
+  kQuarantined = 4,
+  kStoreUnavailable = 5,
+  kSlowerThanCompute = 6,
+  kGroup = 7,
+  kNoFrame = 8,
+};
+
+struct PrefixReuse {
+  uint64_t prompt_tokens = 0;
+  uint64_t reused_tokens = 0;
+  uint64_t shared_pages = 0;   // full pages of tokens, whatever the number of groups
+  uint64_t partial_rows = 0;
+  uint64_t device_tokens = 0;
+  uint64_t host_tokens = 0;
+  uint64_t store_tokens = 0;
+  ReuseLimit limit = ReuseLimit::kWholePrompt;
+  uint32_t limiting_group = 0;
+  std::string explanation;
+};
+
+struct PromptOptions {
+  bool allow_full_reuse = false;
+  bool no_reuse = false;
+  bool skip_store = false;
+};
+
+struct OpenResult {
+  SequenceInfo info;
+  PrefixReuse reuse;
+  uint64_t restoring_pages = 0;
+};
+
+struct Readiness {
+  uint64_t resident_tokens = 0;
+  uint64_t length = 0;
+  bool done = false;
+  std::string shortened_because;
+};
+
+// A pending write: rows behind the committed length.
+struct PendingSlot {
+  SequenceId sequence;
+  uint64_t pending_id = 0;  // unique in the process; 0 never
+  uint64_t first_position = 0;
+  uint32_t num_tokens = 0;
+  uint64_t pages_created = 0;
+};
+
+struct ReserveItem {
+  SequenceHandle sequence;
+  uint32_t num_tokens = 0;
+};
+
+struct RowRun {
+  uint32_t group = 0;
+  uint32_t layer = 0;
+  RowKind kind = RowKind::kK;
+  uint32_t first_token = 0;  // relative to the pending write
+  uint32_t num_tokens = 0;
+};
+
+// Fills `dst` with the source's bytes from `offset` on. Called once or more a run, in order.
+using RowSource = absl::FunctionRef<void(uint64_t offset, std::span<std::byte> dst)>;
+
+struct CommitResult {
+  SequenceInfo info;
+  uint64_t appended_tokens = 0;
+  uint64_t pages_filled = 0;
+  uint64_t pages_created = 0;
+};
+
+struct AttendQuery {
+  SequenceId sequence;
+  uint64_t epoch = 0;
+  uint64_t pending_id = 0;  // 0: committed rows only
+  uint32_t group = 0;
+  uint32_t layer = 0;
+  uint32_t num_queries = 0;
+  uint32_t query_heads = 0;
+  uint64_t first_position = 0;
+  float scale = 0;  // 0: 1 / sqrt(k_dim)
+  std::span<const float> queries;
+};
+
+struct AttendOutput {
+  std::vector<float> outputs;      // [num_queries, query_heads, v_dim]
+  std::vector<float> log_sum_exp;  // [num_queries, query_heads]
+};
+
+struct ForkResult {
+  SequenceInfo info;
+  uint64_t shared_pages = 0;
+  uint64_t copied_rows = 0;
+};
+
+struct RewindResult {
+  SequenceInfo info;
+  uint64_t removed_tokens = 0;
+  uint64_t freed_pages = 0;
+};
+
+struct BlockTableEntry {
+  uint32_t group = 0;
+  uint64_t first_position = 0;
+  uint32_t first_slot = 0;
+  uint32_t count = 0;
+  PageId page;
+  std::string page_state;
+  std::optional<FrameId> frame;
+  std::optional<PageKey> key;
+  uint32_t references = 0;
+  uint32_t pins = 0;
+};
+
+struct FrameEntry {
+  FrameId frame;
+  std::string state;  // free, resident, spilling, restoring
+  PageId page;
+  uint32_t rows = 0;
+  uint32_t references = 0;
+  uint32_t pins = 0;
+  std::optional<PageKey> key;
+  bool is_stored = false;
+};
+
+struct PoolUsage {
+  uint32_t group = 0;
+  uint64_t page_bytes = 0;
+  uint64_t num_frames = 0;
+  uint64_t free_frames = 0;
+  uint64_t pinned_frames = 0;
+  uint64_t evictable_frames = 0;
+  uint64_t tail_frames = 0;
+};
+
+// Counters since start; all only grow.
+struct HostCounters {
+  uint64_t pages_spilled = 0;
+  uint64_t pages_written_through = 0;
+  uint64_t pages_restored = 0;
+  uint64_t pages_evicted = 0;
+  uint64_t restore_misses = 0;
+  uint64_t checksum_failures = 0;
+  uint64_t bytes_verified = 0;
+  uint64_t store_errors = 0;
+  uint64_t rows_copied = 0;
+  uint64_t tokens_reused = 0;
+  uint64_t tokens_appended = 0;
+  uint64_t pages_created = 0;
+  uint64_t pages_filled = 0;
+  uint64_t acquire_waits = 0;
+  uint64_t acquire_timeouts = 0;
+  uint64_t prefixes_lost = 0;
+};
+
+// What the router wants to know about this host now.
+struct HostLoad {
+  uint64_t free_frames = 0;
+  uint64_t evictable_frames = 0;
+  uint64_t total_frames = 0;
+  uint64_t open_sequences = 0;
+  uint64_t running_calls = 0;
+  uint64_t queued_prefill_tokens = 0;  // of open appends, not yet committed
+  double prefill_tokens_per_second = 0;
+  double store_bytes_per_second = 0;
+  bool is_store_degraded = false;
+};
+
+// A page entered or left a tier of this host. Private pages are not reported.
+struct ResidencyChange {
+  PrefixKey prefix;
+  uint32_t group = 0;
+  Tier tier = Tier::kDevice;
+  bool removed = false;
+  uint64_t page_bytes = 0;
+};
+
+class ModelHost {
+ public:
+  struct Options {
+    // Bytes of device memory for frames. frames a group = floor(budget / bytes of one page of all groups).
+    uint64_t pool_bytes = 0;
+    uint64_t incarnation = 0;
+    // Put a page into the store as soon as it is full and keyed.
+    bool write_through = true;
+    Durability write_through_level = Durability::kProcess;
+    // Fractions of frames in use at which background spilling starts and stops.
+    double spill_high_watermark = 0.9;
+    double spill_low_watermark = 0.75;
+    absl::Duration store_timeout = absl::Seconds(10);
+    absl::Duration lookup_timeout = absl::Milliseconds(200);
+    // How long spilling pauses after the store refused.
+    absl::Duration store_backoff = absl::Seconds(1);
+    uint64_t max_open_sequences = 100000;
+    uint64_t max_sequence_tokens = uint64_t{1} << 22;
+    uint64_t max_waiting_calls = 4096;
+    // Tests only: do not compare checksums on restore.
+    bool unsafe_skip_verify = false;
+    absl::Status Validate() const;
+  };
+
+  // `store` may be null: no spilling. Executors run spills and restores. All outlive the host.
+  // INVALID_ARGUMENT (POOL_TOO_SMALL) when the budget holds less than one page, with the numbers.
+  static absl::StatusOr<std::unique_ptr<ModelHost>> Create(Options options,
+                                                           std::shared_ptr<const Model> model,
+                                                           Device* device, PageStore* store,
+                                                           Executor* io, Clock* clock);
+  virtual ~ModelHost() = default;
+
+  virtual const Model& model() const = 0;
+  virtual DevicePool& pool() = 0;
+  // Byte offset of a frame of a group in the pool.
+  virtual uint64_t FrameOffset(uint32_t group, FrameId frame) const = 0;
+
+  // --- prefixes ---
+  virtual absl::StatusOr<PrefixReuse> LookupPrefix(const Tenant& tenant,
+                                                   std::span<const uint32_t> tokens,
+                                                   std::span<const PositionedInput> inputs,
+                                                   const PromptOptions& options) = 0;
+
+  // --- sequences ---
+  virtual absl::StatusOr<OpenResult> Open(const Tenant& tenant, std::span<const uint32_t> tokens,
+                                          std::span<const PositionedInput> inputs,
+                                          const PromptOptions& options) = 0;
+  // Waits until readiness differs from `seen_resident_tokens` or is done, or until the deadline (then
+  // answers what is). A restore that failed shortens a sequence that nothing was appended to yet.
+  virtual absl::StatusOr<Readiness> WaitReadiness(const Tenant& tenant, SequenceId id,
+                                                  std::optional<uint64_t> seen_resident_tokens,
+                                                  MonotonicTime deadline) = 0;
+  virtual absl::StatusOr<SequenceInfo> Get(const Tenant& tenant, SequenceId id) = 0;
+  virtual bool Has(SequenceId id) const = 0;
+  // In order of number, after `after`, at most `limit`.
+  virtual std::vector<SequenceInfo> List(const Tenant& tenant, uint64_t after, size_t limit) = 0;
+  virtual absl::StatusOr<std::vector<BlockTableEntry>> GetBlockTable(const Tenant& tenant,
+                                                                     SequenceId id) = 0;
+  // OK if it is closed already. A pending write is aborted.
+  virtual absl::Status Close(const Tenant& tenant, SequenceId id, uint64_t epoch) = 0;
+  virtual absl::StatusOr<ForkResult> Fork(const Tenant& tenant, const SequenceHandle& source,
+                                          std::optional<uint64_t> length, MonotonicTime deadline) = 0;
+  virtual absl::StatusOr<RewindResult> Rewind(const Tenant& tenant, const SequenceHandle& sequence,
+                                              int64_t length) = 0;
+
+  // --- pending writes ---
+  // pin_prefix: the whole sequence is made resident and stays pinned until commit or abort, so that
+  // Attend under the pending id never waits for frames.
+  virtual absl::StatusOr<PendingSlot> BeginAppend(const Tenant& tenant,
+                                                  const SequenceHandle& sequence,
+                                                  absl::string_view append_id,
+                                                  uint64_t expected_length,
+                                                  std::span<const uint32_t> tokens,
+                                                  std::span<const PositionedInput> inputs,
+                                                  bool pin_prefix, MonotonicTime deadline) = 0;
+  // All items or none. A reservation not committed within `lease` is aborted.
+  virtual absl::StatusOr<std::vector<PendingSlot>> Reserve(const Tenant& tenant,
+                                                           std::span<const ReserveItem> items,
+                                                           absl::Duration lease, bool pin_prefix,
+                                                           MonotonicTime deadline) = 0;
+  // Pending id of an open append. NOT_FOUND otherwise.
+  virtual absl::StatusOr<uint64_t> FindAppend(const Tenant& tenant, SequenceId id,
+                                              absl::string_view append_id) = 0;
+  // INVALID_ARGUMENT when the run lies outside the pending write or `num_bytes` is not what it needs.
+  virtual absl::Status WriteRows(const Tenant& tenant, SequenceId id, uint64_t pending_id,
+                                 const RowRun& run, uint64_t num_bytes, RowSource source) = 0;
+  // All rows of [0, n) must have arrived (FAILED_PRECONDITION, ROWS_MISSING, naming the first missing
+  // layer). For a reservation `tokens` are the n ≤ reserved tokens; for an append they are empty.
+  virtual absl::StatusOr<CommitResult> Commit(const Tenant& tenant, const SequenceHandle& sequence,
+                                              uint64_t pending_id,
+                                              std::span<const uint32_t> tokens) = 0;
+  // Idempotent.
+  virtual absl::Status Abort(const Tenant& tenant, SequenceId id, uint64_t pending_id) = 0;
+
+  // --- reading ---
+  // Waits for staged rows of the layer under a pending id, and for frames otherwise.
+  virtual absl::StatusOr<AttendOutput> Attend(const Tenant& tenant, const AttendQuery& query,
+                                              MonotonicTime deadline) = 0;
+
+  // Pins what it reads until destroyed.
+  class PinnedRows {
+   public:
+    virtual ~PinnedRows() = default;
+    virtual uint64_t begin() const = 0;
+    virtual uint64_t end() const = 0;
+    // Consecutive runs of the rows of one layer in order, each inside one page, as offsets in pool().
+    struct Run {
+      uint64_t first_token;
+      uint32_t num_tokens;
+      uint64_t offset;
+      uint64_t num_bytes;
+    };
+    virtual std::vector<Run> Runs(uint32_t layer, RowKind kind) const = 0;
+  };
+  // Token range [begin, end) of a group; end 0 = the length.
+  virtual absl::StatusOr<std::shared_ptr<const PinnedRows>> PinRows(const Tenant& tenant,
+                                                                    SequenceId id, uint32_t group,
+                                                                    uint64_t begin, uint64_t end,
+                                                                    MonotonicTime deadline) = 0;
+
+  // --- upkeep ---
+  struct EvictResult {
+    uint64_t spilled_pages = 0;
+    uint64_t evicted_pages = 0;
+  };
+  // Spills what must be kept and frees frames of unpinned pages; max_pages 0: all that can be.
+  virtual absl::StatusOr<EvictResult> EvictPages(uint64_t max_pages, MonotonicTime deadline) = 0;
+  // Drops cached pages that no sequence references.
+  virtual uint64_t ClearCache() = 0;
+  // Aborts reservations whose lease ended, retries spilling, starts background spills. Call it
+  // every 100 ms or so.
+  virtual void Tick() = 0;
+  // Waits for running spills and restores.
+  virtual void Quiesce() = 0;
+
+  virtual std::vector<FrameEntry> DumpFrames(uint32_t group) = 0;
+  virtual std::vector<PoolUsage> Usage() = 0;
+  virtual HostCounters Counters() = 0;
+  virtual HostLoad Load() = 0;
+  // Called without locks, in order, from whichever thread caused the changes. Set before first use.
+  virtual void SetResidencyListener(std::function<void(const std::vector<ResidencyChange>&)> fn) = 0;
+  // Everything resident or known stored by this host, for a snapshot.
+  virtual std::vector<ResidencyChange> ResidencySnapshot() = 0;
+};
+
+}  // namespace pagetide
+
+#endif  // PAGETIDE_WORKER_MODEL_HOST_H_
