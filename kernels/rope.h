@@ -47,6 +47,9 @@ struct RopeArgs {
   const int64_t* positions;  // [num_rows]; for a shift, the deltas (may be negative)
   int64_t num_rows;
   float magnitude;  // multiplies the turned elements; 1 for a shift
+  // [num_rows, n_rot / 2, 2] of RopeAngles, for callers that turn several tensors at the same
+  // positions; positions is not read then. Null: computed here.
+  const float* cos_sin = nullptr;
 };
 
 // CPU twin. f16 and bf16 rows are widened, turned in f32 and rounded to nearest even. One thread.

@@ -62,12 +62,17 @@ void RopeHost(const RopeArgs& args) {
   std::vector<float> cos_sin(static_cast<size_t>(args.params.n_rot));
   std::vector<float> head(static_cast<size_t>(args.params.n_rot));
   for (int64_t r = 0; r < args.num_rows; ++r) {
-    RopeAngles(args.params, args.positions[r], cos_sin.data());
+    const float* turn = cos_sin.data();
+    if (args.cos_sin != nullptr) {
+      turn = args.cos_sin + r * args.params.n_rot;
+    } else {
+      RopeAngles(args.params, args.positions[r], cos_sin.data());
+    }
     char* row = static_cast<char*>(args.rows) + r * args.row_bytes;
     for (int h = 0; h < args.num_heads; ++h) {
       char* first = row + h * head_bytes;
       WidenToF32(args.type, first, args.params.n_rot, head.data());
-      TurnHead(args.params, cos_sin.data(), args.magnitude, head.data());
+      TurnHead(args.params, turn, args.magnitude, head.data());
       NarrowFromF32(args.type, head.data(), args.params.n_rot, first);
     }
   }
