@@ -10,6 +10,7 @@
 #ifndef PAGETIDE_WORKER_MODEL_HOST_H_
 #define PAGETIDE_WORKER_MODEL_HOST_H_
 
+#include <atomic>
 #include <cstdint>
 #include <functional>
 #include <memory>
@@ -248,6 +249,10 @@ class ModelHost {
     // Bytes of device memory for frames. frames a group = floor(budget / bytes of one page of all groups).
     uint64_t pool_bytes = 0;
     uint64_t incarnation = 0;
+    // Numbers of sequences and pending writes; shared by all hosts of a worker. Null: the host's own.
+    std::shared_ptr<std::atomic<uint64_t>> numbers;
+    // Unreferenced pages in the store that are remembered for partial matches.
+    uint64_t max_known_stored_pages = 65536;
     // Put a page into the store as soon as it is full and keyed.
     bool write_through = true;
     Durability write_through_level = Durability::kProcess;

@@ -1,0 +1,259 @@
+#include "core/page_directory.h"
+
+#include <utility>
+
+#include "base/check.h"
+
+namespace pagetide {
+
+PageDirectory::PageDirectory(uint32_t num_groups, uint32_t num_frames, size_t max_known_stored)
+    : max_known_stored_(max_known_stored) {
+  groups_.reserve(num_groups);
+  for (uint32_t g = 0; g < num_groups; ++g) groups_.emplace_back(num_frames);
+}
+
+void PageDirectory::ReleaseFrame(uint32_t group, FrameId frame) {
+  PT_CHECK(groups_[group].frames.Release(frame).ok());
+}
+
+Page& PageDirectory::Add(Page page) {
+  const PageId id = page.id();
+  return *pages_.emplace(id, std::make_unique<Page>(std::move(page))).first->second;
+}
+
+Page& PageDirectory::CreateTail(uint32_t group, absl::string_view tenant, FrameId frame,
+                                uint32_t depth, std::optional<PageId> parent) {
+  Page& page = Add(Page::NewTail(PageId(next_id_++), group, std::string(tenant), frame, depth, parent));
+  page.Ref();
+  EnterFrame(page);
+  return page;
+}
+
+Page& PageDirectory::AdoptStored(uint32_t group, absl::string_view tenant, uint32_t rows,
+                                 uint32_t depth, std::optional<PageId> parent,
+                                 const PrefixKey& prefix, const PrefixKey& parent_prefix,
+                                 const PageKey& store_key, const Checksum128& checksum,
+                                 std::shared_ptr<const std::vector<uint32_t>> tokens,
+                                 bool has_inputs) {
+  if (Page* known = FindKeyed(group, prefix)) return *known;
+  Page& page = Add(Page::NewStored(PageId(next_id_++), group, std::string(tenant), rows, depth,
+                                   parent, prefix, parent_prefix, store_key, checksum));
+  PT_CHECK(groups_[group].index.InsertKeyed(prefix, parent_prefix, page.id(), std::move(tokens),
+                                            has_inputs));
+  RememberStored(page.id());
+  return page;
+}
+
+Page* PageDirectory::Find(PageId id) {
+  const auto it = pages_.find(id);
+  return it == pages_.end() ? nullptr : it->second.get();
+}
+
+const Page* PageDirectory::Find(PageId id) const {
+  const auto it = pages_.find(id);
+  return it == pages_.end() ? nullptr : it->second.get();
+}
+
+Page& PageDirectory::Get(PageId id) {
+  Page* page = Find(id);
+  PT_CHECK(page != nullptr);
+  return *page;
+}
+
+Page* PageDirectory::FindKeyed(uint32_t group, const PrefixKey& prefix) {
+  const std::optional<PageId> id = groups_[group].index.FindKeyed(prefix);
+  return id ? Find(*id) : nullptr;
+}
+
+bool PageDirectory::Unref(Page& page) {
+  if (!page.Unref()) return false;
+  // A copy in flight holds no reference: its completion finds the page again by id, or not at all.
+  const bool is_worth_keeping = page.is_keyed() && page.state() != PageState::kQuarantined;
+  if (is_worth_keeping) {
+    if (page.state() == PageState::kStored) RememberStored(page.id());
+    return false;
+  }
+  if (page.pins() > 0 || page.state() == PageState::kSpilling ||
+      page.state() == PageState::kRestoring) {
+    return false;  // Unpin or the end of the copy forgets it
+  }
+  Forget(page);
+  return true;
+}
+
+void PageDirectory::Pin(Page& page) {
+  page.Pin();
+  UpdateEvictable(page);
+}
+
+void PageDirectory::Unpin(Page& page) {
+  if (!page.Unpin()) return;
+  if (page.refs() == 0 && (!page.is_keyed() || page.state() == PageState::kQuarantined) &&
+      page.state() != PageState::kSpilling && page.state() != PageState::kRestoring) {
+    Forget(page);
+    return;
+  }
+  UpdateEvictable(page);
+}
+
+void PageDirectory::UpdateEvictable(const Page& page) {
+  groups_[page.group()].policy->SetEvictable(
+      page.id(), page.pins() == 0 && page.state() == PageState::kResident);
+}
+
+void PageDirectory::EnterFrame(const Page& page) {
+  groups_[page.group()].policy->OnInsert(page.id(), page.parent());
+  UpdateEvictable(page);
+  if (page.is_keyed() && page.is_readable()) {
+    changes_.push_back({*page.prefix(), page.group(), /*removed=*/false});
+  }
+}
+
+void PageDirectory::LeaveFrame(Page& page, FrameId frame) {
+  groups_[page.group()].policy->OnErase(page.id());
+  ReleaseFrame(page.group(), frame);
+  if (page.is_keyed()) changes_.push_back({*page.prefix(), page.group(), /*removed=*/true});
+}
+
+void PageDirectory::BeginSpill(Page& page) {
+  page.BeginSpill();
+  UpdateEvictable(page);
+}
+
+void PageDirectory::FinishSpill(Page& page, const std::optional<Page::StoredAs>& stored) {
+  page.FinishSpill(stored);
+  if (page.refs() == 0 && page.pins() == 0 && !page.is_keyed()) {
+    Forget(page);
+    return;
+  }
+  UpdateEvictable(page);
+}
+
+void PageDirectory::BeginRestore(Page& page, FrameId frame) {
+  page.BeginRestore(frame);
+  groups_[page.group()].policy->OnInsert(page.id(), page.parent());
+  UpdateEvictable(page);
+}
+
+void PageDirectory::FinishRestore(Page& page) {
+  page.FinishRestore();
+  if (page.refs() == 0 && page.pins() == 0 && !page.is_keyed()) {
+    Forget(page);
+    return;
+  }
+  UpdateEvictable(page);
+  if (page.is_keyed()) changes_.push_back({*page.prefix(), page.group(), /*removed=*/false});
+}
+
+void PageDirectory::AbortRestore(Page& page) {
+  const FrameId frame = page.AbortRestore();
+  groups_[page.group()].policy->OnErase(page.id());
+  ReleaseFrame(page.group(), frame);
+  if (page.refs() == 0 && page.pins() == 0 && !page.is_keyed()) Forget(page);
+}
+
+void PageDirectory::Quarantine(Page& page) {
+  const bool was_reported = page.is_readable() && page.is_keyed();
+  const std::optional<FrameId> frame = page.Quarantine();
+  if (frame) {
+    groups_[page.group()].policy->OnErase(page.id());
+    ReleaseFrame(page.group(), *frame);
+  }
+  if (was_reported) changes_.push_back({*page.prefix(), page.group(), /*removed=*/true});
+  groups_[page.group()].index.Erase(page.id());
+  if (page.refs() == 0 && page.pins() == 0) pages_.erase(page.id());
+}
+
+void PageDirectory::Evict(Page& page) {
+  PT_CHECK(page.pins() == 0 && page.state() == PageState::kResident && page.is_clean());
+  if (!page.is_stored()) {
+    Forget(page);
+    return;
+  }
+  const FrameId frame = page.DropFrame();
+  LeaveFrame(page, frame);
+  if (page.refs() == 0) RememberStored(page.id());
+}
+
+void PageDirectory::BeginWrite(Page& page) {
+  if (std::optional<PageKey> stale = page.BeginWrite()) stale_keys_.push_back(*stale);
+}
+
+void PageDirectory::SetTailTokens(Page& page, const PrefixKey& parent_prefix,
+                                  std::vector<uint32_t> tokens, bool has_inputs) {
+  PrefixIndex& index = groups_[page.group()].index;
+  if (tokens.size() < 2) {
+    index.Erase(page.id());
+    return;
+  }
+  index.UpsertTail(parent_prefix, page.id(), std::move(tokens), has_inputs);
+}
+
+bool PageDirectory::SetKey(Page& page, const PrefixKey& prefix, const PrefixKey& parent_prefix,
+                           const PageKey& store_key,
+                           std::shared_ptr<const std::vector<uint32_t>> tokens, bool has_inputs) {
+  PrefixIndex& index = groups_[page.group()].index;
+  index.Erase(page.id());  // its entry as a tail
+  if (!index.InsertKeyed(prefix, parent_prefix, page.id(), std::move(tokens), has_inputs)) return false;
+  page.SetKey(prefix, parent_prefix, store_key);
+  if (page.is_readable()) changes_.push_back({prefix, page.group(), /*removed=*/false});
+  return true;
+}
+
+uint64_t PageDirectory::DropUnreferenced() {
+  std::vector<PageId> victims;
+  for (const auto& [id, page] : pages_) {
+    if (page->refs() == 0 && page->pins() == 0 && page->state() != PageState::kSpilling &&
+        page->state() != PageState::kRestoring) {
+      victims.push_back(id);
+    }
+  }
+  for (PageId id : victims) Forget(Get(id));
+  return victims.size();
+}
+
+void PageDirectory::Forget(Page& page) {
+  PT_CHECK(page.pins() == 0 && page.refs() == 0);
+  // A private record is of no use to anybody else; a keyed one is.
+  if (page.is_stored() && !page.is_keyed()) stale_keys_.push_back(page.stored()->key);
+  groups_[page.group()].index.Erase(page.id());
+  if (page.has_frame()) LeaveFrame(page, page.frame());
+  pages_.erase(page.id());
+}
+
+void PageDirectory::RememberStored(PageId id) {
+  known_stored_.push_back(id);
+  while (known_stored_.size() > max_known_stored_) {
+    Page* oldest = Find(known_stored_.front());
+    known_stored_.pop_front();
+    if (oldest != nullptr && oldest->state() == PageState::kStored && oldest->refs() == 0 &&
+        oldest->pins() == 0 && oldest->id() != id) {
+      Forget(*oldest);
+    }
+  }
+}
+
+std::vector<FrameChange> PageDirectory::TakeFrameChanges() { return std::exchange(changes_, {}); }
+
+std::vector<PageKey> PageDirectory::TakeStaleKeys() { return std::exchange(stale_keys_, {}); }
+
+void PageDirectory::CheckInvariants() const {
+  for (uint32_t g = 0; g < num_groups(); ++g) {
+    std::vector<bool> held(groups_[g].frames.num_frames() + 1, false);
+    uint32_t num_held = 0;
+    for (const auto& [id, page] : pages_) {
+      if (page->group() != g) continue;
+      PT_CHECK(page->refs() > 0 || page->is_keyed() || page->pins() > 0 ||
+               page->state() == PageState::kSpilling || page->state() == PageState::kRestoring);
+      if (!page->has_frame()) continue;
+      PT_CHECK(!held[page->frame().value()]);
+      PT_CHECK(!groups_[g].frames.IsFree(page->frame()));
+      held[page->frame().value()] = true;
+      ++num_held;
+    }
+    PT_CHECK(groups_[g].policy->num_resident() == num_held);
+    PT_CHECK(num_held + groups_[g].frames.num_free() <= groups_[g].frames.num_frames());
+  }
+}
+
+}  // namespace pagetide

@@ -1,0 +1,136 @@
+// PageDirectory: every page a host knows, the frames they are in, and the ways to find them: by id, by
+// key, by tokens, by eviction order. Decides nothing that waits; does no I/O.
+//
+// Not thread-safe: the host locks. Invariants (CheckInvariants): a frame is free or held by exactly one
+// page; a page in the eviction order is in a frame; pins > 0, writers and copies in flight are never
+// evictable; a private page without references does not exist.
+#ifndef PAGETIDE_CORE_PAGE_DIRECTORY_H_
+#define PAGETIDE_CORE_PAGE_DIRECTORY_H_
+
+#include <cstdint>
+#include <deque>
+#include <memory>
+#include <optional>
+#include <span>
+#include <string>
+#include <vector>
+
+#include "absl/container/flat_hash_map.h"
+#include "absl/strings/string_view.h"
+#include "core/eviction_policy.h"
+#include "core/frame_pool.h"
+#include "core/ids.h"
+#include "core/keys.h"
+#include "core/model.h"
+#include "core/page.h"
+#include "core/prefix_index.h"
+
+namespace pagetide {
+
+// A keyed page entered or left a device frame.
+struct FrameChange {
+  PrefixKey prefix;
+  uint32_t group = 0;
+  bool removed = false;
+};
+
+class PageDirectory {
+ public:
+  // `max_known_stored`: pages in the store that nobody references but are remembered, so that prompts
+  // can match part of them.
+  PageDirectory(uint32_t num_groups, uint32_t num_frames, size_t max_known_stored);
+
+  // --- frames ---
+  std::optional<FramePool::Grant> AllocateFrame(uint32_t group, absl::string_view tenant) {
+    return groups_[group].frames.Allocate(tenant);
+  }
+  void ReleaseFrame(uint32_t group, FrameId frame);
+  const FramePool& frames(uint32_t group) const { return groups_[group].frames; }
+  const EvictionPolicy& policy(uint32_t group) const { return *groups_[group].policy; }
+  const PrefixIndex& index(uint32_t group) const { return groups_[group].index; }
+  uint32_t num_groups() const { return static_cast<uint32_t>(groups_.size()); }
+
+  // --- pages ---
+  // With one reference (the creator's) and no pin.
+  Page& CreateTail(uint32_t group, absl::string_view tenant, FrameId frame, uint32_t depth,
+                   std::optional<PageId> parent);
+  // Without references. Returns the page that has this key already, if there is one.
+  Page& AdoptStored(uint32_t group, absl::string_view tenant, uint32_t rows, uint32_t depth,
+                    std::optional<PageId> parent, const PrefixKey& prefix,
+                    const PrefixKey& parent_prefix, const PageKey& store_key,
+                    const Checksum128& checksum,
+                    std::shared_ptr<const std::vector<uint32_t>> tokens, bool has_inputs);
+  // nullptr when unknown.
+  Page* Find(PageId id);
+  const Page* Find(PageId id) const;
+  Page& Get(PageId id);
+  Page* FindKeyed(uint32_t group, const PrefixKey& prefix);
+
+  void Ref(Page& page) { page.Ref(); }
+  // Drops what nobody can reach any more. Invalidates `page` when it returns true.
+  bool Unref(Page& page);
+  void Pin(Page& page);
+  void Unpin(Page& page);
+  void Touch(Page& page) { groups_[page.group()].policy->OnTouch(page.id()); }
+
+  // --- transitions, kept in step with frames, index and eviction order ---
+  void BeginSpill(Page& page);
+  void FinishSpill(Page& page, const std::optional<Page::StoredAs>& stored);
+  void BeginRestore(Page& page, FrameId frame);
+  void FinishRestore(Page& page);
+  void AbortRestore(Page& page);
+  void Quarantine(Page& page);
+  // Frees the frame of a clean, unpinned, resident page. The page is forgotten if nobody needs it.
+  void Evict(Page& page);
+  void BeginWrite(Page& page);
+  void SetTailTokens(Page& page, const PrefixKey& parent_prefix, std::vector<uint32_t> tokens,
+                     bool has_inputs);
+  // Makes a full page findable. False if another page has the key: this one stays private.
+  bool SetKey(Page& page, const PrefixKey& prefix, const PrefixKey& parent_prefix,
+              const PageKey& store_key, std::shared_ptr<const std::vector<uint32_t>> tokens,
+              bool has_inputs);
+  // Forgets unreferenced keyed pages that are not pinned or in flight. Returns how many.
+  uint64_t DropUnreferenced();
+
+  // --- what happened since the last call ---
+  std::vector<FrameChange> TakeFrameChanges();
+  // Private records in the store that no page stands behind any more.
+  std::vector<PageKey> TakeStaleKeys();
+
+  template <typename Fn>
+  void ForEachPage(Fn fn) const {
+    for (const auto& [id, page] : pages_) fn(*page);
+  }
+  size_t num_pages() const { return pages_.size(); }
+  // Ends the process if an invariant of this class is broken. O(pages). For tests and Quiesce.
+  void CheckInvariants() const;
+
+ private:
+  struct Group {
+    explicit Group(uint32_t num_frames)
+        : frames(num_frames), policy(std::make_unique<LeafFirstLru>()) {}
+    FramePool frames;
+    PrefixIndex index;
+    std::unique_ptr<EvictionPolicy> policy;
+  };
+
+  Page& Add(Page page);
+  void UpdateEvictable(const Page& page);
+  void EnterFrame(const Page& page);
+  void LeaveFrame(Page& page, FrameId frame);
+  // Removes the page altogether: frame, index, eviction order.
+  void Forget(Page& page);
+  void RememberStored(PageId id);
+
+  std::vector<Group> groups_;
+  absl::flat_hash_map<PageId, std::unique_ptr<Page>> pages_;
+  const size_t max_known_stored_;
+  std::deque<PageId> known_stored_;  // oldest first; may hold ids that are gone or in use again
+  uint64_t next_id_ = 1;
+  std::vector<FrameChange> changes_;
+  std::vector<PageKey> stale_keys_;
+};
+
+}  // namespace pagetide
+
+#endif  // PAGETIDE_CORE_PAGE_DIRECTORY_H_

@@ -1,0 +1,511 @@
+// Frames: the line in which calls wait for them, spilling to make room, restoring on demand.
+//
+// Why nobody waits for ever: a call holds frames only once it is at the head of the line or past it.
+// What is past it never waits for frames again, so its frames come back; reservations that idle do so
+// when their lease ends. A waiting call that is not at the head holds nothing.
+#include <algorithm>
+#include <utility>
+
+#include "absl/strings/str_cat.h"
+#include "base/error_info.h"
+#include "base/log.h"
+#include "base/status_macros.h"
+#include "worker/model_host_impl.h"
+
+namespace pagetide {
+namespace {
+
+// Pages a store call carries at most.
+constexpr size_t kBatchPages = 8;
+// How often a waiting call looks again by itself, in case a wake-up came from outside (a lease that
+// ended, the store's back-off).
+constexpr absl::Duration kLookAgain = absl::Milliseconds(100);
+
+}  // namespace
+
+bool ModelHostImpl::CanSpill() const {
+  return store_ != nullptr && clock_->MonotonicNow() >= spill_again_at_;
+}
+
+bool ModelHostImpl::MakeRoomNow(uint32_t group, uint32_t count) {
+  const uint32_t num_free = pages_.frames(group).num_free();
+  if (num_free >= count) return true;
+  const std::vector<PageId> victims = pages_.policy(group).PickVictims(
+      count - num_free, [this](PageId id) {
+        mu_.AssertHeld();
+        return pages_.Get(id).is_clean();
+      });
+  for (PageId id : victims) {
+    pages_.Evict(pages_.Get(id));
+    ++counters_.pages_evicted;
+  }
+  return pages_.frames(group).num_free() >= count;
+}
+
+bool ModelHostImpl::MakeRoom(uint32_t group, uint32_t count) {
+  if (MakeRoomNow(group, count)) return true;
+  const uint32_t lacking = count - pages_.frames(group).num_free();
+  if (!CanSpill() || num_spilling_[group] >= lacking) return false;
+  std::vector<PageId> dirty = pages_.policy(group).PickVictims(
+      lacking - num_spilling_[group], [](PageId) { return true; });
+  std::erase_if(dirty, [this](PageId id) {
+    mu_.AssertHeld();
+    return pages_.Get(id).is_clean();
+  });
+  StartSpills(dirty, Durability::kCache);
+  return false;
+}
+
+absl::StatusOr<bool> ModelHostImpl::Progress(Ticket& ticket) {
+  const Need& need = *ticket.need;
+  // Every page must still be there: a sequence may have been closed or cut while its call waited.
+  std::vector<PageId> all = need.pages;
+  all.insert(all.end(), need.writable.begin(), need.writable.end());
+  for (PageId id : all) {
+    const Page* page = pages_.Find(id);
+    if (page == nullptr) return absl::AbortedError("a page of the sequence went away while waiting");
+    if (page->state() == PageState::kQuarantined) {
+      return WithReason(absl::FailedPreconditionError("a page of the sequence was lost"),
+                        "PREFIX_LOST");
+    }
+  }
+  if (!ticket.has_pins) {
+    for (PageId id : all) pages_.Pin(pages_.Get(id));
+    ticket.got.pinned = all;
+    ticket.has_pins = true;
+  }
+  bool done = true;
+  std::vector<PageId> restores;
+  for (uint32_t g = 0; g < num_groups(); ++g) {
+    uint32_t stored = 0;
+    for (PageId id : all) {
+      const Page& page = pages_.Get(id);
+      if (page.group() == g && page.state() == PageState::kStored) ++stored;
+    }
+    uint32_t wanted = stored + need.fresh[g] - static_cast<uint32_t>(ticket.got.fresh[g].size());
+    if (wanted == 0) continue;
+    MakeRoom(g, wanted);
+    for (PageId id : all) {
+      Page& page = pages_.Get(id);
+      if (page.group() != g || page.state() != PageState::kStored) continue;
+      const std::optional<FramePool::Grant> grant = pages_.AllocateFrame(g, ticket.tenant);
+      if (!grant) break;
+      pages_.BeginRestore(page, grant->frame);
+      restores.push_back(id);
+      --wanted;
+    }
+    while (ticket.got.fresh[g].size() < need.fresh[g]) {
+      const std::optional<FramePool::Grant> grant = pages_.AllocateFrame(g, ticket.tenant);
+      if (!grant) break;
+      ticket.got.fresh[g].push_back(*grant);
+      --wanted;
+    }
+    done = done && wanted == 0;
+  }
+  StartRestores(restores);
+  return done;
+}
+
+absl::Status ModelHostImpl::Acquire(const std::string& tenant, const Need& need,
+                                    MonotonicTime deadline, Acquired* out) {
+  // What can never fit is the caller's error, not a matter of waiting.
+  std::vector<uint64_t> needed(num_groups(), 0);
+  for (uint32_t g = 0; g < num_groups(); ++g) needed[g] = need.fresh[g];
+  for (PageId id : need.pages) ++needed[pages_.Get(id).group()];
+  for (PageId id : need.writable) ++needed[pages_.Get(id).group()];
+  for (uint32_t g = 0; g < num_groups(); ++g) {
+    if (needed[g] > num_frames_) {
+      return WithReason(
+          absl::InvalidArgumentError(absl::StrCat("acquire frames of layer group ", g, ": needs ",
+                                                  needed[g], ", the pool has ", num_frames_)),
+          error_reason::kPoolTooSmall,
+          {{"needed", absl::StrCat(needed[g])}, {"frames", absl::StrCat(num_frames_)}});
+    }
+  }
+  if (line_.size() >= options_.max_waiting_calls) {
+    return WithRetryDelay(
+        WithReason(absl::ResourceExhaustedError(
+                       absl::StrCat("acquire frames: ", line_.size(), " calls wait already")),
+                   error_reason::kPoolExhausted),
+        absl::Milliseconds(100));
+  }
+  Ticket ticket;
+  ticket.need = &need;
+  ticket.tenant = tenant;
+  ticket.got.fresh.resize(num_groups());
+  line_.push_back(&ticket);
+  ++running_calls_;
+
+  bool granted = false;
+  bool waited = false;
+  absl::Status status;
+  while (status.ok()) {
+    if (!granted && line_.front() == &ticket) {
+      absl::StatusOr<bool> done = Progress(ticket);
+      if (!done.ok()) {
+        status = done.status();
+        break;
+      }
+      if (*done) {
+        granted = true;
+        line_.pop_front();
+        changed_.SignalAll();
+      }
+    }
+    if (granted) {
+      bool ready = true;
+      for (PageId id : ticket.got.pinned) {
+        const Page& page = pages_.Get(id);  // pinned: it stays known
+        const bool is_write =
+            std::find(need.writable.begin(), need.writable.end(), id) != need.writable.end();
+        if (page.state() == PageState::kQuarantined) {
+          status = WithReason(absl::FailedPreconditionError("a page of the sequence was lost"),
+                              "PREFIX_LOST");
+          break;
+        }
+        if (page.state() == PageState::kStored) {
+          // Its restore was given up because the store did not answer.
+          status = absl::UnavailableError(
+              absl::StrCat("restore a page: ", last_store_error_.message()));
+          break;
+        }
+        ready = ready && (is_write ? page.state() == PageState::kResident : page.is_readable());
+      }
+      if (!status.ok() || ready) break;
+    }
+    const absl::Duration left = deadline - clock_->MonotonicNow();
+    if (left <= absl::ZeroDuration()) {
+      ++counters_.acquire_timeouts;
+      if (granted) {
+        status = absl::DeadlineExceededError("restore pages: the deadline passed");
+        break;
+      }
+      uint64_t total_needed = 0, free = 0, evictable = 0;
+      for (uint32_t g = 0; g < num_groups(); ++g) {
+        total_needed += needed[g];
+        free += pages_.frames(g).num_free();
+        evictable += pages_.policy(g).PickVictims(num_frames_, [](PageId) { return true; }).size();
+      }
+      status = WithRetryDelay(
+          WithReason(absl::ResourceExhaustedError(
+                         absl::StrCat("acquire frames: needed ", total_needed, ", free ", free,
+                                      ", evictable ", evictable)),
+                     error_reason::kPoolExhausted,
+                     {{"needed", absl::StrCat(total_needed)},
+                      {"free", absl::StrCat(free)},
+                      {"evictable", absl::StrCat(evictable)}}),
+          absl::Milliseconds(50));
+      break;
+    }
+    if (!waited) {
+      waited = true;
+      ++counters_.acquire_waits;
+    }
+    changed_.WaitWithTimeout(&mu_, std::min(left, kLookAgain));
+  }
+  --running_calls_;
+  if (!status.ok()) {
+    if (!granted) {
+      line_.erase(std::find(line_.begin(), line_.end(), &ticket));
+      changed_.SignalAll();
+    }
+    ReleaseAcquired(ticket.got);
+    return status;
+  }
+  for (PageId id : ticket.got.pinned) pages_.Touch(pages_.Get(id));
+  *out = std::move(ticket.got);
+  return absl::OkStatus();
+}
+
+void ModelHostImpl::ReleaseAcquired(Acquired& acquired) {
+  for (PageId id : acquired.pinned) pages_.Unpin(pages_.Get(id));
+  acquired.pinned.clear();
+  for (uint32_t g = 0; g < acquired.fresh.size(); ++g) {
+    for (const FramePool::Grant& grant : acquired.fresh[g]) pages_.ReleaseFrame(g, grant.frame);
+    acquired.fresh[g].clear();
+  }
+  changed_.SignalAll();
+}
+
+absl::StatusOr<std::span<const std::byte>> ModelHostImpl::PageBytes(uint32_t group, uint64_t offset,
+                                                                    std::vector<std::byte>& buffer) {
+  const uint64_t size = Geometry(group).page_bytes();
+  if (const std::byte* view = pool_->host_view()) return std::span(view + offset, size);
+  buffer.resize(size);
+  PT_RETURN_IF_ERROR(pool_->Read(offset, buffer));
+  return std::span<const std::byte>(buffer);
+}
+
+absl::Status ModelHostImpl::CopyRows(uint32_t group, FrameId from, FrameId to, uint32_t num_rows) {
+  const GroupGeometry& geometry = Geometry(group);
+  const uint64_t src = FrameOffset(group, from);
+  const uint64_t dst = FrameOffset(group, to);
+  for (uint32_t layer = 0; layer < geometry.num_layers(); ++layer) {
+    for (RowKind kind : {RowKind::kK, RowKind::kV}) {
+      const uint64_t bytes = uint64_t{num_rows} * geometry.row_bytes(kind);
+      if (bytes == 0) continue;
+      const uint64_t at = geometry.RowOffset(layer, kind, 0);
+      PT_RETURN_IF_ERROR(pool_->Copy(dst + at, src + at, bytes));
+    }
+  }
+  return absl::OkStatus();
+}
+
+absl::Status ModelHostImpl::ZeroIfNeeded(uint32_t group, const FramePool::Grant& grant) {
+  if (!grant.needs_zero) return absl::OkStatus();
+  return pool_->Zero(FrameOffset(group, grant.frame), Geometry(group).page_bytes());
+}
+
+void ModelHostImpl::StartSpills(const std::vector<PageId>& ids, Durability level) {
+  std::vector<SpillItem> batch;
+  const auto schedule = [&]() {
+    mu_.AssertHeld();
+    if (batch.empty()) return;
+    ++jobs_in_flight_;
+    const absl::Status scheduled = io_->Schedule(
+        [this, level, items = batch] { RunSpills(items, level); });
+    if (!scheduled.ok()) {
+      --jobs_in_flight_;
+      for (const SpillItem& item : batch) {
+        --num_spilling_[item.group];
+        pages_.FinishSpill(pages_.Get(item.page), std::nullopt);
+      }
+    }
+    batch.clear();
+  };
+  for (PageId id : ids) {
+    Page& page = pages_.Get(id);
+    SpillItem item;
+    item.page = id;
+    item.group = page.group();
+    item.offset = FrameOffset(page.group(), page.frame());
+    item.key = page.is_keyed()
+                   ? *page.page_key()
+                   : MakePrivatePageKey(options_.incarnation, id.value(), ++spill_number_);
+    if (page.is_full()) item.expected = *page.checksum();
+    item.meta.key = item.key;
+    item.meta.body_bytes = Geometry(item.group).page_bytes();
+    item.meta.fingerprint = Geometry(item.group).fingerprint();
+    item.meta.numerics_id = model_->spec().numerics_id;
+    item.meta.group = item.group;
+    item.meta.depth = page.depth();
+    if (page.is_keyed()) {
+      item.meta.prefix = page.prefix();
+      item.meta.parent = page.parent_prefix();
+    }
+    pages_.BeginSpill(page);
+    ++num_spilling_[item.group];
+    batch.push_back(std::move(item));
+    if (batch.size() == kBatchPages) schedule();
+  }
+  schedule();
+}
+
+void ModelHostImpl::RunSpills(const std::vector<SpillItem>& items, Durability level) {
+  // A page being spilled is neither written nor evicted, so its frame is read without the lock.
+  std::vector<std::vector<std::byte>> buffers(items.size());
+  std::vector<PutPage> puts;
+  std::vector<size_t> put_of;  // index into items
+  std::vector<bool> is_damaged(items.size(), false);
+  for (size_t i = 0; i < items.size(); ++i) {
+    const auto bytes = PageBytes(items[i].group, items[i].offset, buffers[i]);
+    if (!bytes.ok()) continue;
+    const Checksum128 checksum = ChecksumOf(*bytes);
+    if (items[i].expected && checksum != *items[i].expected && !options_.unsafe_skip_verify) {
+      is_damaged[i] = true;
+      continue;
+    }
+    PutPage put{items[i].meta, *bytes};
+    put.meta.checksum = checksum;
+    puts.push_back(std::move(put));
+    put_of.push_back(i);
+  }
+  std::vector<PutPageResult> results;
+  if (!puts.empty()) {
+    results = store_->PutPages(puts, level, clock_->MonotonicNow() + options_.store_timeout);
+  }
+  {
+    MutexLock lock(&mu_);
+    std::vector<std::optional<Page::StoredAs>> stored(items.size());
+    for (size_t p = 0; p < puts.size(); ++p) {
+      const absl::Status status =
+          p < results.size() ? results[p].status : absl::InternalError("store gave no result");
+      if (!status.ok()) {
+        ++counters_.store_errors;
+        last_store_error_ = status;
+        spill_again_at_ = clock_->MonotonicNow() + options_.store_backoff;
+        continue;
+      }
+      stored[put_of[p]] = Page::StoredAs{items[put_of[p]].key, results[p].checksum};
+      counters_.bytes_verified += puts[p].body.size();
+      if (level == Durability::kCache) ++counters_.pages_spilled;
+      else ++counters_.pages_written_through;
+    }
+    for (size_t i = 0; i < items.size(); ++i) {
+      Page& page = pages_.Get(items[i].page);
+      --num_spilling_[items[i].group];
+      pages_.FinishSpill(page, stored[i]);
+      if (is_damaged[i]) {
+        ++counters_.checksum_failures;
+        // A reader in the middle of it keeps its frame; the next spill finds the damage again.
+        Page* still = pages_.Find(items[i].page);
+        if (still != nullptr && still->pins() == 0) pages_.Quarantine(*still);
+      }
+    }
+    --jobs_in_flight_;
+    changed_.SignalAll();
+  }
+  Flush();
+}
+
+void ModelHostImpl::StartRestores(const std::vector<PageId>& ids) {
+  for (size_t at = 0; at < ids.size(); at += kBatchPages) {
+    std::vector<RestoreItem> batch;
+    for (size_t i = at; i < std::min(ids.size(), at + kBatchPages); ++i) {
+      const Page& page = pages_.Get(ids[i]);
+      batch.push_back({ids[i], page.group(), FrameOffset(page.group(), page.frame()),
+                       page.stored()->key, page.stored()->checksum});
+    }
+    ++jobs_in_flight_;
+    const absl::Status scheduled = io_->Schedule([this, batch] { RunRestores(batch); });
+    if (scheduled.ok()) continue;
+    --jobs_in_flight_;
+    last_store_error_ = scheduled;
+    for (const RestoreItem& item : batch) pages_.AbortRestore(pages_.Get(item.page));
+  }
+}
+
+void ModelHostImpl::RunRestores(const std::vector<RestoreItem>& items) {
+  // Nobody reads a frame that is being restored, so it is filled without the lock.
+  std::byte* const view = pool_->host_view();
+  std::vector<std::vector<std::byte>> buffers(items.size());
+  std::vector<GetPage> gets(items.size());
+  uint64_t total_bytes = 0;
+  for (size_t i = 0; i < items.size(); ++i) {
+    const uint64_t size = Geometry(items[i].group).page_bytes();
+    total_bytes += size;
+    gets[i].key = items[i].key;
+    if (view == nullptr) buffers[i].resize(size);
+    gets[i].body = view != nullptr ? std::span(view + items[i].offset, size) : std::span(buffers[i]);
+    if (!options_.unsafe_skip_verify) gets[i].expected = items[i].expected;
+  }
+  const MonotonicTime began = clock_->MonotonicNow();
+  const std::vector<GetPageResult> results =
+      store_->GetPages(gets, began + options_.store_timeout);
+  const absl::Duration took = clock_->MonotonicNow() - began;
+
+  std::vector<absl::Status> failed(items.size());
+  std::vector<bool> is_lost(items.size(), false);
+  std::vector<bool> is_damaged(items.size(), false);
+  for (size_t i = 0; i < items.size(); ++i) {
+    failed[i] = i < results.size() ? results[i].status : absl::InternalError("store gave no result");
+    if (!failed[i].ok()) continue;
+    if (results[i].outcome != GetOutcome::kHit) {
+      is_lost[i] = true;
+      is_damaged[i] = results[i].outcome == GetOutcome::kQuarantined;
+      continue;
+    }
+    // The frame's bytes are checked here, whatever the store and the wire checked before.
+    if (!options_.unsafe_skip_verify && ChecksumOf(gets[i].body) != items[i].expected) {
+      is_lost[i] = is_damaged[i] = true;
+      continue;
+    }
+    if (view == nullptr) failed[i] = pool_->Write(items[i].offset, buffers[i]);
+  }
+  {
+    MutexLock lock(&mu_);
+    for (size_t i = 0; i < items.size(); ++i) {
+      Page& page = pages_.Get(items[i].page);
+      if (!failed[i].ok()) {
+        ++counters_.store_errors;
+        last_store_error_ = failed[i];
+        pages_.AbortRestore(page);
+      } else if (is_lost[i]) {
+        ++counters_.restore_misses;
+        if (is_damaged[i]) ++counters_.checksum_failures;
+        pages_.Quarantine(page);
+      } else {
+        ++counters_.pages_restored;
+        counters_.bytes_verified += gets[i].body.size();
+        pages_.FinishRestore(page);
+      }
+    }
+    store_meter_.Add(static_cast<double>(total_bytes), took);
+    --jobs_in_flight_;
+    changed_.SignalAll();
+  }
+  Flush();
+}
+
+uint64_t ModelHostImpl::Prefetch(Sequence& sequence) {
+  std::vector<PageId> restores;
+  // Restoring must not evict what this very sequence already has: pin it meanwhile.
+  std::vector<PageId> own;
+  for (const PageTable& table : sequence.tables) {
+    for (const Extent& extent : table.extents()) own.push_back(extent.page);
+  }
+  for (PageId id : own) pages_.Pin(pages_.Get(id));
+  bool has_room = line_.empty();  // those who wait come first
+  for (size_t at = 0; has_room && at < own.size(); ++at) {
+    Page& page = pages_.Get(own[at]);
+    if (page.state() != PageState::kStored) continue;
+    has_room = MakeRoomNow(page.group(), 1);
+    if (!has_room) break;
+    const std::optional<FramePool::Grant> grant = pages_.AllocateFrame(page.group(), sequence.tenant);
+    if (!grant) break;
+    pages_.BeginRestore(page, grant->frame);
+    restores.push_back(own[at]);
+  }
+  StartRestores(restores);
+  for (PageId id : own) pages_.Unpin(pages_.Get(id));
+  return restores.size();
+}
+
+absl::StatusOr<ModelHost::EvictResult> ModelHostImpl::EvictPages(uint64_t max_pages,
+                                                                 MonotonicTime deadline) {
+  EvictResult result;
+  {
+    MutexLock lock(&mu_);
+    const uint64_t spilled_before = counters_.pages_spilled;
+    const uint64_t limit = max_pages == 0 ? ~uint64_t{0} : max_pages;
+    for (;;) {
+      uint64_t dirty_left = 0;
+      for (uint32_t g = 0; g < num_groups(); ++g) {
+        const auto take = [&](auto may_evict) {
+          mu_.AssertHeld();
+          return pages_.policy(g).PickVictims(
+              std::min<uint64_t>(num_frames_, limit - result.evicted_pages), may_evict);
+        };
+        for (PageId id : take([&](PageId p) {
+               mu_.AssertHeld();
+               return pages_.Get(p).is_clean();
+             })) {
+          pages_.Evict(pages_.Get(id));
+          ++counters_.pages_evicted;
+          ++result.evicted_pages;
+        }
+        if (!CanSpill()) continue;
+        std::vector<PageId> dirty = take([](PageId) { return true; });
+        std::erase_if(dirty, [this](PageId id) {
+          mu_.AssertHeld();
+          return pages_.Get(id).is_clean();
+        });
+        StartSpills(dirty, Durability::kCache);
+        dirty_left += num_spilling_[g];
+      }
+      if (result.evicted_pages >= limit || dirty_left == 0) break;
+      const absl::Duration left = deadline - clock_->MonotonicNow();
+      if (left <= absl::ZeroDuration()) {
+        return absl::DeadlineExceededError(absl::StrCat(
+            "evict pages: ", dirty_left, " still being spilled, ", result.evicted_pages, " evicted"));
+      }
+      changed_.WaitWithTimeout(&mu_, std::min(left, kLookAgain));
+    }
+    result.spilled_pages = counters_.pages_spilled - spilled_before;
+    changed_.SignalAll();
+  }
+  Flush();
+  return result;
+}
+
+}  // namespace pagetide

@@ -1,0 +1,279 @@
+// The one implementation of ModelHost. Its parts lie in model_host_{frames,prefix,writes,reads}.cc; this
+// header is private to them.
+#ifndef PAGETIDE_WORKER_MODEL_HOST_IMPL_H_
+#define PAGETIDE_WORKER_MODEL_HOST_IMPL_H_
+
+#include <array>
+#include <atomic>
+#include <deque>
+#include <functional>
+#include <memory>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "absl/container/btree_map.h"
+#include "base/mutex.h"
+#include "core/page_directory.h"
+#include "core/page_table.h"
+#include "core/tier_planner.h"
+#include "worker/model_host.h"
+
+namespace pagetide {
+
+class ModelHostImpl final : public ModelHost {
+ public:
+  ModelHostImpl(Options options, std::shared_ptr<const Model> model,
+                std::unique_ptr<DevicePool> pool, uint32_t num_frames, PageStore* store,
+                Executor* io, Clock* clock);
+  ~ModelHostImpl() override;
+
+  const Model& model() const override { return *model_; }
+  DevicePool& pool() override { return *pool_; }
+  uint64_t FrameOffset(uint32_t group, FrameId frame) const override {
+    return group_base_[group] + uint64_t{frame.value()} * Geometry(group).page_bytes();
+  }
+  absl::StatusOr<PrefixReuse> LookupPrefix(const Tenant&, std::span<const uint32_t>,
+                                           std::span<const PositionedInput>,
+                                           const PromptOptions&) override;
+  absl::StatusOr<OpenResult> Open(const Tenant&, std::span<const uint32_t>,
+                                  std::span<const PositionedInput>, const PromptOptions&) override;
+  absl::StatusOr<Readiness> WaitReadiness(const Tenant&, SequenceId, std::optional<uint64_t>,
+                                          MonotonicTime) override;
+  absl::StatusOr<SequenceInfo> Get(const Tenant&, SequenceId) override;
+  bool Has(SequenceId) const override;
+  std::vector<SequenceInfo> List(const Tenant&, uint64_t, size_t) override;
+  absl::StatusOr<std::vector<BlockTableEntry>> GetBlockTable(const Tenant&, SequenceId) override;
+  absl::Status Close(const Tenant&, SequenceId, uint64_t) override;
+  absl::StatusOr<ForkResult> Fork(const Tenant&, const SequenceHandle&, std::optional<uint64_t>,
+                                  MonotonicTime) override;
+  absl::StatusOr<RewindResult> Rewind(const Tenant&, const SequenceHandle&, int64_t) override;
+  absl::StatusOr<PendingSlot> BeginAppend(const Tenant&, const SequenceHandle&, absl::string_view,
+                                          uint64_t, std::span<const uint32_t>,
+                                          std::span<const PositionedInput>, bool,
+                                          MonotonicTime) override;
+  absl::StatusOr<std::vector<PendingSlot>> Reserve(const Tenant&, std::span<const ReserveItem>,
+                                                   absl::Duration, bool, MonotonicTime) override;
+  absl::StatusOr<uint64_t> FindAppend(const Tenant&, SequenceId, absl::string_view) override;
+  absl::Status WriteRows(const Tenant&, SequenceId, uint64_t, const RowRun&, uint64_t,
+                         RowSource) override;
+  absl::StatusOr<CommitResult> Commit(const Tenant&, const SequenceHandle&, uint64_t,
+                                      std::span<const uint32_t>) override;
+  absl::Status Abort(const Tenant&, SequenceId, uint64_t) override;
+  absl::StatusOr<AttendOutput> Attend(const Tenant&, const AttendQuery&, MonotonicTime) override;
+  absl::StatusOr<std::shared_ptr<const PinnedRows>> PinRows(const Tenant&, SequenceId, uint32_t,
+                                                            uint64_t, uint64_t,
+                                                            MonotonicTime) override;
+  absl::StatusOr<EvictResult> EvictPages(uint64_t, MonotonicTime) override;
+  uint64_t ClearCache() override;
+  void Tick() override;
+  void Quiesce() override;
+  std::vector<FrameEntry> DumpFrames(uint32_t) override;
+  std::vector<PoolUsage> Usage() override;
+  HostCounters Counters() override;
+  HostLoad Load() override;
+  void SetResidencyListener(std::function<void(const std::vector<ResidencyChange>&)>) override;
+  std::vector<ResidencyChange> ResidencySnapshot() override;
+
+ private:
+  class PinnedRowsImpl;
+
+  // Rows behind the committed length of one sequence.
+  struct Pending {
+    enum class State { kAcquiring, kOpen, kCommitting };
+    uint64_t id = 0;
+    std::string append_id;  // empty: a reservation
+    State state = State::kAcquiring;
+    bool aborted = false;  // clean up as soon as nobody works on it
+    int num_writers = 0;   // WriteRows copying right now, without the lock
+    uint64_t first_position = 0;
+    uint32_t num_tokens = 0;
+    std::vector<uint32_t> tokens;  // appends only
+    std::vector<PositionedInput> inputs;
+    std::vector<PageId> pinned;
+    // [group]: the pages that rows go to, in order; the first may be the committed tail.
+    std::vector<std::vector<PageId>> targets;
+    // [group]: those of targets that this write created and no page table holds yet.
+    std::vector<std::vector<PageId>> created;
+    // [group][layer][K, V]: rows arrived, counted from the first.
+    std::vector<std::vector<std::array<uint32_t, 2>>> arrived;
+    uint64_t pages_created = 0;
+    MonotonicTime began;
+    MonotonicTime expires = MonotonicTime::InfiniteFuture();
+    bool pin_prefix = false;
+    bool is_busy() const { return state != State::kOpen || num_writers > 0; }
+  };
+
+  struct Sequence {
+    SequenceId id;
+    std::string tenant;
+    uint64_t epoch = 1;
+    uint64_t revision = 1;
+    PrefixKey root;
+    std::vector<uint32_t> tokens;           // committed
+    std::vector<PositionedInput> inputs;    // of committed tokens
+    std::vector<PrefixKey> keys;            // of each full page of tokens
+    std::vector<PageTable> tables;          // [group]
+    std::unique_ptr<Pending> pending;
+    bool was_appended = false;  // since open: then a lost prefix is the caller's to know
+    bool closed = false;
+    std::string shortened_because;
+    uint64_t length() const { return tokens.size(); }
+  };
+  using SequencePtr = std::shared_ptr<Sequence>;  // shared with calls that work on it without the lock
+
+  // What a call needs before it can run. Pages are held by id: they may vanish while it waits.
+  struct Need {
+    std::vector<PageId> pages;            // readable
+    std::vector<PageId> writable;         // resident, and not being spilled
+    std::vector<uint32_t> fresh;          // [group] new frames
+  };
+  struct Acquired {
+    std::vector<PageId> pinned;
+    std::vector<std::vector<FramePool::Grant>> fresh;  // [group]
+  };
+  struct Ticket {
+    const Need* need = nullptr;
+    std::string tenant;
+    Acquired got;
+    bool has_pins = false;
+  };
+  struct SpillItem {
+    PageId page;
+    PageKey key;
+    uint32_t group = 0;
+    uint64_t offset = 0;
+    std::optional<Checksum128> expected;  // of full pages
+    PageRecordMeta meta;
+  };
+  struct RestoreItem {
+    PageId page;
+    uint32_t group = 0;
+    uint64_t offset = 0;
+    PageKey key;
+    Checksum128 expected;
+  };
+  // The leading run of known pages of a prompt and the partial page behind it.
+  struct Match {
+    PrefixReuse reuse;
+    std::vector<std::vector<PageId>> pages;  // [page][group]
+    std::vector<PageId> partial;             // [group]; empty: none
+    bool is_partial_tail = false;            // of another sequence: copied now or never
+  };
+
+  const GroupGeometry& Geometry(uint32_t group) const { return model_->geometry().group(group); }
+  uint32_t num_groups() const { return model_->geometry().num_groups(); }
+  uint32_t page_tokens() const { return model_->geometry().page_tokens(); }
+  uint64_t NextNumber() { return options_.numbers->fetch_add(1) + 1; }
+  absl::Status ValidateTokens(std::span<const uint32_t> tokens,
+                              std::span<const PositionedInput> inputs, uint64_t first) const;
+
+  // --- sequences (model_host_impl.cc) ---
+  absl::StatusOr<SequencePtr> FindSequence(const Tenant& tenant, SequenceId id)
+      ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
+  // As FindSequence, and checks epoch, revision and that no write is pending.
+  absl::StatusOr<SequencePtr> FindForChange(const Tenant& tenant, const SequenceHandle& handle)
+      ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
+  absl::Status CheckHandle(const Sequence& sequence, const SequenceHandle& handle) const;
+  absl::StatusOr<Pending*> FindPending(Sequence& sequence, uint64_t pending_id)
+      ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
+  SequenceInfo InfoOf(const Sequence& sequence) const ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
+  // Cuts a sequence to `length` rows; returns the pages freed.
+  uint64_t Truncate(Sequence& sequence, uint64_t length) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
+  // Gives back what a pending write holds, then removes it. Not while it is busy.
+  void DropPending(Sequence& sequence) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
+  // Ends a closed sequence or an aborted write as soon as nobody works on it.
+  void Settle(Sequence& sequence) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
+  // Length up to which no page is lost.
+  uint64_t ValidLength(const Sequence& sequence) const ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
+  // Shortens to ValidLength if it is less, and says so; OK otherwise.
+  absl::Status CutIfLost(Sequence& sequence) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
+  uint64_t ResidentTokens(const Sequence& sequence) const ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
+  // Reports frame changes and deletes stale private records. Never with the lock held.
+  void Flush() ABSL_LOCKS_EXCLUDED(mu_);
+
+  // --- frames (model_host_frames.cc) ---
+  // Waits in line until all of `need` is there, then pins the pages and hands out the frames; all or
+  // nothing. Unlocks while it waits.
+  absl::Status Acquire(const std::string& tenant, const Need& need, MonotonicTime deadline,
+                       Acquired* out) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
+  void ReleaseAcquired(Acquired& acquired) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
+  // One step for the head of the line. True when all its frames are assigned.
+  absl::StatusOr<bool> Progress(Ticket& ticket) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
+  // Tries to have `count` free frames: evicts clean pages, starts spills of others. True if there.
+  bool MakeRoom(uint32_t group, uint32_t count) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
+  // Evicts clean pages only; true if `count` frames are free then.
+  bool MakeRoomNow(uint32_t group, uint32_t count) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
+  bool CanSpill() const ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
+  void StartSpills(const std::vector<PageId>& pages, Durability level)
+      ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
+  void StartRestores(const std::vector<PageId>& pages) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
+  void RunSpills(const std::vector<SpillItem>& items, Durability level) ABSL_LOCKS_EXCLUDED(mu_);
+  void RunRestores(const std::vector<RestoreItem>& items) ABSL_LOCKS_EXCLUDED(mu_);
+  // Restores in prefix order into frames that are free or clean now; never waits.
+  uint64_t Prefetch(Sequence& sequence) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
+  // Bytes of a page in host memory: the frame itself or a copy in `buffer`.
+  absl::StatusOr<std::span<const std::byte>> PageBytes(uint32_t group, uint64_t offset,
+                                                       std::vector<std::byte>& buffer);
+  absl::Status CopyRows(uint32_t group, FrameId from, FrameId to, uint32_t num_rows);
+  absl::Status ZeroIfNeeded(uint32_t group, const FramePool::Grant& grant);
+
+  // --- prefixes (model_host_prefix.cc) ---
+  absl::StatusOr<Match> MatchPrompt(const Tenant& tenant, const PrefixKey& root,
+                                    std::span<const uint32_t> tokens,
+                                    std::span<const PositionedInput> inputs,
+                                    const std::vector<PrefixKey>& keys, const PromptOptions& options)
+      ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
+
+  // --- writes (model_host_writes.cc) ---
+  // A write about to begin: its sequence, what it needs, and in which groups the tail is shared or
+  // still read by others, so that its rows move to a page of the write's own first.
+  struct WritePlan {
+    SequencePtr sequence;
+    Need need;
+    std::vector<bool> copies_tail;  // [group]
+  };
+  bool MustCopyTail(const Sequence& sequence, uint32_t group) const
+      ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
+  WritePlan PlanWrite(const SequencePtr& sequence) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
+  // Opens the pending writes that the caller has put into the sequences, all or none. Unlocks while it
+  // waits and copies. On failure none of the sequences has a pending write.
+  absl::Status OpenWrites(const std::string& tenant, const std::vector<SequencePtr>& sequences,
+                          MonotonicTime deadline) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
+  absl::Status OpenWrite(const WritePlan& plan, std::vector<std::vector<FramePool::Grant>> fresh)
+      ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
+  std::unique_ptr<Pending> NewPending(const Sequence& sequence, uint32_t num_tokens, bool pin_prefix)
+      ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
+  static PendingSlot SlotOf(const Sequence& sequence);
+
+  const Options options_;
+  const std::shared_ptr<const Model> model_;
+  const std::unique_ptr<DevicePool> pool_;
+  const uint32_t num_frames_;
+  PageStore* const store_;  // may be null
+  Executor* const io_;
+  Clock* const clock_;
+  std::vector<uint64_t> group_base_;  // const after construction
+  std::function<void(const std::vector<ResidencyChange>&)> listener_;  // set before first use
+
+  mutable Mutex mu_;
+  CondVar changed_;  // anything that a waiting call looks at
+  PageDirectory pages_ ABSL_GUARDED_BY(mu_);
+  absl::btree_map<uint64_t, SequencePtr> sequences_ ABSL_GUARDED_BY(mu_);
+  std::deque<Ticket*> line_ ABSL_GUARDED_BY(mu_);
+  std::vector<uint32_t> num_spilling_ ABSL_GUARDED_BY(mu_);  // [group]
+  uint64_t jobs_in_flight_ ABSL_GUARDED_BY(mu_) = 0;
+  uint64_t running_calls_ ABSL_GUARDED_BY(mu_) = 0;
+  uint64_t spill_number_ ABSL_GUARDED_BY(mu_) = 0;
+  MonotonicTime spill_again_at_ ABSL_GUARDED_BY(mu_) = {absl::ZeroDuration()};
+  absl::Status last_store_error_ ABSL_GUARDED_BY(mu_);
+  HostCounters counters_ ABSL_GUARDED_BY(mu_);
+  RateMeter prefill_meter_ ABSL_GUARDED_BY(mu_);
+  RateMeter store_meter_ ABSL_GUARDED_BY(mu_);
+
+  Mutex flush_mu_ ABSL_ACQUIRED_BEFORE(mu_);  // keeps residency changes in order on their way out
+};
+
+}  // namespace pagetide
+
+#endif  // PAGETIDE_WORKER_MODEL_HOST_IMPL_H_

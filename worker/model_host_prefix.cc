@@ -1,0 +1,396 @@
+// Prefixes: what of a prompt is known, and opening a sequence over it.
+#include <algorithm>
+#include <utility>
+
+#include "absl/strings/str_cat.h"
+#include "base/error_info.h"
+#include "base/status_macros.h"
+#include "worker/model_host_impl.h"
+
+namespace pagetide {
+namespace {
+
+absl::string_view LimitText(ReuseLimit limit) {
+  switch (limit) {
+    case ReuseLimit::kWholePrompt:
+      return "the whole prompt is known";
+    case ReuseLimit::kNeverStored:
+      return "the next page was never stored here or in the store";
+    case ReuseLimit::kDiverged:
+      return "the tokens differ from every known page from here on";
+    case ReuseLimit::kQuarantined:
+      return "the next page is there but failed its checksum";
+    case ReuseLimit::kStoreUnavailable:
+      return "the store did not answer in time";
+    case ReuseLimit::kSlowerThanCompute:
+      return "restoring the next page is predicted to be slower than recomputing it";
+    case ReuseLimit::kGroup:
+      return "one layer group knows less than the others";
+    case ReuseLimit::kNoFrame:
+      return "part of the next page is known, but no frame is free to copy it to";
+  }
+  return "";
+}
+
+bool HasInputIn(std::span<const PositionedInput> inputs, uint64_t begin, uint64_t end) {
+  for (const PositionedInput& input : inputs) {
+    if (input.position >= begin && input.position < end) return true;
+  }
+  return false;
+}
+
+}  // namespace
+
+absl::StatusOr<ModelHostImpl::Match> ModelHostImpl::MatchPrompt(
+    const Tenant& tenant, const PrefixKey& root, std::span<const uint32_t> tokens,
+    std::span<const PositionedInput> inputs, const std::vector<PrefixKey>& keys,
+    const PromptOptions& options) {
+  const uint32_t page_size = page_tokens();
+  const uint64_t limit =
+      options.allow_full_reuse ? tokens.size() : tokens.size() - std::min<size_t>(tokens.size(), 1);
+  const uint64_t max_pages = limit / page_size;
+
+  // The store is asked once, for all pages from the first that is not known here.
+  ReuseLimit cause = ReuseLimit::kNeverStored;
+  const auto first_unknown = [&]() -> uint64_t {
+    mu_.AssertHeld();
+    for (uint64_t p = 0; p < max_pages; ++p) {
+      for (uint32_t g = 0; g < num_groups(); ++g) {
+        const Page* page = pages_.FindKeyed(g, keys[p]);
+        if (page == nullptr || page->state() == PageState::kQuarantined) return p;
+      }
+    }
+    return max_pages;
+  };
+  const uint64_t unknown = first_unknown();
+  if (unknown < max_pages && store_ != nullptr && !options.skip_store) {
+    std::vector<PageKey> asked;
+    for (uint64_t p = unknown; p < max_pages; ++p) {
+      for (uint32_t g = 0; g < num_groups(); ++g) {
+        asked.push_back(MakePageKey(keys[p], Geometry(g).fingerprint()));
+      }
+    }
+    mu_.Unlock();
+    const absl::StatusOr<std::vector<LookupResult>> found =
+        store_->LookupPages(asked, clock_->MonotonicNow() + options_.lookup_timeout);
+    mu_.Lock();
+    if (!found.ok()) {
+      ++counters_.store_errors;
+      last_store_error_ = found.status();
+      cause = ReuseLimit::kStoreUnavailable;
+    } else {
+      bool is_run = true;
+      for (uint64_t p = unknown; p < max_pages && is_run; ++p) {
+        for (uint32_t g = 0; g < num_groups() && is_run; ++g) {
+          const LookupResult& result = (*found)[(p - unknown) * num_groups() + g];
+          if (!result.present || result.body_bytes != Geometry(g).page_bytes()) {
+            if (result.quarantined) cause = ReuseLimit::kQuarantined;
+            is_run = false;
+          }
+        }
+        if (!is_run) break;
+        auto page_tokens_copy = std::make_shared<const std::vector<uint32_t>>(
+            tokens.begin() + p * page_size, tokens.begin() + (p + 1) * page_size);
+        for (uint32_t g = 0; g < num_groups(); ++g) {
+          const LookupResult& result = (*found)[(p - unknown) * num_groups() + g];
+          const Page* parent = p == 0 ? nullptr : pages_.FindKeyed(g, keys[p - 1]);
+          pages_.AdoptStored(g, tenant.name, page_size, static_cast<uint32_t>(p),
+                             parent ? std::optional(parent->id()) : std::nullopt, keys[p],
+                             p == 0 ? root : keys[p - 1], asked[(p - unknown) * num_groups() + g],
+                             result.checksum, page_tokens_copy,
+                             HasInputIn(inputs, p * page_size, (p + 1) * page_size));
+        }
+      }
+    }
+  }
+
+  Match match;
+  PrefixReuse& reuse = match.reuse;
+  reuse.prompt_tokens = tokens.size();
+  uint64_t store_bytes = 0;
+  uint64_t store_pages = 0;
+  const uint64_t known = first_unknown();
+  for (uint64_t p = 0; p < known; ++p) {
+    std::vector<PageId> ids;
+    bool is_stored_only = false;
+    for (uint32_t g = 0; g < num_groups(); ++g) {
+      const Page& page = *pages_.FindKeyed(g, keys[p]);
+      ids.push_back(page.id());
+      if (page.state() == PageState::kStored) {
+        is_stored_only = true;
+        store_bytes += Geometry(g).page_bytes();
+      }
+    }
+    if (is_stored_only) ++store_pages;
+    match.pages.push_back(std::move(ids));
+  }
+  // Never slower than recomputing: one decision for all pages that must come from the store.
+  if (store_pages > 0) {
+    const RestoreEstimate estimate =
+        EstimateRestore(store_bytes, store_meter_.per_second(), store_pages * page_size,
+                        prefill_meter_.per_second());
+    if (!estimate.worth_it) {
+      const auto first_stored =
+          std::find_if(match.pages.begin(), match.pages.end(), [this](const auto& ids) {
+            mu_.AssertHeld();
+            return std::any_of(ids.begin(), ids.end(), [this](PageId id) {
+              mu_.AssertHeld();
+              return pages_.Get(id).state() == PageState::kStored;
+            });
+          });
+      match.pages.erase(first_stored, match.pages.end());
+      cause = ReuseLimit::kSlowerThanCompute;
+    }
+  }
+  for (const std::vector<PageId>& ids : match.pages) {
+    const bool is_stored_only = std::any_of(ids.begin(), ids.end(), [this](PageId id) {
+      mu_.AssertHeld();
+      return !pages_.Get(id).is_readable();
+    });
+    (is_stored_only ? reuse.store_tokens : reuse.device_tokens) += page_size;
+  }
+  reuse.shared_pages = match.pages.size();
+  reuse.reused_tokens = reuse.shared_pages * page_size;
+  reuse.limit = cause;
+
+  // Rows of one more page that begins alike.
+  const uint64_t at = reuse.reused_tokens;
+  const std::span<const uint32_t> rest = tokens.subspan(at, limit - at);
+  if (cause != ReuseLimit::kSlowerThanCompute && rest.size() >= 2 &&
+      !HasInputIn(inputs, at, at + std::min<uint64_t>(rest.size(), page_size))) {
+    const PrefixKey& parent = reuse.shared_pages == 0 ? root : keys[reuse.shared_pages - 1];
+    uint32_t common = page_size;
+    bool is_tail = false;
+    for (uint32_t g = 0; g < num_groups() && common > 0; ++g) {
+      const auto found = pages_.index(g).LongestPartial(
+          parent, rest.subspan(0, std::min<size_t>(rest.size(), page_size)), [this](PageId id) {
+            mu_.AssertHeld();
+            const Page* page = pages_.Find(id);
+            if (page == nullptr || page->state() == PageState::kQuarantined) return false;
+            // A tail may be copied only right now, from its frame.
+            return page->is_full() || page->is_readable();
+          });
+      if (!found) {
+        common = 0;
+        break;
+      }
+      common = std::min(common, found->common_tokens);
+      is_tail = is_tail || !pages_.Get(found->page).is_full();
+      match.partial.push_back(found->page);
+    }
+    if (common >= 2) {
+      match.is_partial_tail = is_tail;
+      reuse.partial_rows = common;
+      reuse.reused_tokens += common;
+      const bool is_stored_only =
+          std::any_of(match.partial.begin(), match.partial.end(), [this](PageId id) {
+            mu_.AssertHeld();
+            return !pages_.Get(id).is_readable();
+          });
+      (is_stored_only ? reuse.store_tokens : reuse.device_tokens) += common;
+      if (reuse.limit == ReuseLimit::kNeverStored) reuse.limit = ReuseLimit::kDiverged;
+    } else {
+      match.partial.clear();
+    }
+  }
+  if (reuse.reused_tokens == limit) reuse.limit = ReuseLimit::kWholePrompt;
+  reuse.explanation = absl::StrCat(reuse.reused_tokens, " of ", reuse.prompt_tokens,
+                                   " tokens reused: ", LimitText(reuse.limit));
+  return match;
+}
+
+absl::StatusOr<PrefixReuse> ModelHostImpl::LookupPrefix(const Tenant& tenant,
+                                                        std::span<const uint32_t> tokens,
+                                                        std::span<const PositionedInput> inputs,
+                                                        const PromptOptions& options) {
+  PT_RETURN_IF_ERROR(ValidateTokens(tokens, inputs, 0));
+  const PrefixKey root = RootPrefixKey(tenant.salt, model_->identity(), page_tokens());
+  const std::vector<PrefixKey> keys = PrefixKeysOf(root, tokens, page_tokens(), inputs);
+  MutexLock lock(&mu_);
+  PT_ASSIGN_OR_RETURN(Match match, MatchPrompt(tenant, root, tokens, inputs, keys, options));
+  return match.reuse;
+}
+
+absl::StatusOr<OpenResult> ModelHostImpl::Open(const Tenant& tenant,
+                                               std::span<const uint32_t> tokens,
+                                               std::span<const PositionedInput> inputs,
+                                               const PromptOptions& options) {
+  PT_RETURN_IF_ERROR(ValidateTokens(tokens, inputs, 0));
+  auto sequence = std::make_shared<Sequence>();
+  sequence->tenant = tenant.name;
+  sequence->root = RootPrefixKey(tenant.salt, model_->identity(), page_tokens());
+  sequence->tables.resize(num_groups());
+  const std::vector<PrefixKey> keys = PrefixKeysOf(sequence->root, tokens, page_tokens(), inputs);
+  OpenResult result;
+  {
+    MutexLock lock(&mu_);
+    if (sequences_.size() >= options_.max_open_sequences) {
+      return WithRetryDelay(
+          WithReason(absl::ResourceExhaustedError(
+                         absl::StrCat("open sequence: ", sequences_.size(), " are open, the limit is ",
+                                      options_.max_open_sequences)),
+                     "TOO_MANY_SEQUENCES"),
+          absl::Seconds(1));
+    }
+    Match match;
+    match.reuse.prompt_tokens = tokens.size();
+    match.reuse.explanation = "reuse was not wanted";
+    if (!options.no_reuse) {
+      PT_ASSIGN_OR_RETURN(
+          match, MatchPrompt(tenant, sequence->root, tokens, inputs, keys, options));
+    }
+    PrefixReuse& reuse = match.reuse;
+    for (uint64_t p = 0; p < match.pages.size(); ++p) {
+      for (uint32_t g = 0; g < num_groups(); ++g) {
+        Page& page = pages_.Get(match.pages[p][g]);
+        pages_.Ref(page);
+        pages_.Touch(page);
+        sequence->tables[g].Append({.page = page.id(), .first_slot = 0, .count = page_tokens(),
+                                    .first_position = p * page_tokens()});
+      }
+    }
+    const uint64_t base = match.pages.size() * page_tokens();
+    if (!match.partial.empty() && !match.is_partial_tail) {
+      // Leading rows of a full page: referenced now, copied when the first row behind them is written.
+      for (uint32_t g = 0; g < num_groups(); ++g) {
+        Page& page = pages_.Get(match.partial[g]);
+        pages_.Ref(page);
+        pages_.Touch(page);
+        sequence->tables[g].Append({.page = page.id(), .first_slot = 0,
+                                    .count = static_cast<uint32_t>(reuse.partial_rows),
+                                    .first_position = base});
+      }
+    } else if (!match.partial.empty()) {
+      // Rows of another sequence's tail, which may change after this call: copied now, or not used.
+      std::vector<FramePool::Grant> grants;
+      for (uint32_t g = 0; g < num_groups(); ++g) pages_.Pin(pages_.Get(match.partial[g]));
+      for (uint32_t g = 0; g < num_groups() && line_.empty() && MakeRoomNow(g, 1); ++g) {
+        const std::optional<FramePool::Grant> grant = pages_.AllocateFrame(g, tenant.name);
+        if (!grant) break;
+        grants.push_back(*grant);
+      }
+      bool is_copied = grants.size() == num_groups();
+      if (is_copied) {
+        std::vector<FrameId> from;
+        for (PageId id : match.partial) from.push_back(pages_.Get(id).frame());
+        mu_.Unlock();
+        for (uint32_t g = 0; g < num_groups() && is_copied; ++g) {
+          is_copied = ZeroIfNeeded(g, grants[g]).ok() &&
+                      CopyRows(g, from[g], grants[g].frame, static_cast<uint32_t>(reuse.partial_rows))
+                          .ok();
+        }
+        mu_.Lock();
+      }
+      for (uint32_t g = 0; g < num_groups(); ++g) {
+        if (is_copied) {
+          const PageTable& table = sequence->tables[g];
+          Page& copy = pages_.CreateTail(
+              g, tenant.name, grants[g].frame, static_cast<uint32_t>(match.pages.size()),
+              table.empty() ? std::nullopt : std::optional(table.back().page));
+          copy.SetRows(static_cast<uint32_t>(reuse.partial_rows));
+          sequence->tables[g].Append({.page = copy.id(), .first_slot = 0,
+                                      .count = static_cast<uint32_t>(reuse.partial_rows),
+                                      .first_position = base});
+        } else if (g < grants.size()) {
+          pages_.ReleaseFrame(g, grants[g].frame);
+        }
+        pages_.Unpin(pages_.Get(match.partial[g]));
+      }
+      if (is_copied) {
+        counters_.rows_copied += reuse.partial_rows;
+        counters_.pages_created += num_groups();
+      } else {
+        reuse.reused_tokens -= reuse.partial_rows;
+        reuse.device_tokens -= reuse.partial_rows;
+        reuse.partial_rows = 0;
+        reuse.limit = ReuseLimit::kNoFrame;
+        reuse.explanation = absl::StrCat(reuse.reused_tokens, " of ", reuse.prompt_tokens,
+                                         " tokens reused: ", LimitText(reuse.limit));
+      }
+    }
+    const uint64_t length = reuse.reused_tokens;
+    sequence->tokens.assign(tokens.begin(), tokens.begin() + length);
+    sequence->keys.assign(keys.begin(), keys.begin() + length / page_tokens());
+    for (const PositionedInput& input : inputs) {
+      if (input.position < length) sequence->inputs.push_back(input);
+    }
+    sequence->id = {options_.incarnation, NextNumber()};
+    sequences_[sequence->id.number] = sequence;
+    counters_.tokens_reused += length;
+    result.restoring_pages = Prefetch(*sequence);
+    result.info = InfoOf(*sequence);
+    result.reuse = std::move(reuse);
+    changed_.SignalAll();
+  }
+  Flush();
+  return result;
+}
+
+absl::StatusOr<Readiness> ModelHostImpl::WaitReadiness(const Tenant& tenant, SequenceId id,
+                                                       std::optional<uint64_t> seen,
+                                                       MonotonicTime deadline) {
+  Readiness readiness;
+  {
+    MutexLock lock(&mu_);
+    for (;;) {
+      PT_ASSIGN_OR_RETURN(SequencePtr sequence, FindSequence(tenant, id));
+      if (!sequence->pending) CutIfLost(*sequence).IgnoreError();  // said in shortened_because
+      readiness.length = sequence->length();
+      readiness.resident_tokens = ResidentTokens(*sequence);
+      readiness.done = readiness.resident_tokens == readiness.length;
+      readiness.shortened_because = sequence->shortened_because;
+      if (readiness.done || (seen && *seen != readiness.resident_tokens) || !seen) break;
+      const bool is_restoring = std::any_of(
+          sequence->tables.begin(), sequence->tables.end(), [this](const PageTable& table) {
+            mu_.AssertHeld();
+            return std::any_of(table.extents().begin(), table.extents().end(),
+                               [this](const Extent& extent) {
+                                 mu_.AssertHeld();
+                                 return pages_.Get(extent.page).state() == PageState::kRestoring;
+                               });
+          });
+      if (clock_->MonotonicNow() >= deadline) break;
+      if (is_restoring) {
+        changed_.WaitWithTimeout(&mu_, std::min(deadline - clock_->MonotonicNow(),
+                                                absl::Milliseconds(100)));
+        continue;
+      }
+      // Nothing on its way: get in line for the frames, like a call that reads it all.
+      Need need;
+      need.fresh.assign(num_groups(), 0);
+      for (const PageTable& table : sequence->tables) {
+        for (const Extent& extent : table.extents()) need.pages.push_back(extent.page);
+      }
+      Acquired got;
+      const absl::Status status = Acquire(tenant.name, need, deadline, &got);
+      if (status.ok()) {
+        // Read before the pins go: from then on the pages may be taken by others.
+        readiness.resident_tokens = readiness.length = sequence->length();
+        readiness.done = true;
+        ReleaseAcquired(got);
+        break;
+      }
+      if (sequence->closed) continue;
+      if (absl::IsUnavailable(status) && !sequence->was_appended && !sequence->pending) {
+        // Any store error means: recompute from the longest valid prefix.
+        const uint64_t resident = ResidentTokens(*sequence);
+        const uint64_t before = sequence->length();
+        Truncate(*sequence, resident);
+        ++counters_.prefixes_lost;
+        sequence->shortened_because =
+            absl::StrCat("the store did not answer: ", before, " tokens became ", resident);
+        continue;
+      }
+      if (GetReason(status) == "PREFIX_LOST" || absl::IsAborted(status)) continue;
+      if (absl::IsInvalidArgument(status)) {
+        readiness.done = true;  // larger than the pool: it can never be resident as a whole
+        break;
+      }
+      return status;
+    }
+  }
+  Flush();
+  return readiness;
+}
+
+}  // namespace pagetide
