@@ -1,0 +1,50 @@
+// FramePool: which frames of one tier and layer group are free. Accounting only, no memory.
+// Frame 0 is the null frame that pads block tables; 1…num_frames are handed out. Not thread-safe.
+#ifndef PAGETIDE_CORE_FRAME_POOL_H_
+#define PAGETIDE_CORE_FRAME_POOL_H_
+
+#include <cstdint>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "absl/container/flat_hash_map.h"
+#include "absl/status/status.h"
+#include "absl/strings/string_view.h"
+#include "core/ids.h"
+
+namespace pagetide {
+
+class FramePool {
+ public:
+  struct Grant {
+    FrameId frame;
+    // Another tenant used it last: zero it before anything of it can be read.
+    bool needs_zero = false;
+  };
+
+  explicit FramePool(uint32_t num_frames);
+
+  // Nullopt when none is free.
+  std::optional<Grant> Allocate(absl::string_view tenant);
+  // FAILED_PRECONDITION for a frame that is free already; INVALID_ARGUMENT for one that is not ours.
+  absl::Status Release(FrameId frame);
+
+  uint32_t num_frames() const { return num_frames_; }
+  uint32_t num_free() const { return static_cast<uint32_t>(free_.size()); }
+  // True for the null frame and unknown frames too: nobody holds them.
+  bool IsFree(FrameId frame) const;
+
+ private:
+  static constexpr uint32_t kNoTenant = 0;
+
+  const uint32_t num_frames_;
+  std::vector<FrameId> free_;          // last released is reused first: it is warm in the caches
+  std::vector<bool> is_held_;          // [frame]
+  std::vector<uint32_t> last_tenant_;  // [frame]; kNoTenant: never used, still zero
+  absl::flat_hash_map<std::string, uint32_t> tenant_ids_;
+};
+
+}  // namespace pagetide
+
+#endif  // PAGETIDE_CORE_FRAME_POOL_H_
