@@ -1,0 +1,142 @@
+// PageIndex: what the store knows of each page, in memory: where it is, whether it may be dropped,
+// and in which order. The durable copy of the same facts is StoreDatabase's.
+//
+// Pages leave by recency, a page after the pages that continue it (tail first), never while a
+// manifest protects it. About 250 bytes a page. Thread-safe; no call does I/O, none is longer than
+// a few microseconds a page.
+#ifndef PAGETIDE_KVSTORE_PAGE_INDEX_H_
+#define PAGETIDE_KVSTORE_PAGE_INDEX_H_
+
+#include <cstdint>
+#include <memory>
+#include <optional>
+#include <span>
+#include <utility>
+#include <vector>
+
+#include "absl/container/flat_hash_map.h"
+#include "absl/container/node_hash_map.h"
+#include "base/mutex.h"
+#include "core/page_store.h"
+#include "kvstore/residency_feed.h"
+#include "kvstore/segment_files.h"
+
+namespace pagetide {
+
+// Where a record is. Holding it keeps the file readable, even after the segment was deleted.
+struct PagePlace {
+  std::shared_ptr<Segment> segment;  // shared with the segment table and with other readers
+  uint64_t offset = 0;
+  uint32_t header_bytes = 0;
+  uint64_t record_bytes() const { return header_bytes + body_bytes; }
+  uint64_t body_bytes = 0;
+  bool SameAs(const PagePlace& other) const {
+    return segment == other.segment && offset == other.offset;
+  }
+};
+
+struct IndexedPage {
+  PagePlace place;
+  Checksum128 checksum;
+  bool quarantined = false;
+};
+
+class PageIndex {
+ public:
+  struct Totals {
+    uint64_t pages = 0;
+    uint64_t logical_bytes = 0;
+    uint64_t pages_ever_read = 0;
+  };
+
+  PageIndex() = default;
+  PageIndex(const PageIndex&) = delete;
+  PageIndex& operator=(const PageIndex&) = delete;
+
+  std::optional<IndexedPage> Find(const PageKey& key) const;
+  // Makes the pages the most recent ones, the first of them last, so that a prefix outlives its
+  // continuation. `read` also counts them as read. Unknown keys are skipped.
+  void Touch(std::span<const PageKey> keys, bool read);
+  // Inserts the page as the most recent, or replaces the one under the same key (which was
+  // quarantined); protection belongs to the key.
+  void Publish(const PageRecordMeta& meta, const PagePlace& place, bool quarantined);
+  // The page is damaged: it counts as absent until it is put again. False if it is at another place
+  // now.
+  bool Quarantine(const PageKey& key, const PagePlace& place);
+  // False if the page is not at `from` any more.
+  bool Relocate(const PageKey& key, const PagePlace& from, const PagePlace& to);
+  // Removes the page unless it is protected. Returns its place.
+  std::optional<PagePlace> Erase(const PageKey& key);
+  // Removes a quarantined page, protected or not (the protection stays, for the page put in its
+  // stead). False if it is not at `place` any more.
+  bool EraseQuarantined(const PageKey& key, const PagePlace& place);
+
+  // Protects every page or, if some are absent, quarantined or have another checksum, none; returns
+  // those.
+  std::vector<PageKey> Protect(std::span<const ManifestPageRef> pages);
+  // For recovery: protects the keys, whether the pages are there or not.
+  void ProtectAnyway(std::span<const ManifestPageRef> pages);
+  void Unprotect(std::span<const ManifestPageRef> pages);
+  // Those that are absent, quarantined or of another checksum now.
+  std::vector<PageKey> Missing(std::span<const ManifestPageRef> pages) const;
+
+  // Pages to drop next, oldest first, about `bytes` of them; empty when nothing may be dropped.
+  std::vector<PageKey> PickVictims(uint64_t bytes) const;
+  // Keys of the pages that were put into the segment and may still be there.
+  std::vector<PageKey> KeysIn(uint64_t segment) const;
+  void ForgetSegment(uint64_t segment);
+
+  // Pages whose last access has a number above `number`, most recent first, at most `limit`: what
+  // the durable copy of the order lacks. Numbers only grow, so the rest of the order is older.
+  std::vector<std::pair<PageKey, uint64_t>> AccessedSince(uint64_t number, size_t limit) const;
+  // Continues the numbers of an earlier life.
+  void StartAccessNumbersAt(uint64_t number);
+
+  // Present, keyed pages, and the feed number that follows this state exactly.
+  std::vector<StoreEvent> Snapshot(uint64_t* next_number) const;
+  ResidencyFeed* feed() { return &feed_; }
+  Totals totals() const;
+
+ private:
+  struct Entry {
+    PageKey key;
+    PagePlace place;
+    Checksum128 checksum;
+    std::optional<PrefixKey> prefix, parent;
+    uint32_t group = 0;
+    uint64_t access_number = 0;
+    bool quarantined = false;
+    bool ever_read = false;
+    Entry* older = nullptr;
+    Entry* newer = nullptr;
+  };
+  using ChildKey = std::pair<Digest, uint32_t>;  // prefix, layer group
+
+  static bool Matches(const Entry& entry, const ManifestPageRef& ref) {
+    return !entry.quarantined && entry.checksum == ref.checksum;
+  }
+  void Unlink(Entry* entry) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
+  void LinkNewest(Entry* entry) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
+  // Counts the entry in or out of totals, children and the feed.
+  void CountIn(const Entry& entry) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
+  void CountOut(const Entry& entry) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
+  using Pages = absl::node_hash_map<PageKey, Entry>;  // nodes: entries are linked
+  PagePlace EraseAt(Pages::iterator it) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
+  bool HasChildren(const Entry& entry) const ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
+
+  mutable Mutex mu_;
+  Pages pages_ ABSL_GUARDED_BY(mu_);
+  // How many manifests name a key. A key may be absent: its page was lost or never came back.
+  absl::flat_hash_map<PageKey, uint32_t> protects_ ABSL_GUARDED_BY(mu_);
+  absl::flat_hash_map<ChildKey, uint32_t> num_children_ ABSL_GUARDED_BY(mu_);
+  absl::flat_hash_map<uint64_t, std::vector<PageKey>> keys_in_ ABSL_GUARDED_BY(mu_);
+  Entry* oldest_ ABSL_GUARDED_BY(mu_) = nullptr;
+  Entry* newest_ ABSL_GUARDED_BY(mu_) = nullptr;
+  Totals totals_ ABSL_GUARDED_BY(mu_);
+  uint64_t last_access_number_ ABSL_GUARDED_BY(mu_) = 0;
+  ResidencyFeed feed_;  // appended to under mu_
+};
+
+}  // namespace pagetide
+
+#endif  // PAGETIDE_KVSTORE_PAGE_INDEX_H_

@@ -1,0 +1,161 @@
+#include "kvstore/page_record.h"
+
+#include <utility>
+
+#include "absl/strings/str_cat.h"
+#include "base/status_macros.h"
+#include "kvstore/little_endian.h"
+
+namespace pagetide {
+namespace {
+
+constexpr uint32_t kMagic = 0x47505450;  // "PTPG"
+constexpr size_t kHeaderChecksumOffset = 184;
+constexpr uint16_t kHasPrefix = 1;
+constexpr uint16_t kHasParent = 2;
+
+std::span<const std::byte> AsBytes(absl::string_view text) {
+  return std::as_bytes(std::span(text.data(), text.size()));
+}
+
+// Of the bytes before the checksum field and of those after it.
+uint64_t HeaderChecksum(absl::string_view fixed, absl::string_view numerics_id) {
+  std::string covered(fixed.substr(0, kHeaderChecksumOffset));
+  covered.append(numerics_id.data(), numerics_id.size());
+  return ChecksumOf(AsBytes(covered)).low;
+}
+
+Digest DigestAt(absl::string_view raw) {
+  Digest d;
+  std::memcpy(d.bytes.data(), raw.data(), d.bytes.size());
+  return d;
+}
+
+}  // namespace
+
+absl::Status ValidatePageMeta(const PageRecordMeta& meta) {
+  if (meta.numerics_id.size() > kMaxNumericsIdBytes) {
+    return absl::InvalidArgumentError(absl::StrCat("numerics_id has ", meta.numerics_id.size(),
+                                                   " bytes, at most ", kMaxNumericsIdBytes));
+  }
+  if (meta.body_bytes == 0 || meta.body_bytes > kMaxPageBodyBytes) {
+    return absl::InvalidArgumentError(
+        absl::StrCat("body_bytes is ", meta.body_bytes, ", allowed are 1 to ", kMaxPageBodyBytes));
+  }
+  return absl::OkStatus();
+}
+
+uint32_t PageRecordHeaderBytes(const PageRecordMeta& meta) {
+  return kPageRecordFixedBytes + static_cast<uint32_t>(meta.numerics_id.size());
+}
+
+std::string EncodePageRecordHeader(const PageRecordMeta& meta) {
+  static constexpr Digest kZero;
+  std::string out;
+  out.reserve(PageRecordHeaderBytes(meta));
+  AppendLittleEndian<uint32_t>(&out, kMagic);
+  AppendLittleEndian<uint16_t>(&out, kPageRecordVersion);
+  AppendLittleEndian<uint16_t>(&out, static_cast<uint16_t>(PageRecordHeaderBytes(meta)));
+  AppendLittleEndian<uint64_t>(&out, meta.body_bytes);
+  AppendLittleEndian<uint64_t>(&out, meta.checksum.low);
+  AppendLittleEndian<uint64_t>(&out, meta.checksum.high);
+  for (const Digest& d :
+       {meta.key.digest, meta.fingerprint, meta.prefix ? meta.prefix->digest : kZero,
+        meta.parent ? meta.parent->digest : kZero}) {
+    out.append(d.view().data(), d.view().size());
+  }
+  AppendLittleEndian<uint32_t>(&out, meta.group);
+  AppendLittleEndian<uint32_t>(&out, meta.depth);
+  AppendLittleEndian<uint16_t>(&out, static_cast<uint16_t>(PageCodec::kRaw));
+  AppendLittleEndian<uint16_t>(
+      &out, static_cast<uint16_t>((meta.prefix ? kHasPrefix : 0) | (meta.parent ? kHasParent : 0)));
+  AppendLittleEndian<uint16_t>(&out, static_cast<uint16_t>(meta.numerics_id.size()));
+  AppendLittleEndian<uint16_t>(&out, 0);
+  AppendLittleEndian<uint64_t>(&out, meta.body_bytes);
+  AppendLittleEndian<uint64_t>(&out, HeaderChecksum(out, meta.numerics_id));
+  out += meta.numerics_id;
+  return out;
+}
+
+absl::StatusOr<PageRecordHeader> ParsePageRecordHeader(absl::string_view bytes) {
+  if (bytes.size() < kPageRecordFixedBytes) {
+    return absl::DataLossError(absl::StrCat(
+        "page record: ", bytes.size(), " bytes, the header alone has ", kPageRecordFixedBytes));
+  }
+  LittleEndianReader in(bytes.substr(0, kPageRecordFixedBytes));
+  const uint32_t magic = in.Take<uint32_t>();
+  if (magic != kMagic)
+    return absl::DataLossError(absl::StrCat("page record: magic 0x", absl::Hex(magic)));
+  const uint16_t version = in.Take<uint16_t>();
+  if (version != kPageRecordVersion) {
+    return absl::UnimplementedError(
+        absl::StrCat("page record: version ", version, ", known is ", kPageRecordVersion));
+  }
+  const uint16_t header_bytes = in.Take<uint16_t>();
+  PageRecordHeader header;
+  PageRecordMeta& meta = header.meta;
+  meta.body_bytes = in.Take<uint64_t>();
+  meta.checksum.low = in.Take<uint64_t>();
+  meta.checksum.high = in.Take<uint64_t>();
+  meta.key.digest = DigestAt(in.TakeBytes(32));
+  meta.fingerprint = DigestAt(in.TakeBytes(32));
+  const Digest prefix = DigestAt(in.TakeBytes(32));
+  const Digest parent = DigestAt(in.TakeBytes(32));
+  meta.group = in.Take<uint32_t>();
+  meta.depth = in.Take<uint32_t>();
+  const uint16_t codec = in.Take<uint16_t>();
+  const uint16_t flags = in.Take<uint16_t>();
+  const uint16_t id_bytes = in.Take<uint16_t>();
+  in.Take<uint16_t>();
+  header.stored_bytes = in.Take<uint64_t>();
+  const uint64_t checksum = in.Take<uint64_t>();
+  if (id_bytes > kMaxNumericsIdBytes || header_bytes != kPageRecordFixedBytes + id_bytes ||
+      header_bytes > bytes.size()) {
+    return absl::DataLossError(absl::StrCat("page record: header of ", header_bytes,
+                                            " bytes with a numerics id of ", id_bytes, ", ",
+                                            bytes.size(), " bytes given"));
+  }
+  const absl::string_view id = bytes.substr(kPageRecordFixedBytes, id_bytes);
+  const uint64_t actual = HeaderChecksum(bytes.substr(0, kPageRecordFixedBytes), id);
+  if (actual != checksum) {
+    return absl::DataLossError(absl::StrCat("page record: header checksum 0x", absl::Hex(actual),
+                                            " != 0x", absl::Hex(checksum)));
+  }
+  // From here on the bytes are those that some program wrote; a strange value is a newer one's.
+  if (codec != static_cast<uint16_t>(PageCodec::kRaw)) {
+    return absl::UnimplementedError(absl::StrCat("page record: codec ", codec));
+  }
+  if (meta.body_bytes == 0 || meta.body_bytes > kMaxPageBodyBytes ||
+      header.stored_bytes != meta.body_bytes) {
+    return absl::DataLossError(absl::StrCat("page record: body of ", meta.body_bytes,
+                                            " bytes stored in ", header.stored_bytes));
+  }
+  if (flags & kHasPrefix) meta.prefix = PrefixKey{prefix};
+  if (flags & kHasParent) meta.parent = PrefixKey{parent};
+  meta.numerics_id = std::string(id);
+  return header;
+}
+
+absl::Status VerifyPageRecord(absl::string_view header_bytes, std::span<const std::byte> body,
+                              const PageKey& key, const Checksum128& checksum) {
+  PT_ASSIGN_OR_RETURN(const PageRecordHeader header, ParsePageRecordHeader(header_bytes));
+  if (header.meta.key != key) {
+    return absl::DataLossError(absl::StrCat("page record of ", key.digest.ToShortHex(),
+                                            ": carries the key ",
+                                            header.meta.key.digest.ToShortHex()));
+  }
+  if (header.stored_bytes != body.size()) {
+    return absl::DataLossError(absl::StrCat("page record of ", key.digest.ToShortHex(),
+                                            ": body of ", header.stored_bytes, " bytes, expected ",
+                                            body.size()));
+  }
+  const Checksum128 actual = ChecksumOf(body);
+  if (actual != header.meta.checksum || actual != checksum) {
+    return absl::DataLossError(absl::StrCat("page record of ", key.digest.ToShortHex(),
+                                            ": body checksum 0x", actual.ToHex(), " != 0x",
+                                            checksum.ToHex()));
+  }
+  return absl::OkStatus();
+}
+
+}  // namespace pagetide

@@ -1,0 +1,551 @@
+#include "kvstore/rocksdb_page_store.h"
+
+#include <algorithm>
+#include <utility>
+
+#include "absl/strings/str_cat.h"
+#include "base/byte_size.h"
+#include "base/log.h"
+#include "kvstore/little_endian.h"
+#include "kvstore/manifest_record.h"
+#include "kvstore/page_record.h"
+#include "kvstore/store_errors.h"
+
+namespace pagetide {
+namespace {
+
+using Table = StoreDatabase::Table;
+
+uint64_t SegmentBytesFor(const RocksdbPageStoreOptions& options) {
+  if (options.segment_bytes != 0) return options.segment_bytes;
+  if (options.capacity_bytes == 0) return 64 * kMiB;
+  return std::clamp(options.capacity_bytes / 16, kMiB, 64 * kMiB);
+}
+
+std::string PageLock(const PageKey& key) {
+  return absl::StrCat("p", key.digest.view());
+}
+std::string ManifestLock(absl::string_view name) {
+  return absl::StrCat("m", name);
+}
+std::string RecordRow(absl::string_view kind, absl::string_view key) {
+  return absl::StrCat(kind, absl::string_view("\0", 1), key);
+}
+std::string RecordLock(absl::string_view kind, absl::string_view key) {
+  return absl::StrCat("r", RecordRow(kind, key));
+}
+
+absl::Status DeadlineError(absl::string_view action) {
+  return absl::DeadlineExceededError(absl::StrCat(action, ": deadline passed"));
+}
+
+}  // namespace
+
+absl::Status RocksdbPageStoreOptions::Validate() const {
+  if (dir.empty()) return absl::InvalidArgumentError("store options: dir is empty");
+  const uint64_t segment = SegmentBytesFor(*this);
+  if (capacity_bytes != 0 && capacity_bytes < 4 * segment) {
+    return absl::InvalidArgumentError(absl::StrCat("store options: capacity_bytes is ",
+                                                   capacity_bytes, ", at least four segments of ",
+                                                   segment, " are needed"));
+  }
+  return absl::OkStatus();
+}
+
+RocksdbPageStore::RocksdbPageStore(RocksdbPageStoreOptions options)
+    : options_(std::move(options)),
+      segment_bytes_(SegmentBytesFor(options_)),
+      leases_(options_.clock) {}
+
+// ---- durability --------------------------------------------------------------------------------
+
+absl::Status RocksdbPageStore::CheckNotFailed() const {
+  MutexLock lock(&barrier_mu_);
+  return failure_.has_value() ? *failure_ : absl::OkStatus();
+}
+
+absl::Status RocksdbPageStore::Fail(const absl::Status& cause) {
+  const absl::Status failure = StoreFailedError(cause.message());
+  {
+    MutexLock lock(&barrier_mu_);
+    if (failure_.has_value()) return *failure_;
+    failure_ = failure;
+  }
+  barrier_done_.SignalAll();
+  LogError("store", "writes are refused from now on: ", cause.ToString());
+  return failure;
+}
+
+absl::Status RocksdbPageStore::SyncAll() {
+  const auto lengths = segments_->Sync();
+  if (!lengths.ok()) return lengths.status();
+  return db_->WriteDurableLengths(*lengths);
+}
+
+absl::Status RocksdbPageStore::Barrier(Durability level, MonotonicTime deadline) {
+  if (level != Durability::kLocal) return CheckNotFailed();
+  uint64_t ticket = 0;
+  uint64_t target = 0;
+  {
+    MutexLock lock(&barrier_mu_);
+    ticket = ++barriers_requested_;
+    for (;;) {
+      if (failure_.has_value()) return *failure_;
+      if (barriers_done_ >= ticket) return absl::OkStatus();
+      if (!barrier_running_) break;
+      const absl::Duration left = deadline - options_.clock->MonotonicNow();
+      if (left <= absl::ZeroDuration()) return DeadlineError("barrier");
+      barrier_done_.WaitWithTimeout(&barrier_mu_, left);
+    }
+    barrier_running_ = true;
+    target = barriers_requested_;  // everyone who asked so far is served by this fsync
+  }
+  const absl::Status synced = SyncAll();
+  if (!synced.ok()) Fail(synced).IgnoreError();
+  absl::Status result;
+  {
+    MutexLock lock(&barrier_mu_);
+    barrier_running_ = false;
+    if (!failure_.has_value()) barriers_done_ = std::max(barriers_done_, target);
+    result = failure_.has_value() ? *failure_ : absl::OkStatus();
+  }
+  barrier_done_.SignalAll();
+  return result;
+}
+
+// ---- pages -------------------------------------------------------------------------------------
+
+PutPageResult RocksdbPageStore::PutOne(const PutPage& page, MonotonicTime deadline) {
+  PutPageResult result;
+  const PageRecordMeta& meta = page.meta;
+  result.status = ValidatePageMeta(meta);
+  if (result.status.ok() && page.body.size() != meta.body_bytes) {
+    result.status = absl::InvalidArgumentError(
+        absl::StrCat("put page ", meta.key.digest.ToShortHex(), ": body_bytes is ", meta.body_bytes,
+                     ", the body has ", page.body.size()));
+  }
+  if (result.status.ok() && ChecksumOf(page.body) != meta.checksum) {
+    result.status = absl::InvalidArgumentError(
+        absl::StrCat("put page ", meta.key.digest.ToShortHex(), ": the body's checksum is not ",
+                     meta.checksum.ToHex()));
+  }
+  if (!result.status.ok()) return result;
+
+  const KeyedLock::Hold hold(&keys_, {PageLock(meta.key)});
+  if (const auto held = index_.Find(meta.key); held.has_value() && !held->quarantined) {
+    index_.Touch({&meta.key, 1}, /*read=*/false);
+    result.already_present = true;
+    result.checksum = held->checksum;
+    return result;
+  }
+  const std::string header = EncodePageRecordHeader(meta);
+  const uint64_t record_bytes = header.size() + page.body.size();
+  result.status = WaitForRoom(record_bytes, deadline);
+  if (!result.status.ok()) return result;
+  auto range = segments_->Reserve(record_bytes);
+  if (!range.ok()) {
+    result.status = range.status();
+    return result;
+  }
+  const absl::Status written = range->segment->file->WriteAt(
+      range->offset, std::as_bytes(std::span(header.data(), header.size())), page.body);
+  if (!written.ok()) {
+    segments_->Abandon(*range);
+    result.status = absl::IsResourceExhausted(written)
+                        ? StoreFullError(written.message(), record_bytes, 0)
+                        : written;
+    return result;
+  }
+  segments_->Commit(*range);
+  PagePlace place{range->segment, range->offset, static_cast<uint32_t>(header.size()),
+                  page.body.size()};
+  const absl::Status indexed = db_->PutPage(meta.key, header, place.segment->id, place.offset,
+                                            /*quarantined=*/false);
+  if (!indexed.ok()) {
+    range->segment->live_bytes.fetch_sub(SegmentFiles::Footprint(record_bytes),
+                                         std::memory_order_relaxed);
+    result.status = Fail(indexed);
+    return result;
+  }
+  index_.Publish(meta, place, /*quarantined=*/false);
+  counters_.pages_put.fetch_add(1, std::memory_order_relaxed);
+  counters_.bytes_put.fetch_add(page.body.size(), std::memory_order_relaxed);
+  result.checksum = meta.checksum;
+  return result;
+}
+
+std::vector<PutPageResult> RocksdbPageStore::PutPages(std::span<const PutPage> pages,
+                                                      Durability level, MonotonicTime deadline) {
+  std::vector<PutPageResult> results(pages.size());
+  for (size_t i = 0; i < pages.size(); ++i) {
+    results[i].status = CheckNotFailed();
+    if (results[i].status.ok() && deadline <= options_.clock->MonotonicNow()) {
+      results[i].status = DeadlineError("put page");
+    }
+    if (results[i].status.ok()) results[i] = PutOne(pages[i], deadline);
+  }
+  if (level != Durability::kLocal ||
+      std::none_of(results.begin(), results.end(),
+                   [](const PutPageResult& r) { return r.status.ok(); })) {
+    return results;
+  }
+  const absl::Status durable = Barrier(level, deadline);
+  if (durable.ok()) return results;
+  for (PutPageResult& result : results) {
+    if (result.status.ok()) result.status = durable;
+  }
+  return results;
+}
+
+void RocksdbPageStore::QuarantineAt(const PageKey& key, const PagePlace& place,
+                                    const absl::Status& cause) {
+  const KeyedLock::Hold hold(&keys_, {PageLock(key)});
+  if (!index_.Quarantine(key, place)) return;
+  counters_.pages_quarantined.fetch_add(1, std::memory_order_relaxed);
+  LogWarning("store", "page quarantined: ", cause.message());
+  // If the flag cannot be written, the next reader finds the damage again.
+  if (const absl::Status s = db_->MarkQuarantined(key); !s.ok()) {
+    LogWarning("store", "quarantine not recorded: ", s.ToString());
+  }
+}
+
+GetPageResult RocksdbPageStore::GetOne(const GetPage& page, std::string* header) {
+  GetPageResult result;
+  const std::optional<IndexedPage> held = index_.Find(page.key);
+  if (!held.has_value()) return result;
+  if (held->quarantined) {
+    result.outcome = GetOutcome::kQuarantined;
+    return result;
+  }
+  if (page.expected.has_value() && *page.expected != held->checksum) return result;
+  const PagePlace& place = held->place;
+  if (page.body.size() != place.body_bytes) {
+    result.status = absl::InvalidArgumentError(
+        absl::StrCat("get page ", page.key.digest.ToShortHex(), ": buffer of ", page.body.size(),
+                     " bytes, the page has ", place.body_bytes));
+    return result;
+  }
+  header->resize(place.header_bytes);
+  const auto read = place.segment->file->ReadAt(
+      place.offset, std::as_writable_bytes(std::span(header->data(), header->size())), page.body);
+  if (!read.ok()) {
+    result.status = read.status();
+    return result;
+  }
+  const absl::Status verified =
+      *read == place.record_bytes()
+          ? VerifyPageRecord(*header, page.body, page.key, held->checksum)
+          : absl::DataLossError(absl::StrCat("page record of ", page.key.digest.ToShortHex(), ": ",
+                                             *read, " of ", place.record_bytes(), " bytes"));
+  if (!verified.ok()) {
+    QuarantineAt(page.key, place, verified);
+    result.outcome = GetOutcome::kQuarantined;
+    return result;
+  }
+  result.outcome = GetOutcome::kHit;
+  result.checksum = held->checksum;
+  return result;
+}
+
+std::vector<GetPageResult> RocksdbPageStore::GetPages(std::span<const GetPage> pages,
+                                                      MonotonicTime deadline) {
+  std::vector<GetPageResult> results(pages.size());
+  std::vector<PageKey> hits;
+  std::string header;
+  for (size_t i = 0; i < pages.size(); ++i) {
+    if (deadline <= options_.clock->MonotonicNow()) {
+      results[i].status = DeadlineError("get page");
+      continue;
+    }
+    results[i] = GetOne(pages[i], &header);
+    if (!results[i].status.ok()) continue;
+    if (results[i].outcome == GetOutcome::kHit) {
+      hits.push_back(pages[i].key);
+      counters_.pages_got.fetch_add(1, std::memory_order_relaxed);
+      counters_.bytes_got.fetch_add(pages[i].body.size(), std::memory_order_relaxed);
+    } else {
+      counters_.pages_missed.fetch_add(1, std::memory_order_relaxed);
+    }
+  }
+  index_.Touch(hits, /*read=*/true);
+  return results;
+}
+
+absl::StatusOr<std::vector<LookupResult>> RocksdbPageStore::LookupPages(
+    std::span<const PageKey> keys, MonotonicTime deadline) {
+  std::vector<LookupResult> results(keys.size());
+  for (size_t i = 0; i < keys.size(); ++i) {
+    const std::optional<IndexedPage> held = index_.Find(keys[i]);
+    if (!held.has_value()) continue;
+    results[i].present = !held->quarantined;
+    results[i].quarantined = held->quarantined;
+    results[i].checksum = held->checksum;
+    results[i].body_bytes = held->place.body_bytes;
+  }
+  return results;
+}
+
+absl::StatusOr<uint64_t> RocksdbPageStore::DeletePages(std::span<const PageKey> keys,
+                                                       MonotonicTime deadline) {
+  uint64_t deleted = 0;
+  for (const PageKey& key : keys) {
+    PT_RETURN_IF_ERROR(CheckNotFailed());
+    if (deadline <= options_.clock->MonotonicNow()) return DeadlineError("delete pages");
+    const KeyedLock::Hold hold(&keys_, {PageLock(key)});
+    if (!index_.Erase(key).has_value()) continue;
+    if (const absl::Status s = db_->DeletePage(key); !s.ok()) return Fail(s);
+    ++deleted;
+  }
+  return deleted;
+}
+
+// ---- manifests ---------------------------------------------------------------------------------
+
+absl::StatusOr<std::optional<ManifestRecord>> RocksdbPageStore::ReadManifest(
+    absl::string_view name) const {
+  PT_ASSIGN_OR_RETURN(const std::optional<std::string> bytes, db_->Get(Table::kManifests, name));
+  if (!bytes.has_value()) return std::optional<ManifestRecord>();
+  PT_ASSIGN_OR_RETURN(ManifestRecord manifest, ParseManifest(*bytes));
+  if (manifest.name != name) {
+    return absl::DataLossError(
+        absl::StrCat("manifest ", name, ": carries the name ", manifest.name));
+  }
+  return std::optional<ManifestRecord>(std::move(manifest));
+}
+
+absl::Status RocksdbPageStore::CheckFence(const std::optional<WriteFence>& fence) const {
+  if (!fence.has_value()) return absl::OkStatus();
+  PT_ASSIGN_OR_RETURN(const StoreRecord owner, ReadRecord("owner", fence->ownership_key));
+  if (owner.version == fence->epoch) return absl::OkStatus();
+  return StaleEpochError(absl::StrCat("owner of ", fence->ownership_key), owner.version,
+                         fence->epoch);
+}
+
+absl::StatusOr<PutManifestResult> RocksdbPageStore::PutManifest(
+    const ManifestRecord& manifest, uint64_t expected_version,
+    const std::optional<WriteFence>& fence, MonotonicTime deadline) {
+  PT_RETURN_IF_ERROR(CheckStoreName("manifest name", manifest.name));
+  PT_RETURN_IF_ERROR(CheckNotFailed());
+  std::vector<std::string> locks = {ManifestLock(manifest.name)};
+  if (fence.has_value()) locks.push_back(RecordLock("owner", fence->ownership_key));
+  const KeyedLock::Hold hold(&keys_, std::move(locks));
+  PT_RETURN_IF_ERROR(CheckFence(fence));
+  PT_ASSIGN_OR_RETURN(const std::optional<ManifestRecord> old, ReadManifest(manifest.name));
+  const uint64_t current = old.has_value() ? old->version : 0;
+  if (current != expected_version) {
+    // The same save, retried after its answer was lost.
+    if (current == expected_version + 1 && !manifest.request_id.empty() &&
+        old->request_id == manifest.request_id) {
+      return PutManifestResult{true, current, {}};
+    }
+    return VersionMismatchError(absl::StrCat("manifest ", manifest.name), current,
+                                expected_version);
+  }
+  PutManifestResult result;
+  result.missing = index_.Protect(manifest.pages);
+  if (!result.missing.empty()) return result;
+  // From here on the pages are protected; they stay so only if the manifest gets written.
+  const absl::Status durable = Barrier(Durability::kLocal, deadline);
+  if (!durable.ok()) {
+    index_.Unprotect(manifest.pages);
+    return durable;
+  }
+  result.missing = index_.Missing(manifest.pages);  // quarantined during the barrier
+  if (!result.missing.empty()) {
+    index_.Unprotect(manifest.pages);
+    return result;
+  }
+  ManifestRecord stored = manifest;
+  stored.version = expected_version + 1;
+  const absl::Status written =
+      db_->PutSynced(Table::kManifests, manifest.name, EncodeManifest(stored));
+  // If the write failed it may still be on disk: the pages stay protected until the store is
+  // reopened.
+  if (!written.ok()) return Fail(written);
+  if (old.has_value()) {
+    index_.Unprotect(old->pages);
+  } else {
+    counters_.manifests.fetch_add(1, std::memory_order_relaxed);
+  }
+  result.committed = true;
+  result.version = stored.version;
+  return result;
+}
+
+absl::StatusOr<ManifestRecord> RocksdbPageStore::GetManifest(absl::string_view name,
+                                                             MonotonicTime deadline) {
+  PT_ASSIGN_OR_RETURN(std::optional<ManifestRecord> manifest, ReadManifest(name));
+  if (!manifest.has_value()) return absl::NotFoundError(absl::StrCat("manifest ", name));
+  return *std::move(manifest);
+}
+
+absl::StatusOr<std::vector<ManifestRecord>> RocksdbPageStore::ListManifests(
+    absl::string_view name_prefix, absl::string_view after, size_t limit, MonotonicTime deadline) {
+  std::vector<ManifestRecord> manifests;
+  if (limit == 0) return manifests;
+  PT_RETURN_IF_ERROR(db_->Scan(Table::kManifests, name_prefix, after,
+                               [&](absl::string_view name, absl::string_view value) {
+                                 absl::StatusOr<ManifestRecord> manifest = ParseManifest(value);
+                                 if (!manifest.ok())
+                                   return true;  // reading it by name says what is wrong
+                                 manifest->pages.clear();
+                                 manifest->payload.clear();
+                                 manifests.push_back(*std::move(manifest));
+                                 return manifests.size() < limit;
+                               }));
+  return manifests;
+}
+
+absl::Status RocksdbPageStore::DeleteManifest(absl::string_view name, uint64_t expected_version,
+                                              const std::optional<WriteFence>& fence,
+                                              MonotonicTime deadline) {
+  PT_RETURN_IF_ERROR(CheckNotFailed());
+  std::vector<std::string> locks = {ManifestLock(name)};
+  if (fence.has_value()) locks.push_back(RecordLock("owner", fence->ownership_key));
+  const KeyedLock::Hold hold(&keys_, std::move(locks));
+  PT_RETURN_IF_ERROR(CheckFence(fence));
+  PT_ASSIGN_OR_RETURN(const std::optional<ManifestRecord> old, ReadManifest(name));
+  if (!old.has_value()) return absl::NotFoundError(absl::StrCat("delete manifest ", name));
+  if (old->version != expected_version) {
+    return VersionMismatchError(absl::StrCat("manifest ", name), old->version, expected_version);
+  }
+  if (const absl::Status s = db_->DeleteSynced(Table::kManifests, name); !s.ok()) return Fail(s);
+  index_.Unprotect(old->pages);
+  counters_.manifests.fetch_sub(1, std::memory_order_relaxed);
+  return absl::OkStatus();
+}
+
+// ---- records and leases ------------------------------------------------------------------------
+
+absl::StatusOr<StoreRecord> RocksdbPageStore::ReadRecord(absl::string_view kind,
+                                                         absl::string_view key) const {
+  StoreRecord record;
+  record.key = std::string(key);
+  PT_ASSIGN_OR_RETURN(const std::optional<std::string> bytes,
+                      db_->Get(Table::kRecords, RecordRow(kind, key)));
+  if (!bytes.has_value()) return record;
+  LittleEndianReader in(*bytes);
+  record.version = in.Take<uint64_t>();
+  if (!in.ok()) return absl::DataLossError(absl::StrCat("record ", kind, "/", key, ": too short"));
+  record.value = std::string(in.rest());
+  return record;
+}
+
+absl::StatusOr<uint64_t> RocksdbPageStore::CompareAndSetRecord(
+    absl::string_view kind, absl::string_view key, uint64_t expected_version,
+    std::optional<absl::string_view> value, MonotonicTime deadline) {
+  PT_RETURN_IF_ERROR(CheckStoreName("record kind", kind));
+  PT_RETURN_IF_ERROR(CheckStoreName("record key", key));
+  if (value.has_value() && value->size() > kMaxRecordValueBytes) {
+    return absl::InvalidArgumentError(
+        absl::StrCat("record value has ", value->size(), " bytes, at most ", kMaxRecordValueBytes));
+  }
+  PT_RETURN_IF_ERROR(CheckNotFailed());
+  const KeyedLock::Hold hold(&keys_, {RecordLock(kind, key)});
+  PT_ASSIGN_OR_RETURN(const StoreRecord current, ReadRecord(kind, key));
+  if (current.version != expected_version) {
+    return VersionMismatchError(absl::StrCat("record ", kind, "/", key), current.version,
+                                expected_version);
+  }
+  const uint64_t version = expected_version + 1;
+  absl::Status written;
+  if (value.has_value()) {
+    std::string bytes;
+    AppendLittleEndian<uint64_t>(&bytes, version);
+    bytes.append(value->data(), value->size());
+    written = db_->PutSynced(Table::kRecords, RecordRow(kind, key), bytes);
+  } else {
+    written = db_->DeleteSynced(Table::kRecords, RecordRow(kind, key));
+  }
+  if (!written.ok()) return Fail(written);
+  return version;
+}
+
+absl::StatusOr<StoreRecord> RocksdbPageStore::GetRecord(absl::string_view kind,
+                                                        absl::string_view key,
+                                                        MonotonicTime deadline) {
+  PT_ASSIGN_OR_RETURN(StoreRecord record, ReadRecord(kind, key));
+  if (record.version == 0) return absl::NotFoundError(absl::StrCat("record ", kind, "/", key));
+  return record;
+}
+
+absl::StatusOr<std::vector<StoreRecord>> RocksdbPageStore::ListRecords(absl::string_view kind,
+                                                                       absl::string_view key_prefix,
+                                                                       absl::string_view after,
+                                                                       size_t limit,
+                                                                       MonotonicTime deadline) {
+  std::vector<StoreRecord> records;
+  if (limit == 0) return records;
+  const std::string kind_prefix = RecordRow(kind, "");
+  PT_RETURN_IF_ERROR(db_->Scan(Table::kRecords, RecordRow(kind, key_prefix),
+                               after.empty() ? "" : RecordRow(kind, after),
+                               [&](absl::string_view row, absl::string_view value) {
+                                 LittleEndianReader in(value);
+                                 StoreRecord record;
+                                 record.key = std::string(row.substr(kind_prefix.size()));
+                                 record.version = in.Take<uint64_t>();
+                                 record.value = std::string(in.rest());
+                                 if (in.ok()) records.push_back(std::move(record));
+                                 return records.size() < limit;
+                               }));
+  return records;
+}
+
+absl::StatusOr<StoreLease> RocksdbPageStore::AcquireLease(absl::string_view name,
+                                                          uint64_t incarnation, absl::Duration ttl,
+                                                          MonotonicTime deadline) {
+  PT_RETURN_IF_ERROR(CheckNotFailed());
+  const KeyedLock::Hold hold(&keys_, {absl::StrCat("l", name)});
+  PT_ASSIGN_OR_RETURN(const StoreLease lease, leases_.Propose(name, incarnation, ttl));
+  std::string value;
+  AppendLittleEndian<uint64_t>(&value, lease.incarnation);
+  AppendLittleEndian<uint64_t>(&value, lease.epoch);
+  AppendLittleEndian<uint64_t>(&value, static_cast<uint64_t>(absl::ToInt64Nanoseconds(ttl)));
+  if (const absl::Status s = db_->PutSynced(Table::kLeases, name, value); !s.ok()) return Fail(s);
+  leases_.Grant(lease, ttl);
+  return lease;
+}
+
+absl::Status RocksdbPageStore::RenewLease(const StoreLease& lease, absl::Duration ttl,
+                                          MonotonicTime deadline) {
+  return leases_.Renew(lease, ttl);
+}
+
+absl::Status RocksdbPageStore::ReleaseLease(const StoreLease& lease, MonotonicTime deadline) {
+  return leases_.Release(lease);
+}
+
+// ---- residency and statistics ------------------------------------------------------------------
+
+absl::Status RocksdbPageStore::Watch(const WatchCallback& on_events, MonotonicTime deadline) {
+  return FollowResidency(
+      index_.feed(), options_.clock, deadline,
+      [this](uint64_t* next_number) { return index_.Snapshot(next_number); }, on_events);
+}
+
+absl::StatusOr<StoreStats> RocksdbPageStore::GetStats(MonotonicTime deadline) {
+  const PageIndex::Totals totals = index_.totals();
+  StoreStats stats;
+  stats.pages = totals.pages;
+  stats.logical_bytes = totals.logical_bytes;
+  stats.pages_ever_read = totals.pages_ever_read;
+  stats.physical_bytes = PhysicalBytes();
+  stats.capacity_bytes = options_.capacity_bytes;
+  stats.pages_put = counters_.pages_put.load(std::memory_order_relaxed);
+  stats.pages_got = counters_.pages_got.load(std::memory_order_relaxed);
+  stats.pages_missed = counters_.pages_missed.load(std::memory_order_relaxed);
+  stats.pages_evicted = counters_.pages_evicted.load(std::memory_order_relaxed);
+  stats.pages_quarantined = counters_.pages_quarantined.load(std::memory_order_relaxed);
+  stats.bytes_put = counters_.bytes_put.load(std::memory_order_relaxed);
+  stats.bytes_got = counters_.bytes_got.load(std::memory_order_relaxed);
+  stats.manifests = counters_.manifests.load(std::memory_order_relaxed);
+  stats.engine = "rocksdb+segments";
+  if (!CheckNotFailed().ok()) {
+    stats.state = "failed";
+  } else if (full_.load(std::memory_order_relaxed)) {
+    stats.state = "full";
+  }
+  return stats;
+}
+
+}  // namespace pagetide

@@ -1,0 +1,190 @@
+// RocksdbPageStore: the embedded page store. Bodies lie in segment files, the index, manifests,
+// records and leases in RocksDB (ADR 0001, docs/store_format.md).
+//
+// Levels: CACHE and PROCESS are in the kernel's page cache when acknowledged; LOCAL is fsynced, in
+// groups: all who wait for a barrier share one. After a failed fsync nothing is acknowledged any
+// more and every write answers UNAVAILABLE (STORE_FAILED) until the store is opened again; reads go
+// on. Capacity is physical bytes of segments and index. A background thread drops what no manifest
+// protects, oldest first, empties half-dead segments and records the order of accesses. Above the
+// engine, a guard refuses puts (RESOURCE_EXHAUSTED, STORE_FULL) while the disk has less than
+// min_free_bytes. Thread-safe. Reads take no lock while they wait for the disk.
+#ifndef PAGETIDE_KVSTORE_ROCKSDB_PAGE_STORE_H_
+#define PAGETIDE_KVSTORE_ROCKSDB_PAGE_STORE_H_
+
+#include <atomic>
+#include <memory>
+#include <optional>
+#include <string>
+#include <thread>
+#include <vector>
+
+#include "base/mutex.h"
+#include "base/status_macros.h"
+#include "core/page_store.h"
+#include "kvstore/file_system.h"
+#include "kvstore/keyed_lock.h"
+#include "kvstore/lease_book.h"
+#include "kvstore/page_index.h"
+#include "kvstore/segment_files.h"
+#include "kvstore/store_database.h"
+
+namespace pagetide {
+
+struct RocksdbPageStoreOptions {
+  // Folder of the store; made if absent. One process at a time (RocksDB's lock file).
+  std::string dir;
+  // Physical bytes that segments and index may take. 0: bounded by the disk only.
+  uint64_t capacity_bytes = 0;
+  // Length of a segment file. 0: a sixteenth of the capacity, within 1 MiB and 64 MiB.
+  uint64_t segment_bytes = 0;
+  // Puts are refused while the disk has less than this free, so that the index can always be
+  // written.
+  uint64_t min_free_bytes = uint64_t{128} << 20;
+  // How long a put waits for reclaim when the store is at its capacity.
+  absl::Duration put_wait = absl::Seconds(2);
+  // How often access order is written. What is newer is lost in a crash: recency only.
+  absl::Duration access_period = absl::Seconds(10);
+  const Clock* clock = Clock::Real();
+  FileSystem* file_system = FileSystem::Posix();
+  rocksdb::Env* index_env = nullptr;  // null: the machine's
+
+  // INVALID_ARGUMENT names the field and the numbers.
+  absl::Status Validate() const;
+};
+
+class RocksdbPageStore final : public PageStore {
+ public:
+  struct Recovery {
+    uint64_t pages = 0;
+    uint64_t verified_records = 0;     // beyond the durable length: read and compared
+    uint64_t dropped_entries = 0;      // whose record had not reached the disk, or is unknown
+    uint64_t lost_manifest_pages = 0;  // named by a manifest and absent: must be 0
+    absl::Duration took;
+  };
+
+  static absl::StatusOr<std::unique_ptr<RocksdbPageStore>> Open(RocksdbPageStoreOptions options);
+  // Joins the background thread and writes the access order. Does not fsync.
+  ~RocksdbPageStore() override;
+
+  std::vector<PutPageResult> PutPages(std::span<const PutPage> pages, Durability level,
+                                      MonotonicTime deadline) override;
+  std::vector<GetPageResult> GetPages(std::span<const GetPage> pages,
+                                      MonotonicTime deadline) override;
+  absl::StatusOr<std::vector<LookupResult>> LookupPages(std::span<const PageKey> keys,
+                                                        MonotonicTime deadline) override;
+  absl::StatusOr<uint64_t> DeletePages(std::span<const PageKey> keys,
+                                       MonotonicTime deadline) override;
+  absl::Status Barrier(Durability level, MonotonicTime deadline) override;
+  absl::StatusOr<PutManifestResult> PutManifest(const ManifestRecord& manifest,
+                                                uint64_t expected_version,
+                                                const std::optional<WriteFence>& fence,
+                                                MonotonicTime deadline) override;
+  absl::StatusOr<ManifestRecord> GetManifest(absl::string_view name,
+                                             MonotonicTime deadline) override;
+  absl::StatusOr<std::vector<ManifestRecord>> ListManifests(absl::string_view name_prefix,
+                                                            absl::string_view after, size_t limit,
+                                                            MonotonicTime deadline) override;
+  absl::Status DeleteManifest(absl::string_view name, uint64_t expected_version,
+                              const std::optional<WriteFence>& fence,
+                              MonotonicTime deadline) override;
+  absl::StatusOr<uint64_t> CompareAndSetRecord(absl::string_view kind, absl::string_view key,
+                                               uint64_t expected_version,
+                                               std::optional<absl::string_view> value,
+                                               MonotonicTime deadline) override;
+  absl::StatusOr<StoreRecord> GetRecord(absl::string_view kind, absl::string_view key,
+                                        MonotonicTime deadline) override;
+  absl::StatusOr<std::vector<StoreRecord>> ListRecords(absl::string_view kind,
+                                                       absl::string_view key_prefix,
+                                                       absl::string_view after, size_t limit,
+                                                       MonotonicTime deadline) override;
+  absl::StatusOr<StoreLease> AcquireLease(absl::string_view name, uint64_t incarnation,
+                                          absl::Duration ttl, MonotonicTime deadline) override;
+  absl::Status RenewLease(const StoreLease& lease, absl::Duration ttl,
+                          MonotonicTime deadline) override;
+  absl::Status ReleaseLease(const StoreLease& lease, MonotonicTime deadline) override;
+  absl::Status Watch(const WatchCallback& on_events, MonotonicTime deadline) override;
+  absl::StatusOr<StoreStats> GetStats(MonotonicTime deadline) override;
+  absl::StatusOr<ScrubResult> Scrub(uint64_t max_pages, MonotonicTime deadline) override;
+  absl::StatusOr<uint64_t> Compact(MonotonicTime deadline) override;
+
+  const Recovery& recovery() const { return recovery_; }
+
+ private:
+  struct Counters {  // relaxed: statistics
+    std::atomic<uint64_t> pages_put{0}, pages_got{0}, pages_missed{0}, pages_evicted{0};
+    std::atomic<uint64_t> pages_quarantined{0}, bytes_put{0}, bytes_got{0}, manifests{0};
+  };
+
+  explicit RocksdbPageStore(RocksdbPageStoreOptions options);
+  // recovery (rocksdb_page_store_recovery.cc)
+  absl::Status Recover();
+  absl::Status RecoverPages();
+  absl::Status RecoverManifestsAndLeases();
+  // Whether the record at `place` is undamaged. Reads all of it.
+  absl::Status VerifyOnDisk(const PageKey& key, const PagePlace& place,
+                            const Checksum128& checksum);
+
+  PutPageResult PutOne(const PutPage& page, MonotonicTime deadline);
+  GetPageResult GetOne(const GetPage& page, std::string* header);
+  void QuarantineAt(const PageKey& key, const PagePlace& place, const absl::Status& cause);
+  absl::Status CheckFence(const std::optional<WriteFence>& fence) const;
+  // Version 0 when there is none.
+  absl::StatusOr<StoreRecord> ReadRecord(absl::string_view kind, absl::string_view key) const;
+  absl::StatusOr<std::optional<ManifestRecord>> ReadManifest(absl::string_view name) const;
+
+  // OK, or STORE_FAILED once an fsync or an index write was refused.
+  absl::Status CheckNotFailed() const ABSL_LOCKS_EXCLUDED(barrier_mu_);
+  // Makes the failure stick and returns it.
+  absl::Status Fail(const absl::Status& cause) ABSL_LOCKS_EXCLUDED(barrier_mu_);
+  absl::Status SyncAll();
+
+  // reclaim (rocksdb_page_store_reclaim.cc)
+  absl::Status WaitForRoom(uint64_t bytes, MonotonicTime deadline);
+  uint64_t PhysicalBytes() const {
+    return segments_->TotalBytes() + index_bytes_.load(std::memory_order_relaxed);
+  }
+  void RunUpkeep();
+  // Brings physical bytes to at most `target`. Returns bytes given back; stops when nothing may go.
+  absl::StatusOr<uint64_t> ReclaimTo(uint64_t target);
+  uint64_t EvictPages(uint64_t bytes);
+  // Moves what is live out of the segment and deletes it.
+  absl::Status EmptySegment(const std::shared_ptr<Segment>& segment);
+  void WriteAccessOrder();
+
+  const RocksdbPageStoreOptions options_;
+  const uint64_t segment_bytes_;
+  std::unique_ptr<StoreDatabase> db_;       // const after Open
+  std::unique_ptr<SegmentFiles> segments_;  // const after Open
+  Recovery recovery_;                       // const after Open
+  PageIndex index_;
+  LeaseBook leases_;
+  // Keys: "p" + page key, "m" + manifest name, "r" + record row, "l" + lease name. Never nested.
+  KeyedLock keys_;
+  Counters counters_;
+  std::atomic<uint64_t> index_bytes_{0};  // relaxed: refreshed by upkeep
+  std::atomic<bool> full_{false};         // relaxed: for GetStats
+  Mutex reclaim_mu_;                      // one reclaim at a time; held during its I/O
+
+  Mutex scrub_mu_;  // one scrub at a time; held during its I/O
+  std::optional<PageKey> scrub_cursor_ ABSL_GUARDED_BY(scrub_mu_);
+
+  mutable Mutex barrier_mu_;
+  CondVar barrier_done_;
+  uint64_t barriers_requested_ ABSL_GUARDED_BY(barrier_mu_) = 0;
+  uint64_t barriers_done_ ABSL_GUARDED_BY(barrier_mu_) = 0;
+  bool barrier_running_ ABSL_GUARDED_BY(barrier_mu_) = false;
+  std::optional<absl::Status> failure_ ABSL_GUARDED_BY(barrier_mu_);
+
+  Mutex upkeep_mu_;
+  CondVar upkeep_wake_;
+  CondVar room_made_;
+  bool stopping_ ABSL_GUARDED_BY(upkeep_mu_) = false;
+  bool room_wanted_ ABSL_GUARDED_BY(upkeep_mu_) = false;
+  uint64_t reclaims_done_ ABSL_GUARDED_BY(upkeep_mu_) = 0;
+  uint64_t access_written_ = 0;  // owned by the upkeep thread
+  std::thread upkeep_;
+};
+
+}  // namespace pagetide
+
+#endif  // PAGETIDE_KVSTORE_ROCKSDB_PAGE_STORE_H_

@@ -1,0 +1,285 @@
+// Space of RocksdbPageStore: the guards before a put, eviction, emptying of segments, scrub.
+#include <algorithm>
+#include <utility>
+
+#include "absl/strings/str_cat.h"
+#include "base/log.h"
+#include "kvstore/rocksdb_page_store.h"
+#include "kvstore/store_errors.h"
+
+namespace pagetide {
+namespace {
+
+// Reclaim starts above 15/16 of the capacity and goes down to 14/16, so that puts rarely wait.
+uint64_t HighWater(uint64_t capacity) {
+  return capacity / 16 * 15;
+}
+uint64_t LowWater(uint64_t capacity) {
+  return capacity / 16 * 14;
+}
+
+}  // namespace
+
+absl::Status RocksdbPageStore::WaitForRoom(uint64_t bytes, MonotonicTime deadline) {
+  const auto free = options_.file_system->FreeBytes(options_.dir);
+  if (!free.ok()) return free.status();
+  if (*free < options_.min_free_bytes + bytes) {
+    full_.store(true, std::memory_order_relaxed);
+    return StoreFullError("put page: disk", options_.min_free_bytes + bytes, *free);
+  }
+  if (options_.capacity_bytes == 0) {
+    full_.store(false, std::memory_order_relaxed);
+    return absl::OkStatus();
+  }
+  if (PhysicalBytes() + bytes > HighWater(options_.capacity_bytes)) {
+    const MonotonicTime give_up =
+        std::min(deadline, options_.clock->MonotonicNow() + options_.put_wait);
+    MutexLock lock(&upkeep_mu_);
+    room_wanted_ = true;
+    upkeep_wake_.SignalAll();
+    // Room for the survivors of one segment stays free, or reclaim itself could not go on.
+    const uint64_t seen = reclaims_done_;
+    while (PhysicalBytes() + bytes + segment_bytes_ > options_.capacity_bytes && !stopping_) {
+      const absl::Duration left = give_up - options_.clock->MonotonicNow();
+      // Two rounds of reclaim that made no room: everything that is left is protected.
+      if (left <= absl::ZeroDuration() || reclaims_done_ >= seen + 2) {
+        full_.store(true, std::memory_order_relaxed);
+        const uint64_t used = PhysicalBytes() + segment_bytes_;
+        return StoreFullError("put page: capacity", bytes,
+                              options_.capacity_bytes > used ? options_.capacity_bytes - used : 0);
+      }
+      room_wanted_ = true;
+      upkeep_wake_.SignalAll();
+      room_made_.WaitWithTimeout(&upkeep_mu_, left);
+    }
+  }
+  full_.store(false, std::memory_order_relaxed);
+  return absl::OkStatus();
+}
+
+void RocksdbPageStore::RunUpkeep() {
+  MonotonicTime next_access = options_.clock->MonotonicNow() + options_.access_period;
+  for (bool stop = false; !stop;) {
+    {
+      MutexLock lock(&upkeep_mu_);
+      if (!stopping_ && !room_wanted_) upkeep_wake_.WaitWithTimeout(&upkeep_mu_, absl::Seconds(1));
+      stop = stopping_;
+      room_wanted_ = false;
+    }
+    index_bytes_.store(db_->PhysicalBytes(), std::memory_order_relaxed);
+    if (!stop && options_.capacity_bytes != 0 &&
+        PhysicalBytes() > LowWater(options_.capacity_bytes) && CheckNotFailed().ok()) {
+      const auto reclaimed = ReclaimTo(LowWater(options_.capacity_bytes));
+      if (!reclaimed.ok()) LogWarning("store", "reclaim: ", reclaimed.status().ToString());
+    }
+    {
+      MutexLock lock(&upkeep_mu_);
+      ++reclaims_done_;
+    }
+    room_made_.SignalAll();
+    if (stop || next_access <= options_.clock->MonotonicNow()) {
+      WriteAccessOrder();
+      next_access = options_.clock->MonotonicNow() + options_.access_period;
+    }
+  }
+}
+
+void RocksdbPageStore::WriteAccessOrder() {
+  constexpr size_t kMaxAtOnce = 1 << 16;
+  if (!CheckNotFailed().ok()) return;
+  const auto accesses = index_.AccessedSince(access_written_, kMaxAtOnce);
+  if (accesses.empty()) return;
+  const absl::Status s = db_->WriteAccessNumbers(accesses);
+  if (!s.ok()) {
+    LogWarning("store", "access order not written: ", s.ToString());
+    return;
+  }
+  access_written_ = accesses.front().second;
+}
+
+uint64_t RocksdbPageStore::EvictPages(uint64_t bytes) {
+  uint64_t freed = 0;
+  for (const PageKey& key : index_.PickVictims(bytes)) {
+    const KeyedLock::Hold hold(&keys_, {absl::StrCat("p", key.digest.view())});
+    const std::optional<PagePlace> place = index_.Erase(key);
+    if (!place.has_value()) continue;  // protected or gone in the meantime
+    if (const absl::Status s = db_->DeletePage(key); !s.ok()) {
+      Fail(s).IgnoreError();
+      return freed;
+    }
+    freed += SegmentFiles::Footprint(place->record_bytes());
+    counters_.pages_evicted.fetch_add(1, std::memory_order_relaxed);
+  }
+  return freed;
+}
+
+absl::Status RocksdbPageStore::EmptySegment(const std::shared_ptr<Segment>& segment) {
+  struct Move {
+    PageKey key;
+    PagePlace from;
+    SegmentFiles::Range range;
+    std::string header;
+  };
+  std::vector<Move> moves;
+  std::vector<std::byte> body;
+  absl::Status status;
+  for (const PageKey& key : index_.KeysIn(segment->id)) {
+    const std::optional<IndexedPage> page = index_.Find(key);
+    if (!page.has_value() || page->place.segment != segment) continue;
+    const PagePlace& place = page->place;
+    Move move{key, place, {}, std::string(place.header_bytes, '\0')};
+    body.resize(place.body_bytes);
+    const auto read = place.segment->file->ReadAt(
+        place.offset, std::as_writable_bytes(std::span(move.header.data(), move.header.size())),
+        std::span(body));
+    if (!read.ok()) {
+      status = read.status();
+      break;
+    }
+    const absl::Status verified = VerifyPageRecord(move.header, body, key, page->checksum);
+    if (!verified.ok()) {
+      // Damaged: its bytes are of no use to anybody. A manifest that names it reads a miss.
+      QuarantineAt(key, place, verified);
+      const KeyedLock::Hold hold(&keys_, {absl::StrCat("p", key.digest.view())});
+      if (index_.EraseQuarantined(key, place)) status = db_->DeletePage(key);
+      if (!status.ok()) break;
+      continue;
+    }
+    auto range = segments_->Reserve(place.record_bytes());
+    if (!range.ok()) {
+      status = range.status();
+      break;
+    }
+    move.range = *std::move(range);
+    status = move.range.segment->file->WriteAt(
+        move.range.offset, std::as_bytes(std::span(move.header.data(), move.header.size())), body);
+    if (!status.ok()) {
+      segments_->Abandon(move.range);
+      break;
+    }
+    segments_->Commit(move.range);
+    moves.push_back(std::move(move));
+  }
+  // Bodies first, then the entries that point to them, then the end of the old place: at each
+  // moment a power cut leaves an entry whose record is whole.
+  if (status.ok()) status = Barrier(Durability::kLocal, MonotonicTime::InfiniteFuture());
+  for (const Move& move : moves) {
+    const PagePlace to{move.range.segment, move.range.offset, move.from.header_bytes,
+                       move.from.body_bytes};
+    bool moved = false;
+    if (status.ok()) {
+      const KeyedLock::Hold hold(&keys_, {absl::StrCat("p", move.key.digest.view())});
+      const std::optional<IndexedPage> now = index_.Find(move.key);
+      if (now.has_value() && now->place.SameAs(move.from)) {
+        status = db_->PutPage(move.key, move.header, to.segment->id, to.offset, now->quarantined);
+        moved = status.ok() && index_.Relocate(move.key, move.from, to);
+        if (!status.ok()) Fail(status).IgnoreError();
+      }
+    }
+    if (!moved) {
+      to.segment->live_bytes.fetch_sub(SegmentFiles::Footprint(to.record_bytes()),
+                                       std::memory_order_relaxed);
+    }
+  }
+  PT_RETURN_IF_ERROR(status);
+  for (const PageKey& key : index_.KeysIn(segment->id)) {
+    const std::optional<IndexedPage> page = index_.Find(key);
+    if (page.has_value() && page->place.segment == segment) {
+      return absl::InternalError(absl::StrCat("empty segment ", segment->id, ": page ",
+                                              key.digest.ToShortHex(), " is still there"));
+    }
+  }
+  PT_RETURN_IF_ERROR(Barrier(Durability::kLocal, MonotonicTime::InfiniteFuture()));
+  PT_RETURN_IF_ERROR(segments_->Delete(segment->id));
+  index_.ForgetSegment(segment->id);
+  const SegmentFiles::DurableLength forgotten{segment->id, 0};
+  return db_->WriteDurableLengths({&forgotten, 1});
+}
+
+absl::StatusOr<uint64_t> RocksdbPageStore::ReclaimTo(uint64_t target) {
+  MutexLock lock(&reclaim_mu_);
+  const uint64_t before = segments_->TotalBytes();
+  bool may_evict = true;
+  for (;;) {
+    if (PhysicalBytes() <= target) break;
+    uint64_t dead = 0;
+    const std::shared_ptr<Segment> segment = segments_->MostDead(&dead);
+    // Half dead: emptying it frees at least what it copies. With nothing left to evict, any gain
+    // counts.
+    if (segment != nullptr && (dead * 2 >= segments_->SizeOf(segment->id) ||
+                               (!may_evict && dead >= segment_bytes_ / 8))) {
+      PT_RETURN_IF_ERROR(EmptySegment(segment));
+      continue;
+    }
+    if (!may_evict) break;
+    may_evict = EvictPages(std::max<uint64_t>(segment_bytes_ / 4, 1)) > 0;
+    // The head may hold the dead bytes: end it, so that it can be chosen.
+    if (!may_evict) segments_->SealHead(segment_bytes_ / 8);
+  }
+  const uint64_t after = segments_->TotalBytes();
+  return before > after ? before - after : 0;
+}
+
+absl::StatusOr<uint64_t> RocksdbPageStore::Compact(MonotonicTime deadline) {
+  PT_RETURN_IF_ERROR(CheckNotFailed());
+  MutexLock lock(&reclaim_mu_);
+  const uint64_t before = segments_->TotalBytes();
+  segments_->SealHead(/*min_dead_bytes=*/1);
+  // Each segment is emptied at most once, so that this ends under concurrent writes.
+  for (const std::shared_ptr<Segment>& segment : segments_->All()) {
+    if (deadline <= options_.clock->MonotonicNow()) break;
+    const uint64_t size = segments_->SizeOf(segment->id);
+    if (segment->live_bytes.load(std::memory_order_relaxed) * 10 >= size * 9) continue;
+    uint64_t dead = 0;
+    const std::shared_ptr<Segment> best = segments_->MostDead(&dead);
+    if (best == nullptr || dead == 0) break;
+    PT_RETURN_IF_ERROR(EmptySegment(best));
+  }
+  const uint64_t after = segments_->TotalBytes();
+  return before > after ? before - after : 0;
+}
+
+absl::StatusOr<ScrubResult> RocksdbPageStore::Scrub(uint64_t max_pages, MonotonicTime deadline) {
+  ScrubResult result;
+  MutexLock scrub_lock(&scrub_mu_);
+  if (max_pages == 0) scrub_cursor_.reset();
+  // A bounded scrub goes on where the last one ended; it starts again after the last page.
+  bool more = true;
+  while (more && (max_pages == 0 || result.verified_pages < max_pages)) {
+    constexpr size_t kChunk = 1024;
+    const size_t limit =
+        max_pages == 0 ? kChunk : std::min<uint64_t>(kChunk, max_pages - result.verified_pages);
+    std::vector<PageKey> keys;
+    PT_RETURN_IF_ERROR(
+        db_->ForEachPage(scrub_cursor_, [&](const PageKey& key, const StoreDatabase::StoredPage*) {
+          keys.push_back(key);
+          return keys.size() < limit;
+        }));
+    more = keys.size() == limit;
+    for (const PageKey& key : keys) {
+      if (deadline <= options_.clock->MonotonicNow()) {
+        return absl::DeadlineExceededError(
+            absl::StrCat("scrub: deadline after ", result.verified_pages, " pages"));
+      }
+      const std::optional<IndexedPage> page = index_.Find(key);
+      if (!page.has_value() || page->quarantined) continue;
+      const absl::Status verified = VerifyOnDisk(key, page->place, page->checksum);
+      if (absl::IsDataLoss(verified) || absl::IsUnimplemented(verified)) {
+        QuarantineAt(key, page->place, verified);
+        ++result.quarantined_pages;
+      } else if (!verified.ok()) {
+        return verified;
+      }
+      ++result.verified_pages;
+      result.verified_bytes += page->place.body_bytes;
+    }
+    if (more) {
+      scrub_cursor_ = keys.back();
+    } else {
+      scrub_cursor_.reset();
+    }
+  }
+  return result;
+}
+
+}  // namespace pagetide

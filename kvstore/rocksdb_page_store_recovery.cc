@@ -1,0 +1,167 @@
+// Opening and closing of RocksdbPageStore: what a crash left is made consistent before the first
+// call.
+#include <algorithm>
+#include <utility>
+
+#include "absl/container/flat_hash_map.h"
+#include "absl/container/flat_hash_set.h"
+#include "absl/strings/str_cat.h"
+#include "base/log.h"
+#include "kvstore/little_endian.h"
+#include "kvstore/manifest_record.h"
+#include "kvstore/rocksdb_page_store.h"
+
+namespace pagetide {
+
+using Table = StoreDatabase::Table;
+
+absl::StatusOr<std::unique_ptr<RocksdbPageStore>> RocksdbPageStore::Open(
+    RocksdbPageStoreOptions options) {
+  PT_RETURN_IF_ERROR(options.Validate());
+  std::unique_ptr<RocksdbPageStore> store(new RocksdbPageStore(std::move(options)));
+  const MonotonicTime start = store->options_.clock->MonotonicNow();
+  PT_RETURN_IF_ERROR(store->Recover());
+  store->recovery_.took = store->options_.clock->MonotonicNow() - start;
+  const Recovery& r = store->recovery_;
+  LogInfo("store", "opened ", store->options_.dir, ": ", r.pages, " pages, ", r.verified_records,
+          " records verified, ", r.dropped_entries, " entries dropped, ", r.lost_manifest_pages,
+          " manifest pages lost, ", absl::FormatDuration(r.took));
+  store->upkeep_ = std::thread([raw = store.get()] { raw->RunUpkeep(); });
+  return store;
+}
+
+RocksdbPageStore::~RocksdbPageStore() {
+  index_.feed()->Close();
+  {
+    MutexLock lock(&upkeep_mu_);
+    stopping_ = true;
+  }
+  upkeep_wake_.SignalAll();
+  room_made_.SignalAll();
+  if (upkeep_.joinable()) upkeep_.join();
+}
+
+absl::Status RocksdbPageStore::Recover() {
+  PT_RETURN_IF_ERROR(options_.file_system->CreateDirs(options_.dir));
+  PT_ASSIGN_OR_RETURN(db_, StoreDatabase::Open({options_.dir + "/index", options_.index_env}));
+  PT_ASSIGN_OR_RETURN(segments_, SegmentFiles::Open({options_.dir + "/segments",
+                                                     options_.file_system, segment_bytes_}));
+  PT_RETURN_IF_ERROR(RecoverPages());
+  PT_RETURN_IF_ERROR(RecoverManifestsAndLeases());
+  // Also makes durable what a killed process had left in the page cache and we just vouched for.
+  PT_RETURN_IF_ERROR(SyncAll());
+  index_bytes_.store(db_->PhysicalBytes(), std::memory_order_relaxed);
+  return absl::OkStatus();
+}
+
+absl::Status RocksdbPageStore::VerifyOnDisk(const PageKey& key, const PagePlace& place,
+                                            const Checksum128& checksum) {
+  std::string header(place.header_bytes, '\0');
+  std::vector<std::byte> body(place.body_bytes);
+  PT_ASSIGN_OR_RETURN(
+      const uint64_t read,
+      place.segment->file->ReadAt(place.offset,
+                                  std::as_writable_bytes(std::span(header.data(), header.size())),
+                                  std::span(body)));
+  if (read != place.record_bytes()) {
+    return absl::DataLossError(absl::StrCat("page record of ", key.digest.ToShortHex(), ": ", read,
+                                            " of ", place.record_bytes(), " bytes"));
+  }
+  return VerifyPageRecord(header, body, key, checksum);
+}
+
+absl::Status RocksdbPageStore::RecoverPages() {
+  absl::flat_hash_map<uint64_t, uint64_t> durable;
+  PT_ASSIGN_OR_RETURN(const auto lengths, db_->ReadDurableLengths());
+  for (const auto& length : lengths) durable[length.segment] = length.bytes;
+
+  struct Found {
+    uint64_t access_number = 0;
+    PageRecordMeta meta;
+    PagePlace place;
+    bool quarantined = false;
+  };
+  std::vector<Found> found;
+  std::vector<PageKey> unusable;
+  absl::Status status;
+  PT_RETURN_IF_ERROR(db_->ForEachPage(std::nullopt, [&](const PageKey& key,
+                                                        const StoreDatabase::StoredPage* page) {
+    PagePlace place;
+    if (page != nullptr) {
+      place = {segments_->Find(page->segment), page->offset, page->header_bytes,
+               page->header.meta.body_bytes};
+    }
+    if (place.segment == nullptr ||
+        place.offset + place.record_bytes() > segments_->SizeOf(place.segment->id)) {
+      unusable.push_back(key);
+      return true;
+    }
+    if (place.offset + place.record_bytes() > durable[place.segment->id] && !page->quarantined) {
+      ++recovery_.verified_records;
+      const absl::Status ok = VerifyOnDisk(key, place, page->header.meta.checksum);
+      if (!ok.ok() && !absl::IsDataLoss(ok) && !absl::IsUnimplemented(ok)) {
+        status = ok;  // the disk cannot be read: opening would throw good pages away
+        return false;
+      }
+      if (!ok.ok()) {
+        unusable.push_back(key);
+        return true;
+      }
+    }
+    const absl::StatusOr<uint64_t> access = db_->ReadAccessNumber(key);
+    found.push_back(
+        {access.ok() ? *access : 0, page->header.meta, std::move(place), page->quarantined});
+    return true;
+  }));
+  PT_RETURN_IF_ERROR(status);
+  // Their places will be written again: the entries have to go first (SyncAll follows in Recover).
+  for (const PageKey& key : unusable) PT_RETURN_IF_ERROR(db_->DeletePage(key));
+  recovery_.dropped_entries = unusable.size();
+  recovery_.pages = found.size();
+
+  std::stable_sort(found.begin(), found.end(), [](const Found& a, const Found& b) {
+    return a.access_number < b.access_number;
+  });
+  for (const Found& f : found) {
+    f.place.segment->live_bytes.fetch_add(SegmentFiles::Footprint(f.place.record_bytes()),
+                                          std::memory_order_relaxed);
+    index_.Publish(f.meta, f.place, f.quarantined);
+  }
+  if (!found.empty()) {
+    access_written_ = found.back().access_number + found.size();
+    index_.StartAccessNumbersAt(access_written_);
+  }
+  return absl::OkStatus();
+}
+
+absl::Status RocksdbPageStore::RecoverManifestsAndLeases() {
+  uint64_t manifests = 0;
+  PT_RETURN_IF_ERROR(
+      db_->Scan(Table::kManifests, "", "", [&](absl::string_view name, absl::string_view value) {
+        ++manifests;
+        const absl::StatusOr<ManifestRecord> manifest = ParseManifest(value);
+        if (!manifest.ok()) {
+          LogError("store", "manifest ", name, " cannot be read: ", manifest.status().ToString());
+          return true;
+        }
+        recovery_.lost_manifest_pages += index_.Missing(manifest->pages).size();
+        index_.ProtectAnyway(manifest->pages);
+        return true;
+      }));
+  counters_.manifests.store(manifests, std::memory_order_relaxed);
+  if (recovery_.lost_manifest_pages > 0) {
+    LogError("store", recovery_.lost_manifest_pages, " pages that manifests name are absent");
+  }
+  return db_->Scan(Table::kLeases, "", "", [&](absl::string_view name, absl::string_view value) {
+    LittleEndianReader in(value);
+    StoreLease lease;
+    lease.name = std::string(name);
+    lease.incarnation = in.Take<uint64_t>();
+    lease.epoch = in.Take<uint64_t>();
+    const absl::Duration ttl = absl::Nanoseconds(static_cast<int64_t>(in.Take<uint64_t>()));
+    if (in.ok()) leases_.Grant(lease, ttl);
+    return true;
+  });
+}
+
+}  // namespace pagetide

@@ -1,0 +1,283 @@
+#include "kvstore/store_database.h"
+
+#include <rocksdb/db.h>
+#include <rocksdb/env.h>
+#include <rocksdb/options.h>
+#include <rocksdb/write_batch.h>
+
+#include <array>
+#include <cstring>
+
+#include "absl/strings/match.h"
+#include "absl/strings/str_cat.h"
+#include "base/status_macros.h"
+#include "kvstore/little_endian.h"
+
+namespace pagetide {
+namespace {
+
+using Table = StoreDatabase::Table;
+
+constexpr std::array<const char*, StoreDatabase::kNumTables> kTableNames = {
+    "pages", "durable", "access", "manifests", "records", "leases", "meta"};
+constexpr uint8_t kIndexVersion = 1;
+constexpr uint8_t kQuarantinedFlag = 1;
+
+rocksdb::Slice ToSlice(absl::string_view text) {
+  return rocksdb::Slice(text.data(), text.size());
+}
+absl::string_view ToView(const rocksdb::Slice& slice) {
+  return absl::string_view(slice.data(), slice.size());
+}
+
+absl::Status ToStatus(const rocksdb::Status& s, absl::string_view action) {
+  if (s.ok()) return absl::OkStatus();
+  const std::string text = absl::StrCat(action, ": ", s.ToString());
+  if (s.IsNoSpace()) return absl::ResourceExhaustedError(text);
+  if (s.IsCorruption()) return absl::DataLossError(text);
+  return absl::UnavailableError(text);
+}
+
+std::string SegmentKey(uint64_t segment) {
+  std::string key;
+  AppendLittleEndian<uint64_t>(&key, segment);
+  return key;
+}
+
+absl::StatusOr<StoreDatabase::StoredPage> ParseIndexEntry(absl::string_view value) {
+  LittleEndianReader in(value);
+  const uint8_t version = in.Take<uint8_t>();
+  const uint8_t flags = in.Take<uint8_t>();
+  StoreDatabase::StoredPage page;
+  page.segment = in.Take<uint64_t>();
+  page.offset = in.Take<uint64_t>();
+  if (!in.ok()) return absl::DataLossError("index entry: too short");
+  if (version != kIndexVersion) {
+    return absl::UnimplementedError(absl::StrCat("index entry: version ", version));
+  }
+  PT_ASSIGN_OR_RETURN(page.header, ParsePageRecordHeader(in.rest()));
+  page.header_bytes = static_cast<uint32_t>(in.rest().size());
+  page.quarantined = (flags & kQuarantinedFlag) != 0;
+  if (page.header_bytes != PageRecordHeaderBytes(page.header.meta)) {
+    return absl::DataLossError("index entry: trailing bytes");
+  }
+  return page;
+}
+
+}  // namespace
+
+struct StoreDatabase::Impl {
+  std::string dir;
+  rocksdb::Env* env = nullptr;
+  std::unique_ptr<rocksdb::DB> db;
+  std::vector<rocksdb::ColumnFamilyHandle*> families;
+
+  ~Impl() {
+    for (rocksdb::ColumnFamilyHandle* family : families) db->DestroyColumnFamilyHandle(family);
+  }
+  rocksdb::ColumnFamilyHandle* Of(Table table) const { return families[static_cast<int>(table)]; }
+  absl::Status Write(rocksdb::WriteBatch* batch, bool sync, absl::string_view action) {
+    rocksdb::WriteOptions options;
+    options.sync = sync;
+    return ToStatus(db->Write(options, batch), action);
+  }
+};
+
+StoreDatabase::StoreDatabase(std::unique_ptr<Impl> impl) : impl_(std::move(impl)) {}
+StoreDatabase::~StoreDatabase() = default;
+
+absl::StatusOr<std::unique_ptr<StoreDatabase>> StoreDatabase::Open(Options options) {
+  auto impl = std::make_unique<Impl>();
+  impl->dir = options.dir;
+  impl->env = options.env != nullptr ? options.env : rocksdb::Env::Default();
+  rocksdb::DBOptions db_options;
+  db_options.create_if_missing = true;
+  db_options.create_missing_column_families = true;
+  db_options.env = impl->env;
+  // A torn tail of the log is the part that no barrier covered.
+  db_options.wal_recovery_mode = rocksdb::WALRecoveryMode::kPointInTimeRecovery;
+  // Bounds what a restart replays.
+  db_options.max_total_wal_size = 32 << 20;
+  db_options.max_background_jobs = 2;
+  db_options.keep_log_file_num = 2;
+  db_options.info_log_level = rocksdb::InfoLogLevel::WARN_LEVEL;
+  rocksdb::ColumnFamilyOptions family_options;
+  family_options.write_buffer_size = 8 << 20;
+  std::vector<rocksdb::ColumnFamilyDescriptor> descriptors;
+  descriptors.emplace_back(rocksdb::kDefaultColumnFamilyName, family_options);
+  for (const char* name : kTableNames) descriptors.emplace_back(name, family_options);
+  rocksdb::DB* db = nullptr;
+  std::vector<rocksdb::ColumnFamilyHandle*> handles;
+  PT_RETURN_IF_ERROR(
+      ToStatus(rocksdb::DB::Open(db_options, options.dir, descriptors, &handles, &db),
+               absl::StrCat("open store index ", options.dir)));
+  impl->db.reset(db);
+  db->DestroyColumnFamilyHandle(handles.front());
+  impl->families.assign(handles.begin() + 1, handles.end());
+
+  std::unique_ptr<StoreDatabase> self(new StoreDatabase(std::move(impl)));
+  PT_ASSIGN_OR_RETURN(const std::optional<std::string> schema, self->Get(Table::kMeta, "schema"));
+  if (!schema.has_value()) {
+    std::string value;
+    AppendLittleEndian<uint32_t>(&value, kSchemaVersion);
+    PT_RETURN_IF_ERROR(self->PutSynced(Table::kMeta, "schema", value));
+  } else {
+    LittleEndianReader in(*schema);
+    const uint32_t version = in.Take<uint32_t>();
+    if (!in.ok() || version != kSchemaVersion) {
+      return absl::FailedPreconditionError(absl::StrCat("open store index ", options.dir,
+                                                        ": schema version ", version,
+                                                        ", this program knows ", kSchemaVersion));
+    }
+  }
+  return self;
+}
+
+absl::Status StoreDatabase::PutPage(const PageKey& key, absl::string_view header, uint64_t segment,
+                                    uint64_t offset, bool quarantined) {
+  std::string value;
+  AppendLittleEndian<uint8_t>(&value, kIndexVersion);
+  AppendLittleEndian<uint8_t>(&value, quarantined ? kQuarantinedFlag : 0);
+  AppendLittleEndian<uint64_t>(&value, segment);
+  AppendLittleEndian<uint64_t>(&value, offset);
+  value.append(header.data(), header.size());
+  rocksdb::WriteBatch batch;
+  batch.Put(impl_->Of(Table::kPages), ToSlice(key.digest.view()), value);
+  return impl_->Write(&batch, /*sync=*/false, "write index entry");
+}
+
+absl::Status StoreDatabase::DeletePage(const PageKey& key) {
+  rocksdb::WriteBatch batch;
+  batch.Delete(impl_->Of(Table::kPages), ToSlice(key.digest.view()));
+  batch.Delete(impl_->Of(Table::kAccess), ToSlice(key.digest.view()));
+  return impl_->Write(&batch, /*sync=*/false, "delete index entry");
+}
+
+absl::Status StoreDatabase::MarkQuarantined(const PageKey& key) {
+  PT_ASSIGN_OR_RETURN(std::optional<std::string> value, Get(Table::kPages, key.digest.view()));
+  if (!value.has_value() || value->size() < 2) return absl::OkStatus();
+  (*value)[1] = static_cast<char>((*value)[1] | kQuarantinedFlag);
+  rocksdb::WriteBatch batch;
+  batch.Put(impl_->Of(Table::kPages), ToSlice(key.digest.view()), *value);
+  return impl_->Write(&batch, /*sync=*/false, "quarantine index entry");
+}
+
+absl::Status StoreDatabase::ForEachPage(
+    const std::optional<PageKey>& after,
+    const std::function<bool(const PageKey&, const StoredPage*)>& fn) const {
+  std::unique_ptr<rocksdb::Iterator> it(
+      impl_->db->NewIterator(rocksdb::ReadOptions(), impl_->Of(Table::kPages)));
+  if (after.has_value()) {
+    it->Seek(ToSlice(after->digest.view()));
+    if (it->Valid() && ToView(it->key()) == after->digest.view()) it->Next();
+  } else {
+    it->SeekToFirst();
+  }
+  for (; it->Valid(); it->Next()) {
+    const absl::StatusOr<Digest> digest = Digest::FromBytes(ToView(it->key()));
+    if (!digest.ok()) continue;
+    const PageKey key{*digest};
+    const absl::StatusOr<StoredPage> page = ParseIndexEntry(ToView(it->value()));
+    const bool usable = page.ok() && page->header.meta.key == key;
+    if (!fn(key, usable ? &*page : nullptr)) break;
+  }
+  return ToStatus(it->status(), "scan index");
+}
+
+absl::Status StoreDatabase::WriteDurableLengths(
+    std::span<const SegmentFiles::DurableLength> lengths) {
+  rocksdb::WriteBatch batch;
+  for (const SegmentFiles::DurableLength& length : lengths) {
+    if (length.bytes == 0) {
+      batch.Delete(impl_->Of(Table::kDurable), SegmentKey(length.segment));
+      continue;
+    }
+    std::string value;
+    AppendLittleEndian<uint64_t>(&value, length.bytes);
+    batch.Put(impl_->Of(Table::kDurable), SegmentKey(length.segment), value);
+  }
+  // An empty batch would not reach the log; the barrier is about what was written before.
+  if (batch.Count() == 0) return ToStatus(impl_->db->SyncWAL(), "sync index log");
+  return impl_->Write(&batch, /*sync=*/true, "write durable lengths");
+}
+
+absl::StatusOr<std::vector<SegmentFiles::DurableLength>> StoreDatabase::ReadDurableLengths() const {
+  std::vector<SegmentFiles::DurableLength> lengths;
+  PT_RETURN_IF_ERROR(
+      Scan(Table::kDurable, "", "", [&](absl::string_view key, absl::string_view value) {
+        LittleEndianReader k(key), v(value);
+        const uint64_t segment = k.Take<uint64_t>();
+        const uint64_t bytes = v.Take<uint64_t>();
+        if (k.ok() && v.ok()) lengths.push_back({segment, bytes});
+        return true;
+      }));
+  return lengths;
+}
+
+absl::Status StoreDatabase::WriteAccessNumbers(
+    std::span<const std::pair<PageKey, uint64_t>> accesses) {
+  rocksdb::WriteBatch batch;
+  for (const auto& [key, number] : accesses) {
+    std::string value;
+    AppendLittleEndian<uint64_t>(&value, number);
+    batch.Put(impl_->Of(Table::kAccess), ToSlice(key.digest.view()), value);
+  }
+  return impl_->Write(&batch, /*sync=*/false, "write access numbers");
+}
+
+absl::StatusOr<uint64_t> StoreDatabase::ReadAccessNumber(const PageKey& key) const {
+  PT_ASSIGN_OR_RETURN(const std::optional<std::string> value,
+                      Get(Table::kAccess, key.digest.view()));
+  if (!value.has_value()) return 0;
+  LittleEndianReader in(*value);
+  return in.Take<uint64_t>();
+}
+
+absl::Status StoreDatabase::PutSynced(Table table, absl::string_view key, absl::string_view value) {
+  rocksdb::WriteBatch batch;
+  batch.Put(impl_->Of(table), ToSlice(key), ToSlice(value));
+  return impl_->Write(&batch, /*sync=*/true,
+                      absl::StrCat("write ", kTableNames[static_cast<int>(table)]));
+}
+
+absl::Status StoreDatabase::DeleteSynced(Table table, absl::string_view key) {
+  rocksdb::WriteBatch batch;
+  batch.Delete(impl_->Of(table), ToSlice(key));
+  return impl_->Write(&batch, /*sync=*/true,
+                      absl::StrCat("delete from ", kTableNames[static_cast<int>(table)]));
+}
+
+absl::StatusOr<std::optional<std::string>> StoreDatabase::Get(Table table,
+                                                              absl::string_view key) const {
+  std::string value;
+  const rocksdb::Status s =
+      impl_->db->Get(rocksdb::ReadOptions(), impl_->Of(table), ToSlice(key), &value);
+  if (s.IsNotFound()) return std::optional<std::string>();
+  PT_RETURN_IF_ERROR(ToStatus(s, absl::StrCat("read ", kTableNames[static_cast<int>(table)])));
+  return std::optional<std::string>(std::move(value));
+}
+
+absl::Status StoreDatabase::Scan(
+    Table table, absl::string_view prefix, absl::string_view after,
+    const std::function<bool(absl::string_view key, absl::string_view value)>& fn) const {
+  std::unique_ptr<rocksdb::Iterator> it(
+      impl_->db->NewIterator(rocksdb::ReadOptions(), impl_->Of(table)));
+  const absl::string_view from = std::max(prefix, after);
+  for (it->Seek(ToSlice(from)); it->Valid(); it->Next()) {
+    const absl::string_view key = ToView(it->key());
+    if (!absl::StartsWith(key, prefix)) break;
+    if (!after.empty() && key <= after) continue;
+    if (!fn(key, ToView(it->value()))) break;
+  }
+  return ToStatus(it->status(), absl::StrCat("scan ", kTableNames[static_cast<int>(table)]));
+}
+
+uint64_t StoreDatabase::PhysicalBytes() const {
+  std::vector<rocksdb::Env::FileAttributes> files;
+  if (!impl_->env->GetChildrenFileAttributes(impl_->dir, &files).ok()) return 0;
+  uint64_t total = 0;
+  for (const rocksdb::Env::FileAttributes& file : files) total += file.size_bytes;
+  return total;
+}
+
+}  // namespace pagetide

@@ -1,0 +1,99 @@
+// StoreDatabase: the RocksDB beside the segment files. Column families:
+//   pages      page key → {version, flags, segment, offset, record header}
+//   durable    segment → length below which its records are durable
+//   access     page key → number of its last access
+//   manifests  name → stored manifest
+//   records    kind NUL key → {version, value}
+//   leases     name → {incarnation, epoch, time to live}
+//   meta       "schema" → version of all this
+// Formats: docs/store_format.md. Thread-safe. Every write is in RocksDB's log when its call returns
+// (it survives a crash of the process); a synced write makes itself and all earlier ones survive
+// power loss.
+#ifndef PAGETIDE_KVSTORE_STORE_DATABASE_H_
+#define PAGETIDE_KVSTORE_STORE_DATABASE_H_
+
+#include <cstdint>
+#include <functional>
+#include <memory>
+#include <optional>
+#include <span>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "absl/status/status.h"
+#include "absl/status/statusor.h"
+#include "absl/strings/string_view.h"
+#include "kvstore/page_record.h"
+#include "kvstore/segment_files.h"
+
+namespace rocksdb {
+class Env;
+}  // namespace rocksdb
+
+namespace pagetide {
+
+class StoreDatabase {
+ public:
+  enum class Table { kPages, kDurable, kAccess, kManifests, kRecords, kLeases, kMeta };
+  static constexpr int kNumTables = 7;
+  static constexpr uint32_t kSchemaVersion = 1;
+
+  struct Options {
+    std::string dir;
+    rocksdb::Env* env = nullptr;  // null: the machine's; outlives the database
+  };
+  struct StoredPage {
+    PageRecordHeader header;
+    uint32_t header_bytes = 0;
+    uint64_t segment = 0;
+    uint64_t offset = 0;
+    bool quarantined = false;
+  };
+
+  // FAILED_PRECONDITION when a newer program wrote the folder.
+  static absl::StatusOr<std::unique_ptr<StoreDatabase>> Open(Options options);
+  ~StoreDatabase();
+
+  // --- pages ---
+  // `header` is EncodePageRecordHeader's. Not synced.
+  absl::Status PutPage(const PageKey& key, absl::string_view header, uint64_t segment,
+                       uint64_t offset, bool quarantined);
+  absl::Status DeletePage(const PageKey& key);
+  // Sets the flag in the page's entry, if it has one. The caller keeps others from writing the
+  // entry.
+  absl::Status MarkQuarantined(const PageKey& key);
+  // Pages in key order after `after` (nullopt: from the first), until `fn` returns false. Entries
+  // that cannot be parsed are reported by key with a null page.
+  absl::Status ForEachPage(const std::optional<PageKey>& after,
+                           const std::function<bool(const PageKey&, const StoredPage*)>& fn) const;
+
+  // --- durability and recency ---
+  // Synced. Lengths of zero bytes forget the segment.
+  absl::Status WriteDurableLengths(std::span<const SegmentFiles::DurableLength> lengths);
+  absl::StatusOr<std::vector<SegmentFiles::DurableLength>> ReadDurableLengths() const;
+  absl::Status WriteAccessNumbers(std::span<const std::pair<PageKey, uint64_t>> accesses);
+  // 0 for a page without one.
+  absl::StatusOr<uint64_t> ReadAccessNumber(const PageKey& key) const;
+
+  // --- small values: manifests, records, leases ---
+  absl::Status PutSynced(Table table, absl::string_view key, absl::string_view value);
+  absl::Status DeleteSynced(Table table, absl::string_view key);
+  absl::StatusOr<std::optional<std::string>> Get(Table table, absl::string_view key) const;
+  // Keys that begin with `prefix`, in order, after `after`, until `fn` returns false.
+  absl::Status Scan(
+      Table table, absl::string_view prefix, absl::string_view after,
+      const std::function<bool(absl::string_view key, absl::string_view value)>& fn) const;
+
+  // Bytes of its files on disk.
+  uint64_t PhysicalBytes() const;
+
+ private:
+  struct Impl;  // keeps RocksDB's headers out of this one
+  explicit StoreDatabase(std::unique_ptr<Impl> impl);
+  const std::unique_ptr<Impl> impl_;
+};
+
+}  // namespace pagetide
+
+#endif  // PAGETIDE_KVSTORE_STORE_DATABASE_H_
