@@ -3,6 +3,9 @@
 #include "rpc/server.h"
 
 #include <gmock/gmock.h>
+#include <google/protobuf/message.h>
+#include <google/protobuf/text_format.h>
+#include <grpcpp/generic/generic_stub.h>
 #include <grpcpp/grpcpp.h>
 #include <gtest/gtest.h>
 #include <stdlib.h>
@@ -15,7 +18,10 @@
 #include <thread>
 #include <vector>
 
+#include "absl/strings/str_cat.h"
 #include "base/error_info.h"
+#include "grpc/health/v1/health.pb.h"
+#include "rpc/byte_buffer.h"
 #include "rpc/channel.h"
 #include "rpc/status_mapping.h"
 #include "tests/rpc/echo_service.h"
@@ -24,7 +30,6 @@
 namespace pagetide {
 namespace {
 
-using ::testing::Contains;
 using ::testing::HasSubstr;
 
 class RpcServerTest : public ::testing::Test {
@@ -134,6 +139,138 @@ TEST_F(RpcServerTest, AddressInUseIsRefused) {
   EXPECT_EQ(RpcServer::Create(options, {&echo_}, metrics_).status().code(),
             absl::StatusCode::kFailedPrecondition);
   EXPECT_TRUE(Echo("still here").ok());
+}
+
+// A message of a type that is linked in but has no header (the plugins' own), from text format.
+std::unique_ptr<google::protobuf::Message> MakeMessage(const std::string& type,
+                                                       const std::string& text = "") {
+  const auto* descriptor =
+      google::protobuf::DescriptorPool::generated_pool()->FindMessageTypeByName(type);
+  EXPECT_NE(descriptor, nullptr) << type;
+  std::unique_ptr<google::protobuf::Message> message(
+      google::protobuf::MessageFactory::generated_factory()->GetPrototype(descriptor)->New());
+  EXPECT_TRUE(google::protobuf::TextFormat::ParseFromString(text, message.get())) << text;
+  return message;
+}
+
+// One exchange of `method`, as a stream of one message each way (which a unary call is on the
+// wire).
+grpc::Status CallByName(const std::string& address, const std::string& method,
+                        const google::protobuf::Message& request,
+                        google::protobuf::Message* response) {
+  grpc::GenericStub stub(MakeChannel(address));
+  grpc::ClientContext context;
+  context.set_deadline(std::chrono::system_clock::now() + std::chrono::seconds(10));
+  grpc::CompletionQueue cq;
+  auto call = stub.PrepareCall(&context, method, &cq);
+  void* tag = nullptr;
+  bool ok = false;
+  const auto step = [&] { return cq.Next(&tag, &ok) && ok; };
+  call->StartCall(nullptr);
+  step();
+  call->WriteLast(EncodeMessage(request), grpc::WriteOptions(), nullptr);
+  step();
+  grpc::ByteBuffer buffer;
+  call->Read(&buffer, nullptr);
+  if (step()) {
+    EXPECT_TRUE(DecodeMessage(buffer, response).ok());
+  }
+  grpc::Status status;
+  call->Finish(&status, nullptr);
+  step();
+  return status;
+}
+
+// SERVING, NOT_SERVING, or the name of the error.
+std::string HealthOf(const std::string& address, const std::string& service) {
+  grpc::health::v1::HealthCheckRequest request;
+  request.set_service(service);
+  grpc::health::v1::HealthCheckResponse response;
+  const absl::Status status =
+      FromGrpcStatus(CallByName(address, "/grpc.health.v1.Health/Check", request, &response));
+  if (!status.ok()) return absl::StatusCodeToString(status.code());
+  return grpc::health::v1::HealthCheckResponse::ServingStatus_Name(response.status());
+}
+
+TEST_F(RpcServerTest, HealthIsPerServiceAndOfTheWhole) {
+  Start();
+  const std::string address = server_->addresses()[0];
+  EXPECT_EQ(HealthOf(address, ""), "SERVING");
+  EXPECT_EQ(HealthOf(address, "pagetide.test.EchoService"), "SERVING");
+  EXPECT_EQ(HealthOf(address, "pagetide.v1.Unknown"), "NOT_FOUND");
+  server_->SetServing("pagetide.test.EchoService", false);
+  EXPECT_EQ(HealthOf(address, "pagetide.test.EchoService"), "NOT_SERVING");
+  EXPECT_EQ(HealthOf(address, ""), "SERVING");
+  EXPECT_THAT(HttpGet(server_->metrics_port(), "/healthz"), HasSubstr("200 OK"));
+  server_->SetServing("", false);
+  EXPECT_EQ(HealthOf(address, ""), "NOT_SERVING");
+  EXPECT_THAT(HttpGet(server_->metrics_port(), "/healthz"), HasSubstr("503"));
+}
+
+TEST_F(RpcServerTest, HealthTurnsBeforeTheDoorCloses) {
+  Start();
+  std::string health, http, echo_health;
+  absl::Status call;
+  server_->OnDrain([&] {
+    server_->SetServing("", true);  // too late: a drain is final
+    health = HealthOf(server_->addresses()[0], "");
+    echo_health = HealthOf(server_->addresses()[0], "pagetide.test.EchoService");
+    http = HttpGet(server_->metrics_port(), "/healthz");
+    call = Echo("still served");
+  });
+  server_->Drain(absl::Seconds(5));
+  EXPECT_EQ(health, "NOT_SERVING");
+  EXPECT_EQ(echo_health, "NOT_SERVING");
+  EXPECT_THAT(http, HasSubstr("503"));
+  EXPECT_TRUE(call.ok()) << call;
+}
+
+TEST_F(RpcServerTest, ReflectionListsOurServicesAndHealth) {
+  Start();
+  auto request =
+      MakeMessage("grpc.reflection.v1alpha.ServerReflectionRequest", "list_services: '*'");
+  auto response = MakeMessage("grpc.reflection.v1alpha.ServerReflectionResponse");
+  const char* const kMethod = "/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo";
+  ASSERT_TRUE(CallByName(server_->addresses()[0], kMethod, *request, response.get()).ok());
+  const std::string list = response->ShortDebugString();
+  for (const char* service :
+       {"pagetide.test.EchoService", "grpc.health.v1.Health", "grpc.channelz.v1.Channelz"}) {
+    EXPECT_THAT(list, HasSubstr(absl::StrCat("name: \"", service, "\"")));
+    // Listed is not yet usable: the descriptor must be there too.
+    auto describe = MakeMessage("grpc.reflection.v1alpha.ServerReflectionRequest",
+                                absl::StrCat("file_containing_symbol: '", service, "'"));
+    response->Clear();
+    ASSERT_TRUE(CallByName(server_->addresses()[0], kMethod, *describe, response.get()).ok());
+    EXPECT_THAT(response->ShortDebugString(), HasSubstr("file_descriptor_response")) << service;
+  }
+}
+
+TEST_F(RpcServerTest, ChannelzShowsTheServer) {
+  Start();
+  auto response = MakeMessage("grpc.channelz.v1.GetServersResponse");
+  ASSERT_TRUE(CallByName(server_->addresses()[0], "/grpc.channelz.v1.Channelz/GetServers",
+                         *MakeMessage("grpc.channelz.v1.GetServersRequest"), response.get())
+                  .ok());
+  EXPECT_THAT(response->ShortDebugString(), HasSubstr("server_id"));
+}
+
+TEST_F(RpcServerTest, RefusesMetadataBeyondTheLimit) {
+  Start();
+  grpc::ClientContext context;
+  context.AddMetadata("x-large", std::string(2 * kMaxMetadataBytes, 'm'));
+  test::EchoResponse response;
+  EXPECT_EQ(stub_->Echo(&context, test::EchoRequest(), &response).error_code(),
+            grpc::StatusCode::RESOURCE_EXHAUSTED);
+  EXPECT_TRUE(Echo("the connection goes on").ok());
+}
+
+TEST_F(RpcServerTest, UnknownMethodIsUnimplemented) {
+  Start();
+  test::EchoResponse response;
+  EXPECT_EQ(CallByName(server_->addresses()[0], "/pagetide.test.EchoService/Nothing",
+                       test::EchoRequest(), &response)
+                .error_code(),
+            grpc::StatusCode::UNIMPLEMENTED);
 }
 
 TEST_F(RpcServerTest, DrainLetsRunningStreamsEndAndRefusesNewCalls) {
