@@ -1,0 +1,176 @@
+// A ModelHost over the CPU device and the memory store, and the calls an engine makes of it.
+#ifndef PAGETIDE_TESTS_WORKER_MODEL_HOST_FIXTURE_H_
+#define PAGETIDE_TESTS_WORKER_MODEL_HOST_FIXTURE_H_
+
+#include <gtest/gtest.h>
+
+#include <cstring>
+#include <memory>
+#include <numeric>
+#include <string>
+#include <vector>
+
+#include "base/error_info.h"
+#include "base/executor.h"
+#include "kvstore/memory_page_store.h"
+#include "tests/worker/row_oracle.h"
+#include "worker/cpu_device.h"
+#include "worker/model_host.h"
+
+namespace pagetide {
+
+inline std::vector<uint32_t> Tokens(uint32_t first, uint32_t count) {
+  std::vector<uint32_t> tokens(count);
+  std::iota(tokens.begin(), tokens.end(), first);
+  return tokens;
+}
+
+inline std::vector<uint32_t> Concat(std::vector<uint32_t> a, const std::vector<uint32_t>& b) {
+  a.insert(a.end(), b.begin(), b.end());
+  return a;
+}
+
+inline std::shared_ptr<const Model> TestModel(uint32_t page_tokens, int num_groups = 1) {
+  ModelSpec spec;
+  spec.name = "test";
+  spec.geometry.page_tokens = page_tokens;
+  for (int g = 0; g < num_groups; ++g) {
+    LayerGroupSpec group;
+    group.layers = g == 0 ? std::vector<uint32_t>{0, 2} : std::vector<uint32_t>{1};
+    group.kv_heads = 1;
+    group.k_dim = 8;
+    group.v_dim = 4;
+    group.k_type = group.v_type = DataType::kF32;
+    spec.geometry.groups.push_back(group);
+  }
+  return std::make_shared<const Model>(Model::Create(std::move(spec)).value());
+}
+
+class HostUnderTest {
+ public:
+  struct Setup {
+    uint32_t page_tokens = 16;
+    int num_groups = 1;
+    uint32_t num_frames = 16;
+    bool write_through = true;
+    PageStore* store = nullptr;  // null: a memory store of its own
+    bool no_store = false;
+    uint64_t incarnation = 7;
+    int io_threads = 2;
+  };
+  explicit HostUnderTest(const Setup& setup)
+      : model(TestModel(setup.page_tokens, setup.num_groups)),
+        store(setup.no_store ? nullptr : setup.store != nullptr ? setup.store : &own_store),
+        io({.name = "io", .num_threads = setup.io_threads, .max_queue = 1024}) {
+    ModelHost::Options options;
+    options.pool_bytes = setup.num_frames * model->geometry().bytes_per_page_of_tokens();
+    options.incarnation = setup.incarnation;
+    options.write_through = setup.write_through;
+    options.store_backoff = absl::Milliseconds(20);
+    host = ModelHost::Create(options, model, &device, store, &io, Clock::Real()).value();
+  }
+  ~HostUnderTest() { host->Quiesce(); }
+
+  static MonotonicTime In(absl::Duration d) { return Clock::Real()->MonotonicNow() + d; }
+  static MonotonicTime Soon() { return In(absl::Seconds(20)); }
+
+  // Writes the rows of tokens [base, base + count) of `all` into a pending write.
+  absl::Status WriteAll(const PendingSlot& slot, std::span<const uint32_t> all) {
+    for (uint32_t g = 0; g < model->geometry().num_groups(); ++g) {
+      const GroupGeometry& geometry = model->geometry().group(g);
+      for (uint32_t layer = 0; layer < geometry.num_layers(); ++layer) {
+        for (RowKind kind : {RowKind::kK, RowKind::kV}) {
+          const std::vector<std::byte> rows =
+              RowOracle::Rows(all, slot.first_position, slot.first_position + slot.num_tokens, g,
+                              layer, kind, geometry.row_bytes(kind));
+          const absl::Status status = host->WriteRows(
+              tenant, slot.sequence, slot.pending_id, {g, layer, kind, 0, slot.num_tokens},
+              rows.size(), [&](uint64_t offset, std::span<std::byte> dst) {
+                std::memcpy(dst.data(), rows.data() + offset, dst.size());
+              });
+          if (!status.ok()) return status;
+        }
+      }
+    }
+    return absl::OkStatus();
+  }
+
+  absl::StatusOr<SequenceInfo> Append(const SequenceInfo& info, std::span<const uint32_t> all,
+                                      bool pin_prefix = false) {
+    auto slot = host->BeginAppend(tenant, {info.id, info.epoch, std::nullopt}, "a", info.length,
+                                  all.subspan(info.length), {}, pin_prefix, Soon());
+    if (!slot.ok()) return slot.status();
+    const absl::Status written = WriteAll(*slot, all);
+    if (!written.ok()) return written;
+    auto done = host->Commit(tenant, {info.id, info.epoch, std::nullopt}, slot->pending_id, {});
+    if (!done.ok()) return done.status();
+    return done->info;
+  }
+
+  // One decode step.
+  absl::StatusOr<SequenceInfo> Step(const SequenceInfo& info, std::span<const uint32_t> all) {
+    const ReserveItem item{{info.id, info.epoch, std::nullopt},
+                           static_cast<uint32_t>(all.size() - info.length)};
+    auto slots = host->Reserve(tenant, {&item, 1}, absl::Seconds(30), false, Soon());
+    if (!slots.ok()) return slots.status();
+    const absl::Status written = WriteAll(slots->front(), all);
+    if (!written.ok()) return written;
+    auto done = host->Commit(tenant, {info.id, info.epoch, std::nullopt},
+                             slots->front().pending_id, all.subspan(info.length));
+    if (!done.ok()) return done.status();
+    return done->info;
+  }
+
+  // Opens, appends what was not reused. `reuse` may be null.
+  absl::StatusOr<SequenceInfo> OpenAndFill(std::span<const uint32_t> tokens,
+                                           PrefixReuse* reuse = nullptr) {
+    auto opened = host->Open(tenant, tokens, {}, {});
+    if (!opened.ok()) return opened.status();
+    if (reuse != nullptr) *reuse = opened->reuse;
+    return Append(opened->info, tokens);
+  }
+
+  // Reads everything back and counts wrong rows.
+  absl::StatusOr<uint64_t> WrongRows(SequenceId id, std::span<const uint32_t> tokens) {
+    uint64_t wrong = 0;
+    for (uint32_t g = 0; g < model->geometry().num_groups(); ++g) {
+      const GroupGeometry& geometry = model->geometry().group(g);
+      auto rows = host->PinRows(tenant, id, g, 0, 0, Soon());
+      if (!rows.ok()) return rows.status();
+      if ((*rows)->end() != tokens.size()) return absl::InternalError("length differs");
+      for (uint32_t layer = 0; layer < geometry.num_layers(); ++layer) {
+        for (RowKind kind : {RowKind::kK, RowKind::kV}) {
+          const uint32_t row_bytes = geometry.row_bytes(kind);
+          const std::vector<std::byte> expected =
+              RowOracle::Rows(tokens, 0, tokens.size(), g, layer, kind, row_bytes);
+          uint64_t seen = 0;
+          for (const auto& run : (*rows)->Runs(layer, kind)) {
+            std::vector<std::byte> bytes(run.num_bytes);
+            const absl::Status read = host->pool().Read(run.offset, bytes);
+            if (!read.ok()) return read;
+            for (uint32_t t = 0; t < run.num_tokens; ++t) {
+              wrong += std::memcmp(bytes.data() + t * row_bytes,
+                                   expected.data() + (run.first_token + t) * row_bytes,
+                                   row_bytes) != 0;
+            }
+            seen += run.num_tokens;
+          }
+          if (seen != tokens.size()) return absl::InternalError("rows are missing");
+        }
+      }
+    }
+    return wrong;
+  }
+
+  const Tenant tenant{"default", DeriveTenantSalt("secret", "default")};
+  std::shared_ptr<const Model> model;
+  MemoryPageStore own_store;
+  PageStore* store;
+  CpuDevice device;
+  ThreadPoolExecutor io;
+  std::unique_ptr<ModelHost> host;
+};
+
+}  // namespace pagetide
+
+#endif  // PAGETIDE_TESTS_WORKER_MODEL_HOST_FIXTURE_H_

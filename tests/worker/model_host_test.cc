@@ -1,0 +1,302 @@
+// ModelHost: reuse, copy-on-write, spill and restore, refusals.
+#include "worker/model_host.h"
+
+#include <gmock/gmock.h>
+#include <gtest/gtest.h>
+
+#include "tests/worker/model_host_fixture.h"
+
+namespace pagetide {
+namespace {
+
+using ::testing::HasSubstr;
+
+TEST(ModelHostTest, The400Plus200Plus80Case) {
+  HostUnderTest t({.page_tokens = 256, .num_frames = 64});
+  const std::vector<uint32_t> shared = Concat(Tokens(1000, 400), Tokens(5000, 200));
+  const uint32_t suffix_lengths[] = {80, 81, 82};
+  const uint64_t computed[] = {680, 81, 82};
+  const uint64_t reused[] = {0, 600, 600};
+  const uint64_t new_pages[] = {4, 2, 2};
+  for (int job = 0; job < 3; ++job) {
+    const std::vector<uint32_t> prompt = Concat(shared, Tokens(100000 * (job + 1), suffix_lengths[job]));
+    const uint64_t pages_before = t.host->Counters().pages_created;
+    PrefixReuse reuse;
+    auto info = t.OpenAndFill(prompt, &reuse);
+    ASSERT_TRUE(info.ok()) << info.status();
+    EXPECT_EQ(reuse.reused_tokens, reused[job]);
+    EXPECT_EQ(prompt.size() - reuse.reused_tokens, computed[job]);
+    std::vector<uint32_t> all = prompt;
+    for (int i = 0; i < 300; ++i) {
+      all.push_back(7000000 + job * 1000 + i);
+      info = t.Step(*info, all);
+      ASSERT_TRUE(info.ok()) << info.status();
+    }
+    EXPECT_EQ(t.host->Counters().pages_created - pages_before, new_pages[job]);
+    auto wrong = t.WrongRows(info->id, all);
+    ASSERT_TRUE(wrong.ok()) << wrong.status();
+    EXPECT_EQ(*wrong, 0u);
+    ASSERT_TRUE(t.host->Close(t.tenant, info->id, info->epoch).ok());
+  }
+}
+
+TEST(ModelHostTest, LeavesOneTokenToComputeUnlessAllowed) {
+  HostUnderTest t({});
+  const std::vector<uint32_t> prompt = Tokens(0, 32);  // two full pages
+  ASSERT_TRUE(t.OpenAndFill(prompt).ok());
+  auto again = t.host->Open(t.tenant, prompt, {}, {});
+  ASSERT_TRUE(again.ok());
+  EXPECT_EQ(again->reuse.reused_tokens, 31u);
+  EXPECT_EQ(again->reuse.shared_pages, 1u);
+  EXPECT_EQ(again->reuse.partial_rows, 15u);
+  auto whole = t.host->Open(t.tenant, prompt, {}, {.allow_full_reuse = true});
+  ASSERT_TRUE(whole.ok());
+  EXPECT_EQ(whole->reuse.reused_tokens, 32u);
+  EXPECT_EQ(whole->reuse.limit, ReuseLimit::kWholePrompt);
+}
+
+TEST(ModelHostTest, OtherTenantsHitNothing) {
+  HostUnderTest t({});
+  const std::vector<uint32_t> prompt = Tokens(0, 40);
+  auto info = t.OpenAndFill(prompt);
+  ASSERT_TRUE(info.ok());
+  const Tenant other{"other", DeriveTenantSalt("secret", "other")};
+  auto opened = t.host->Open(other, prompt, {}, {});
+  ASSERT_TRUE(opened.ok());
+  EXPECT_EQ(opened->reuse.reused_tokens, 0u);
+  EXPECT_TRUE(absl::IsNotFound(t.host->Get(other, info->id).status()));
+  EXPECT_TRUE(t.host->Close(other, info->id, info->epoch).ok());
+  EXPECT_TRUE(t.host->Get(t.tenant, info->id).ok()) << "another tenant closed it";
+}
+
+TEST(ModelHostTest, ForkCopiesTheTailAndNeitherSideSeesTheOther) {
+  HostUnderTest t({});
+  const std::vector<uint32_t> base = Tokens(0, 40);  // 2 full pages and 8 rows
+  auto a = t.OpenAndFill(base);
+  ASSERT_TRUE(a.ok());
+  auto fork = t.host->Fork(t.tenant, {a->id, a->epoch, std::nullopt}, std::nullopt, t.Soon());
+  ASSERT_TRUE(fork.ok()) << fork.status();
+  EXPECT_EQ(fork->shared_pages, 2u);
+  EXPECT_EQ(fork->copied_rows, 8u);
+  const std::vector<uint32_t> left = Concat(base, Tokens(500, 20));
+  const std::vector<uint32_t> right = Concat(base, Tokens(900, 20));
+  a = t.Append(*a, left);
+  auto b = t.Append(fork->info, right);
+  ASSERT_TRUE(a.ok() && b.ok());
+  EXPECT_EQ(t.WrongRows(a->id, left).value(), 0u);
+  EXPECT_EQ(t.WrongRows(b->id, right).value(), 0u);
+}
+
+TEST(ModelHostTest, RewindIntoASharedPageCopiesItBeforeTheNextWrite) {
+  HostUnderTest t({});
+  const std::vector<uint32_t> base = Tokens(0, 48);
+  auto a = t.OpenAndFill(base);
+  ASSERT_TRUE(a.ok());
+  auto b = t.host->Fork(t.tenant, {a->id, a->epoch, std::nullopt}, std::nullopt, t.Soon());
+  ASSERT_TRUE(b.ok());
+  auto cut = t.host->Rewind(t.tenant, {a->id, a->epoch, std::nullopt}, 20);
+  ASSERT_TRUE(cut.ok());
+  EXPECT_EQ(cut->removed_tokens, 28u);
+  const std::vector<uint32_t> changed = Concat(Tokens(0, 20), Tokens(700, 30));
+  auto grown = t.Append(cut->info, changed);
+  ASSERT_TRUE(grown.ok()) << grown.status();
+  EXPECT_EQ(t.WrongRows(a->id, changed).value(), 0u);
+  EXPECT_EQ(t.WrongRows(b->info.id, base).value(), 0u);
+  EXPECT_TRUE(absl::IsInvalidArgument(
+      t.host->Rewind(t.tenant, {a->id, a->epoch, std::nullopt}, 51).status()));
+  EXPECT_TRUE(absl::IsInvalidArgument(
+      t.host->Rewind(t.tenant, {a->id, a->epoch, std::nullopt}, -1).status()));
+}
+
+TEST(ModelHostTest, TailsOfOpenSequencesGiveTheirRows) {
+  HostUnderTest t({});
+  auto a = t.OpenAndFill(Tokens(0, 10));  // a tail only
+  ASSERT_TRUE(a.ok());
+  const std::vector<uint32_t> prompt = Concat(Tokens(0, 7), Tokens(50, 5));
+  PrefixReuse reuse;
+  auto b = t.OpenAndFill(prompt, &reuse);
+  ASSERT_TRUE(b.ok()) << b.status();
+  EXPECT_EQ(reuse.partial_rows, 7u);
+  EXPECT_EQ(t.WrongRows(b->id, prompt).value(), 0u);
+}
+
+TEST(ModelHostTest, MoreSequencesThanFramesComeBackWholeFromTheStore) {
+  for (bool write_through : {true, false}) {
+    HostUnderTest t({.num_frames = 8, .write_through = write_through});
+    std::vector<std::pair<SequenceInfo, std::vector<uint32_t>>> open;
+    for (uint32_t i = 0; i < 30; ++i) {
+      const std::vector<uint32_t> tokens = Tokens(i * 1000, 20 + i % 50);
+      auto info = t.OpenAndFill(tokens);
+      ASSERT_TRUE(info.ok()) << info.status();
+      open.emplace_back(*info, tokens);
+    }
+    for (const auto& [info, tokens] : open) {
+      auto wrong = t.WrongRows(info.id, tokens);
+      ASSERT_TRUE(wrong.ok()) << wrong.status();
+      EXPECT_EQ(*wrong, 0u);
+    }
+    EXPECT_GT(t.host->Counters().pages_restored, 30u);
+    for (const auto& [info, tokens] : open) {
+      ASSERT_TRUE(t.host->Close(t.tenant, info.id, info.epoch).ok());
+    }
+    t.host->Quiesce();
+    t.host->ClearCache();
+    EXPECT_EQ(t.host->Usage()[0].free_frames, 8u) << "frames did not come back";
+  }
+}
+
+TEST(ModelHostTest, AnotherHostContinuesFromTheStore) {
+  MemoryPageStore store;
+  const std::vector<uint32_t> tokens = Tokens(0, 100);
+  {
+    HostUnderTest first({.store = &store, .incarnation = 1});
+    ASSERT_TRUE(first.OpenAndFill(tokens).ok());
+    first.host->Quiesce();
+  }
+  HostUnderTest second({.store = &store, .incarnation = 2});
+  auto opened = second.host->Open(second.tenant, tokens, {}, {});
+  ASSERT_TRUE(opened.ok());
+  EXPECT_EQ(opened->reuse.reused_tokens, 96u);
+  EXPECT_EQ(opened->reuse.store_tokens, 96u);
+  auto ready = second.host->WaitReadiness(second.tenant, opened->info.id, 0, second.Soon());
+  ASSERT_TRUE(ready.ok());
+  auto info = second.Append(opened->info, tokens);
+  ASSERT_TRUE(info.ok()) << info.status();
+  EXPECT_EQ(second.WrongRows(info->id, tokens).value(), 0u);
+  EXPECT_EQ(second.host->Counters().pages_restored, 6u);
+}
+
+TEST(ModelHostTest, SeveralLayerGroupsMoveTogether) {
+  HostUnderTest t({.num_groups = 2, .num_frames = 6});
+  const std::vector<uint32_t> x = Tokens(0, 40), y = Tokens(900, 70);
+  auto a = t.OpenAndFill(x);
+  auto b = t.OpenAndFill(y);
+  ASSERT_TRUE(a.ok() && b.ok());
+  EXPECT_EQ(t.WrongRows(a->id, x).value(), 0u);
+  EXPECT_EQ(t.WrongRows(b->id, y).value(), 0u);
+}
+
+TEST(ModelHostTest, RefusalsChangeNothing) {
+  HostUnderTest t({.num_frames = 4});
+  const std::vector<uint32_t> tokens = Tokens(0, 20);
+  auto info = t.OpenAndFill(tokens);
+  ASSERT_TRUE(info.ok());
+  const SequenceHandle good{info->id, info->epoch, std::nullopt};
+  const SequenceHandle stale{info->id, info->epoch + 1, std::nullopt};
+  EXPECT_EQ(GetReason(t.host->Rewind(t.tenant, stale, 0).status()), "STALE_EPOCH");
+  const SequenceHandle old{info->id, info->epoch, info->revision + 1};
+  EXPECT_EQ(GetReason(t.host->Rewind(t.tenant, old, 0).status()), "REVISION_MISMATCH");
+  EXPECT_EQ(GetReason(t.host->Get(t.tenant, {7, 999}).status()), "SEQUENCE_NOT_FOUND");
+  // Larger than the pool: the caller's error, with the numbers.
+  const std::vector<uint32_t> huge = Tokens(0, 20 + 5 * 16);
+  auto append = t.host->BeginAppend(t.tenant, good, "x", 20, std::span(huge).subspan(20), {}, false,
+                                    t.Soon());
+  EXPECT_EQ(GetReason(append.status()), "POOL_TOO_SMALL") << append.status();
+  EXPECT_TRUE(absl::IsInvalidArgument(append.status()));
+  auto wrong_length =
+      t.host->BeginAppend(t.tenant, good, "x", 19, std::span(huge).subspan(0, 2), {}, false, t.Soon());
+  EXPECT_EQ(GetReason(wrong_length.status()), "LENGTH_MISMATCH");
+
+  auto slot = t.host->BeginAppend(t.tenant, good, "x", 20, std::span(huge).subspan(20, 2), {}, false,
+                                  t.Soon());
+  ASSERT_TRUE(slot.ok());
+  EXPECT_EQ(GetReason(t.host->Rewind(t.tenant, good, 0).status()), "PENDING_WRITE");
+  const auto none = [](uint64_t, std::span<std::byte>) {};
+  EXPECT_TRUE(absl::IsInvalidArgument(
+      t.host->WriteRows(t.tenant, info->id, slot->pending_id, {0, 0, RowKind::kK, 0, 3}, 96, none)));
+  EXPECT_THAT(t.host->WriteRows(t.tenant, info->id, slot->pending_id, {0, 0, RowKind::kK, 0, 2}, 63, none)
+                  .message(),
+              HasSubstr("63 bytes, expected 2 tokens x 32 = 64"));
+  EXPECT_TRUE(absl::IsInvalidArgument(
+      t.host->WriteRows(t.tenant, info->id, slot->pending_id, {0, 9, RowKind::kK, 0, 2}, 64, none)));
+  EXPECT_EQ(GetReason(t.host->Commit(t.tenant, good, slot->pending_id, {}).status()), "ROWS_MISSING");
+  ASSERT_TRUE(t.host->Abort(t.tenant, info->id, slot->pending_id).ok());
+  auto after = t.host->Get(t.tenant, info->id);
+  ASSERT_TRUE(after.ok());
+  EXPECT_EQ(after->length, 20u);
+  EXPECT_EQ(after->revision, info->revision);
+  EXPECT_EQ(t.WrongRows(info->id, tokens).value(), 0u);
+}
+
+TEST(ModelHostTest, AReservationThatIsNotCommittedExpires) {
+  HostUnderTest t({});
+  auto info = t.OpenAndFill(Tokens(0, 16));
+  ASSERT_TRUE(info.ok());
+  const ReserveItem item{{info->id, info->epoch, std::nullopt}, 1};
+  auto slots = t.host->Reserve(t.tenant, {&item, 1}, absl::Milliseconds(1), false, t.Soon());
+  ASSERT_TRUE(slots.ok());
+  const MonotonicTime give_up = t.Soon();
+  while (t.host->Get(t.tenant, info->id)->pending_tokens > 0) {
+    ASSERT_LT(Clock::Real()->MonotonicNow(), give_up);
+    t.host->Tick();
+  }
+  EXPECT_EQ(GetReason(t.host->Commit(t.tenant, {info->id, info->epoch, std::nullopt},
+                                     slots->front().pending_id, Tokens(99, 1))
+                          .status()),
+            "WRITE_NOT_OPEN");
+}
+
+TEST(ModelHostTest, ReserveTakesAllItemsOrNone) {
+  HostUnderTest t({});
+  auto a = t.OpenAndFill(Tokens(0, 16));
+  auto b = t.OpenAndFill(Tokens(500, 16));
+  ASSERT_TRUE(a.ok() && b.ok());
+  const ReserveItem items[] = {{{a->id, a->epoch, std::nullopt}, 1},
+                               {{b->id, b->epoch + 5, std::nullopt}, 1}};
+  EXPECT_EQ(GetReason(t.host->Reserve(t.tenant, items, absl::Seconds(5), false, t.Soon()).status()),
+            "STALE_EPOCH");
+  EXPECT_EQ(t.host->Get(t.tenant, a->id)->pending_tokens, 0u);
+}
+
+TEST(ModelHostTest, WhenFramesAreHeldTheRefusalStatesTheNumbers) {
+  HostUnderTest t({.num_frames = 2});
+  auto a = t.OpenAndFill(Tokens(0, 16));
+  ASSERT_TRUE(a.ok());
+  auto b = t.host->Open(t.tenant, Tokens(500, 32), {}, {});
+  ASSERT_TRUE(b.ok());
+  auto rows = t.host->PinRows(t.tenant, a->id, 0, 0, 0, t.Soon());
+  ASSERT_TRUE(rows.ok());
+  const std::vector<uint32_t> two_pages = Tokens(500, 32);
+  const absl::Status status =
+      t.host->BeginAppend(t.tenant, {b->info.id, b->info.epoch, std::nullopt}, "b", 0, two_pages, {},
+                          false, t.In(absl::Milliseconds(50)))
+          .status();
+  EXPECT_TRUE(absl::IsResourceExhausted(status)) << status;
+  EXPECT_EQ(GetReasonMetadata(status, "needed"), "2");
+  EXPECT_TRUE(GetRetryDelay(status).has_value());
+  EXPECT_EQ(t.host->Get(t.tenant, b->info.id)->pending_tokens, 0u);
+}
+
+TEST(ModelHostTest, AFlippedByteInTheStoreIsAMissNeverWrongBytes) {
+  HostUnderTest t({.num_frames = 4, .write_through = false});
+  const std::vector<uint32_t> tokens = Tokens(0, 40);
+  auto info = t.OpenAndFill(tokens);
+  ASSERT_TRUE(info.ok());
+  // Flip a byte of the first page in its frame, as a failing memory would: the spill must notice.
+  auto table = t.host->GetBlockTable(t.tenant, info->id);
+  ASSERT_TRUE(table.ok());
+  const uint64_t at = t.host->FrameOffset(0, *table->front().frame);
+  std::byte byte;
+  ASSERT_TRUE(t.host->pool().Read(at + 3, {&byte, 1}).ok());
+  byte ^= std::byte{1};
+  ASSERT_TRUE(t.host->pool().Write(at + 3, {&byte, 1}).ok());
+  ASSERT_TRUE(t.host->EvictPages(0, t.Soon()).ok());
+  EXPECT_EQ(t.host->Counters().checksum_failures, 1u);
+  auto wrong = t.WrongRows(info->id, tokens);
+  EXPECT_EQ(GetReason(wrong.status()), "PREFIX_LOST") << wrong.status();
+  EXPECT_EQ(t.host->Get(t.tenant, info->id)->length, 0u);
+}
+
+TEST(ModelHostTest, CreateRefusesABudgetBelowOnePage) {
+  CpuDevice device;
+  ManualExecutor io;
+  ModelHost::Options options;
+  options.pool_bytes = 10;
+  const auto host =
+      ModelHost::Create(options, TestModel(16), &device, nullptr, &io, Clock::Real());
+  EXPECT_EQ(GetReason(host.status()), "POOL_TOO_SMALL");
+  EXPECT_THAT(std::string(host.status().message()), HasSubstr("10 bytes"));
+}
+
+}  // namespace
+}  // namespace pagetide
