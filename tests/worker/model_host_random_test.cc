@@ -29,8 +29,8 @@ std::vector<uint32_t> RandomPrompt(std::mt19937_64& rng, uint32_t max_blocks) {
   std::vector<uint32_t> tokens;
   const uint32_t blocks = 1 + rng() % max_blocks;
   for (uint32_t b = 0; b < blocks; ++b) {
-    const uint32_t kind = rng() % 3;
-    const uint32_t length = 5 + 4 * (rng() % 3);
+    const uint32_t kind = rng() % 2;
+    const uint32_t length = b < 3 ? 13 : 5 + 4 * (rng() % 3);
     for (uint32_t i = 0; i < length; ++i) tokens.push_back(kind * 100 + i);
   }
   return tokens;
