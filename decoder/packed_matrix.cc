@@ -3,6 +3,8 @@
 #include <algorithm>
 #include <cstring>
 
+#include "kernels/simd.h"
+
 namespace pagetide {
 namespace {
 

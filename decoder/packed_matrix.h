@@ -9,7 +9,7 @@
 #include <cstdint>
 #include <vector>
 
-#include "kernels/simd.h"
+#include "kernels/isa.h"
 
 namespace pagetide {
 

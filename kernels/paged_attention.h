@@ -20,7 +20,7 @@
 #include <cstdint>
 
 #include "kernels/convert.h"
-#include "kernels/simd.h"
+#include "kernels/isa.h"
 
 namespace pagetide::kernels {
 

@@ -5,6 +5,8 @@
 #include <limits>
 #include <vector>
 
+#include "kernels/simd.h"
+
 namespace pagetide::kernels {
 namespace {
 

@@ -14,6 +14,8 @@
 #include <cstdint>
 #include <cstring>
 
+#include "kernels/isa.h"
+
 #define PAGETIDE_ALWAYS_INLINE inline __attribute__((always_inline))
 #if defined(__x86_64__)
 #define PAGETIDE_TARGET_AVX2 __attribute__((target("avx2")))
@@ -22,9 +24,6 @@
 #endif
 
 namespace pagetide::kernels {
-
-// kBaseline is what every machine of the architecture runs; results are the same bits.
-enum class Isa : uint8_t { kBest, kBaseline };
 
 inline bool UseAvx2(Isa isa) {
 #if defined(__x86_64__)

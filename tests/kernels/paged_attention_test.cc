@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "gtest/gtest.h"
+#include "kernels/simd.h"
 
 namespace pagetide::kernels {
 namespace {
