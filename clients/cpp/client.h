@@ -1,0 +1,103 @@
+// Client: the way into a PageTide fleet for a C++ program. It asks a router where a prompt goes,
+// opens it there, and talks to that worker directly; rows go through shared memory where the worker
+// is on this host (clients/cpp/sequence.h).
+//
+//   auto client = Client::Create({.router_address = "127.0.0.1:7100"}).value();
+//   auto model = client->RegisterModel(spec).value();
+//   auto sequence = client->Open(model, prompt).value();
+//   sequence->WaitReady();                      // reused pages that were in the store are here now
+//   … compute prompt[sequence->length() ..), append …
+//
+// Thread-safe. Sequences keep what they need: they may outlive the client.
+#ifndef PAGETIDE_CLIENTS_CPP_CLIENT_H_
+#define PAGETIDE_CLIENTS_CPP_CLIENT_H_
+
+#include <cstdint>
+#include <map>
+#include <memory>
+#include <span>
+#include <string>
+#include <vector>
+
+#include "absl/status/statusor.h"
+#include "absl/strings/string_view.h"
+#include "base/mutex.h"
+#include "clients/cpp/sequence.h"
+#include "clients/cpp/worker_connection.h"
+#include "core/model.h"
+#include "pagetide/v1/router.grpc.pb.h"
+
+namespace pagetide {
+
+struct ClientOptions {
+  // Either a router, or one worker without a router.
+  std::string router_address;
+  std::string worker_address;
+  std::string worker_local_socket;  // of worker_address; empty: rows go by RPC
+  // Bounds each call, and each attempt to open on one worker.
+  CallOptions call;
+  // Workers tried before Open gives up.
+  int max_assignments = 3;
+  // False: rows go by RPC although the worker is on this host.
+  bool use_local_plane = true;
+  // Shared memory asked of each worker on this host.
+  uint64_t staging_bytes = 4 << 20;
+  ChannelOptions channel;
+
+  // INVALID_ARGUMENT unless exactly one of router_address and worker_address is set.
+  absl::Status Validate() const;
+};
+
+struct OpenOptions {
+  // Reuse even the last token of the prompt (engines usually need its logits).
+  bool allow_full_reuse = false;
+  // Reuse nothing, to measure.
+  bool no_reuse = false;
+  // Stay with this worker if it is alive: a conversation's next turn.
+  std::string sticky_worker_id;
+  std::vector<std::string> exclude_worker_ids;
+};
+
+class Client {
+ public:
+  static absl::StatusOr<std::unique_ptr<Client>> Create(ClientOptions options);
+
+  // Idempotent. FAILED_PRECONDITION without a router, which is who keeps models.
+  absl::StatusOr<std::shared_ptr<const Model>> RegisterModel(const ModelSpec& spec);
+  // By digest or name. NOT_FOUND.
+  absl::StatusOr<std::shared_ptr<const Model>> FindModel(absl::string_view name_or_digest);
+
+  // Opens `prompt` on the worker that can start it soonest. Does not wait for restores; the
+  // sequence's length is what was reused. A worker that does not answer is left out and another one
+  // asked for.
+  absl::StatusOr<std::unique_ptr<Sequence>> Open(std::shared_ptr<const Model> model,
+                                                 std::span<const uint32_t> prompt,
+                                                 const OpenOptions& options = {});
+
+  // Workers as the router knows them. FAILED_PRECONDITION without a router.
+  absl::StatusOr<std::vector<v1::WorkerInfo>> ListWorkers();
+  // The connection to a worker, made or found. local_socket may be empty.
+  std::shared_ptr<WorkerConnection> ConnectWorker(absl::string_view address,
+                                                  absl::string_view local_socket = "");
+  // Null without a router.
+  v1::RouterService::StubInterface* router() const { return router_.get(); }
+
+ private:
+  explicit Client(ClientOptions options);
+  absl::StatusOr<std::unique_ptr<Sequence>> OpenOn(std::shared_ptr<WorkerConnection> worker,
+                                                   std::shared_ptr<const Model> model,
+                                                   std::span<const uint32_t> prompt,
+                                                   const OpenOptions& options,
+                                                   absl::string_view assignment_id);
+
+  const ClientOptions options_;
+  const std::unique_ptr<v1::RouterService::StubInterface> router_;
+
+  Mutex mu_;
+  // By address. Bounded by the fleet: dead addresses cost an idle channel.
+  std::map<std::string, std::shared_ptr<WorkerConnection>> workers_ ABSL_GUARDED_BY(mu_);
+};
+
+}  // namespace pagetide
+
+#endif  // PAGETIDE_CLIENTS_CPP_CLIENT_H_

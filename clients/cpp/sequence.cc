@@ -1,0 +1,475 @@
+#include "clients/cpp/sequence.h"
+
+#include <algorithm>
+#include <cstring>
+#include <utility>
+
+#include "absl/strings/str_cat.h"
+#include "absl/time/clock.h"
+#include "base/error_info.h"
+#include "base/log.h"
+#include "base/status_macros.h"
+#include "clients/cpp/request_id.h"
+#include "core/staging_layout.h"
+
+namespace pagetide {
+namespace {
+
+using Service = v1::SequenceService::StubInterface;
+
+constexpr size_t kMaxPartBytes = size_t{1} << 20;
+constexpr absl::Duration kCloseTimeout = absl::Seconds(2);
+// An Attend may overtake the header of its append, which travels on another stream.
+constexpr absl::Duration kAppendStartTimeout = absl::Seconds(5);
+constexpr absl::Duration kAppendStartPause = absl::Milliseconds(1);
+
+std::string_view StdView(std::span<const std::byte> bytes) {
+  return {reinterpret_cast<const char*>(bytes.data()), bytes.size()};
+}
+
+v1::RowKind ToProto(RowKind kind) {
+  return kind == RowKind::kK ? v1::ROW_KIND_K : v1::ROW_KIND_V;
+}
+
+// INVALID_ARGUMENT unless the model has this group and layer.
+absl::Status CheckLayer(const Model& model, uint32_t group, uint32_t layer) {
+  const PageGeometry& geometry = model.geometry();
+  if (group >= geometry.num_groups() || layer >= geometry.group(group).num_layers()) {
+    return absl::InvalidArgumentError(
+        absl::StrCat("group ", group, ", layer ", layer, ": not in model ", model.spec().name));
+  }
+  return absl::OkStatus();
+}
+
+absl::Status CopyFloats(absl::string_view field, const std::string& bytes, std::span<float> out) {
+  if (bytes.size() != out.size_bytes()) {
+    return absl::InternalError(absl::StrCat("attend: the answer has ", bytes.size(), " bytes of ",
+                                            field, ", expected ", out.size_bytes()));
+  }
+  std::memcpy(out.data(), bytes.data(), bytes.size());
+  return absl::OkStatus();
+}
+
+}  // namespace
+
+Sequence::Sequence(std::shared_ptr<WorkerConnection> worker, std::shared_ptr<const Model> model,
+                   v1::SequenceState state)
+    : worker_(std::move(worker)), model_(std::move(model)), state_(std::move(state)) {}
+
+Sequence::~Sequence() {
+  if (is_closed_) return;
+  v1::CloseSequenceRequest request;
+  request.set_sequence_id(state_.sequence_id());
+  request.set_epoch(state_.epoch());
+  CallOptions once{.timeout = kCloseTimeout};
+  once.retry.max_attempts = 1;
+  const auto closed = CallUnary(once, worker_->sequences(), &Service::CloseSequence, request);
+  if (!closed.ok()) {
+    LogInfo("client", "close sequence ", state_.sequence_id(), ": ", closed.status().message());
+  }
+}
+
+v1::SequenceRef Sequence::Ref() const {
+  v1::SequenceRef ref;
+  ref.set_sequence_id(state_.sequence_id());
+  ref.set_epoch(state_.epoch());
+  return ref;
+}
+
+absl::StatusOr<uint64_t> Sequence::WaitReady(std::string* shortened_because) {
+  v1::WatchReadinessRequest request;
+  request.set_sequence_id(state_.sequence_id());
+  const auto watch = [&](absl::Duration time_left) -> absl::StatusOr<v1::WatchReadinessResponse> {
+    grpc::ClientContext context;
+    SetDeadline(&context, time_left);
+    const auto stream = worker_->sequences()->WatchReadiness(&context, request);
+    v1::WatchReadinessResponse message;
+    while (stream->Read(&message)) {
+    }
+    PT_RETURN_IF_ERROR(FromGrpcStatus(stream->Finish()));
+    if (!message.done()) {
+      return absl::InternalError(absl::StrCat("watch readiness of ", state_.sequence_id(),
+                                              ": the stream ended before it was done"));
+    }
+    return message;
+  };
+  const CallOptions& options = worker_->call_options();
+  PT_ASSIGN_OR_RETURN(const v1::WatchReadinessResponse last,
+                      CallWithRetry(options.retry, options.timeout, watch));
+  state_.set_length(last.length());
+  if (shortened_because != nullptr) *shortened_because = last.shortened_because();
+  return last.length();
+}
+
+absl::Status Sequence::Refresh() {
+  v1::GetSequenceRequest request;
+  request.set_sequence_id(state_.sequence_id());
+  PT_ASSIGN_OR_RETURN(
+      v1::GetSequenceResponse response,
+      CallUnary(worker_->call_options(), worker_->sequences(), &Service::GetSequence, request));
+  state_ = std::move(*response.mutable_state());
+  return absl::OkStatus();
+}
+
+absl::StatusOr<std::unique_ptr<PendingAppend>> Sequence::BeginAppend(
+    std::span<const uint32_t> tokens, bool will_attend) {
+  std::unique_ptr<PendingAppend> append(new PendingAppend(this));
+  append->append_id_ = NewRequestId();
+  SetDeadline(&append->context_, worker_->call_options().timeout);
+  append->stream_ = worker_->sequences()->AppendTokens(&append->context_, &append->response_);
+  v1::AppendTokensRequest message;
+  v1::AppendHeader* header = message.mutable_header();
+  header->set_request_id(append->append_id_);
+  *header->mutable_sequence() = Ref();
+  header->set_append_id(append->append_id_);
+  header->set_expected_length(length());
+  header->mutable_tokens()->Add(tokens.begin(), tokens.end());
+  header->set_pin_prefix(will_attend);
+  PT_RETURN_IF_ERROR(append->Write(message));
+  return append;
+}
+
+absl::StatusOr<std::unique_ptr<PendingStep>> Sequence::BeginStep(uint32_t num_tokens,
+                                                                 bool will_attend) {
+  std::unique_ptr<PendingStep> step(new PendingStep(this));
+  step->is_open_ = false;  // until the worker has reserved
+  step->staging_ = worker_->Staging();
+  v1::ReserveSlotsRequest request;
+  v1::ReserveSlotsRequest::Item* item = request.add_items();
+  *item->mutable_sequence() = Ref();
+  item->set_num_tokens(num_tokens);
+  request.set_pin_prefix(will_attend);
+  const auto reserve = [&] {
+    request.set_request_id(NewRequestId());
+    request.set_local_client_id(step->staging_ == nullptr ? 0 : step->staging_->client_id());
+    return CallUnary(worker_->call_options(), worker_->sequences(), &Service::ReserveSlots,
+                     request);
+  };
+  absl::StatusOr<v1::ReserveSlotsResponse> response = reserve();
+  if (absl::IsNotFound(response.status()) && step->staging_ != nullptr &&
+      GetReason(response.status()) != "SEQUENCE_NOT_FOUND") {
+    // The worker forgot our staging buffer, which does not hinder the step.
+    worker_->DropStaging();
+    step->staging_ = nullptr;
+    response = reserve();
+  }
+  PT_RETURN_IF_ERROR(response.status());
+  if (response->slots_size() != 1) {
+    return absl::InternalError(absl::StrCat("reserve slots of ", id(), ": ", response->slots_size(),
+                                            " slots in the answer, expected 1"));
+  }
+  step->slot_ = std::move(*response->mutable_slots(0));
+  step->is_open_ = true;
+  if (step->staging_ != nullptr) {
+    PT_ASSIGN_OR_RETURN(step->region_, step->staging_->Region(step->slot_.staging_offset(),
+                                                              step->slot_.staging_bytes()));
+    const uint64_t expected = StagedBytes(model_->geometry(), num_tokens);
+    if (step->region_.size() != expected) {
+      return absl::InternalError(absl::StrCat("reserve slots of ", id(), ": staging of ",
+                                              step->region_.size(), " bytes, expected ", expected));
+    }
+  }
+  return step;
+}
+
+absl::Status Sequence::Attend(const AttendCall& call) {
+  v1::AttendRequest request;
+  return Attend(call, &request);
+}
+
+absl::Status Sequence::Attend(const AttendCall& call, v1::AttendRequest* request) {
+  PT_RETURN_IF_ERROR(CheckLayer(*model_, call.group, call.layer));
+  const LayerGroupSpec& group = model_->geometry().group(call.group).spec();
+  const size_t query_width = static_cast<size_t>(call.query_heads) * group.k_dim;
+  if (query_width == 0 || call.queries.empty() || call.queries.size() % query_width != 0) {
+    return absl::InvalidArgumentError(absl::StrCat("attend: queries has ", call.queries.size(),
+                                                   " elements, expected a multiple of ",
+                                                   query_width));
+  }
+  const size_t num_queries = call.queries.size() / query_width;
+  if (call.outputs.size() != num_queries * call.query_heads * group.v_dim ||
+      (!call.log_sum_exp.empty() && call.log_sum_exp.size() != num_queries * call.query_heads)) {
+    return absl::InvalidArgumentError(absl::StrCat(
+        "attend: outputs has ", call.outputs.size(), " elements and log_sum_exp ",
+        call.log_sum_exp.size(), " for ", num_queries, " queries of ", call.query_heads, " heads"));
+  }
+  request->set_sequence_id(state_.sequence_id());
+  request->set_epoch(state_.epoch());
+  request->set_group(call.group);
+  request->set_layer(call.layer);
+  request->set_num_queries(static_cast<uint32_t>(num_queries));
+  request->set_query_heads(call.query_heads);
+  request->set_first_position(call.first_position);
+  request->set_scale(call.scale);
+  request->set_queries(call.queries.data(), call.queries.size_bytes());
+  PT_ASSIGN_OR_RETURN(
+      const v1::AttendResponse response,
+      CallUnary(worker_->call_options(), worker_->sequences(), &Service::Attend, *request));
+  PT_RETURN_IF_ERROR(CopyFloats("outputs", response.outputs(), call.outputs));
+  if (call.log_sum_exp.empty()) return absl::OkStatus();
+  return CopyFloats("log_sum_exp", response.log_sum_exp(), call.log_sum_exp);
+}
+
+absl::Status Sequence::ReadRows(uint32_t group, uint64_t begin, uint64_t end,
+                                std::span<const uint32_t> layers,
+                                absl::FunctionRef<absl::Status(const RowsPart&)> sink) {
+  PT_RETURN_IF_ERROR(CheckLayer(*model_, group, 0));
+  v1::ReadRowsRequest request;
+  request.set_sequence_id(state_.sequence_id());
+  request.set_group(group);
+  request.set_begin(begin);
+  request.set_end(end);
+  request.mutable_layers()->Add(layers.begin(), layers.end());
+  absl::Status sink_status;
+  bool has_delivered = false;
+  const auto read = [&](absl::Duration time_left) -> absl::Status {
+    grpc::ClientContext context;
+    SetDeadline(&context, time_left);
+    const auto stream = worker_->sequences()->ReadRows(&context, request);
+    v1::ReadRowsResponse message;
+    while (sink_status.ok() && stream->Read(&message)) {
+      has_delivered = true;
+      const RowKind kind = message.kind() == v1::ROW_KIND_K ? RowKind::kK : RowKind::kV;
+      const uint64_t expected =
+          uint64_t{message.num_tokens()} * model_->geometry().group(group).row_bytes(kind);
+      if (message.data().size() != expected) {
+        sink_status =
+            absl::DataLossError(absl::StrCat("read rows of ", id(), ": part of ",
+                                             message.data().size(), " bytes, expected ", expected));
+        break;
+      }
+      sink_status = sink({message.layer(), kind, message.first_token(), message.num_tokens(),
+                          std::as_bytes(std::span(message.data()))});
+    }
+    if (!sink_status.ok()) context.TryCancel();
+    const absl::Status status = FromGrpcStatus(stream->Finish());
+    if (!sink_status.ok()) return sink_status;
+    if (absl::IsUnavailable(status) && has_delivered) {
+      // The sink has seen parts: another attempt would show them twice.
+      return absl::AbortedError(absl::StrCat("read rows: ", status.message()));
+    }
+    return status;
+  };
+  const CallOptions& options = worker_->call_options();
+  return CallWithRetry(options.retry, options.timeout, read);
+}
+
+absl::StatusOr<std::unique_ptr<Sequence>> Sequence::Fork(std::optional<uint64_t> length) {
+  v1::ForkSequenceRequest request;
+  request.set_request_id(NewRequestId());
+  *request.mutable_source() = Ref();
+  if (length.has_value()) request.set_length(*length);
+  PT_ASSIGN_OR_RETURN(
+      v1::ForkSequenceResponse response,
+      CallUnary(worker_->call_options(), worker_->sequences(), &Service::ForkSequence, request));
+  return std::unique_ptr<Sequence>(
+      new Sequence(worker_, model_, std::move(*response.mutable_state())));
+}
+
+absl::Status Sequence::Rewind(int64_t length) {
+  v1::RewindRequest request;
+  request.set_request_id(NewRequestId());
+  *request.mutable_sequence() = Ref();
+  request.set_length(length);
+  PT_ASSIGN_OR_RETURN(v1::RewindResponse response,
+                      CallUnary(worker_->call_options(), worker_->edits(),
+                                &v1::SequenceEditService::StubInterface::Rewind, request));
+  state_ = std::move(*response.mutable_state());
+  return absl::OkStatus();
+}
+
+absl::Status Sequence::Close() {
+  if (is_closed_) return absl::OkStatus();
+  v1::CloseSequenceRequest request;
+  request.set_sequence_id(state_.sequence_id());
+  request.set_epoch(state_.epoch());
+  PT_RETURN_IF_ERROR(
+      CallUnary(worker_->call_options(), worker_->sequences(), &Service::CloseSequence, request)
+          .status());
+  is_closed_ = true;
+  return absl::OkStatus();
+}
+
+PendingAppend::~PendingAppend() {
+  if (stream_ == nullptr) return;
+  context_.TryCancel();
+  // A sync stream must be finished before it goes; cancelled, it is so at once.
+  stream_->Finish();
+}
+
+absl::Status PendingAppend::Finish() {
+  const absl::Status status = FromGrpcStatus(stream_->Finish());
+  stream_ = nullptr;
+  return status;
+}
+
+absl::Status PendingAppend::Write(const v1::AppendTokensRequest& message) {
+  if (stream_ == nullptr) {
+    return absl::FailedPreconditionError(
+        absl::StrCat("append ", append_id_, " to ", sequence_->id(), " is over"));
+  }
+  if (stream_->Write(message)) return absl::OkStatus();
+  const absl::Status status = Finish();
+  if (!status.ok()) return status;
+  return absl::AbortedError(
+      absl::StrCat("append ", append_id_, ": the worker ended the stream before the rows"));
+}
+
+absl::Status PendingAppend::WriteRows(uint32_t group, uint32_t layer, RowKind kind,
+                                      uint32_t first_token, std::span<const std::byte> bytes) {
+  PT_RETURN_IF_ERROR(CheckLayer(sequence_->model(), group, layer));
+  const size_t row_bytes = sequence_->model().geometry().group(group).row_bytes(kind);
+  if (row_bytes == 0 || bytes.size() % row_bytes != 0) {
+    return absl::InvalidArgumentError(
+        absl::StrCat("write rows: ", bytes.size(), " bytes, expected a multiple of ", row_bytes));
+  }
+  const size_t part_bytes = std::max(kMaxPartBytes / row_bytes, size_t{1}) * row_bytes;
+  v1::AppendTokensRequest message;
+  v1::RowPart* part = message.mutable_rows();
+  part->set_group(group);
+  part->set_layer(layer);
+  part->set_kind(ToProto(kind));
+  for (size_t offset = 0; offset < bytes.size(); offset += part_bytes) {
+    const auto piece = bytes.subspan(offset, std::min(part_bytes, bytes.size() - offset));
+    part->set_first_token(first_token + static_cast<uint32_t>(offset / row_bytes));
+    part->set_num_tokens(static_cast<uint32_t>(piece.size() / row_bytes));
+    part->set_data(piece.data(), piece.size());
+    PT_RETURN_IF_ERROR(Write(message));
+  }
+  return absl::OkStatus();
+}
+
+absl::Status PendingAppend::Attend(const AttendCall& call) {
+  if (stream_ == nullptr) {
+    return absl::FailedPreconditionError(
+        absl::StrCat("append ", append_id_, " to ", sequence_->id(), " is over"));
+  }
+  const absl::Time give_up = absl::Now() + kAppendStartTimeout;
+  for (;;) {
+    v1::AttendRequest request;
+    request.set_append_id(append_id_);
+    const absl::Status status = sequence_->Attend(call, &request);
+    if (GetReason(status) != "APPEND_NOT_FOUND") return status;
+    if (absl::Now() > give_up) {
+      // An append that the worker refused has ended its stream; its status says why.
+      context_.TryCancel();
+      const absl::Status ended = Finish();
+      return ended.ok() || absl::IsCancelled(ended) ? status : ended;
+    }
+    absl::SleepFor(kAppendStartPause);
+  }
+}
+
+absl::StatusOr<v1::AppendTokensResponse> PendingAppend::Commit() {
+  if (stream_ == nullptr) {
+    return absl::FailedPreconditionError(
+        absl::StrCat("append ", append_id_, " to ", sequence_->id(), " is over"));
+  }
+  stream_->WritesDone();  // false only if the stream is broken, which Finish reports
+  PT_RETURN_IF_ERROR(Finish());
+  sequence_->state_ = response_.state();
+  return response_;
+}
+
+PendingStep::~PendingStep() {
+  if (!is_open_) return;
+  v1::AbortReservationRequest request;
+  request.set_sequence_id(sequence_->id());
+  request.set_epoch(sequence_->state_.epoch());
+  request.set_reservation_id(slot_.reservation_id());
+  CallOptions once{.timeout = kCloseTimeout};
+  once.retry.max_attempts = 1;
+  const auto aborted =
+      CallUnary(once, sequence_->worker_->sequences(), &Service::AbortReservation, request);
+  if (!aborted.ok()) {
+    LogInfo("client", "abort reservation ", slot_.reservation_id(), ": ",
+            aborted.status().message());
+  }
+}
+
+absl::Status PendingStep::WriteRows(uint32_t group, uint32_t layer,
+                                    std::span<const std::byte> k_rows,
+                                    std::span<const std::byte> v_rows) {
+  PT_RETURN_IF_ERROR(CheckLayer(sequence_->model(), group, layer));
+  const PageGeometry& geometry = sequence_->model().geometry();
+  const uint32_t n = slot_.num_tokens();
+  const uint64_t k_bytes = uint64_t{n} * geometry.group(group).k_row_bytes();
+  const uint64_t v_bytes = uint64_t{n} * geometry.group(group).v_row_bytes();
+  if (k_rows.size() != k_bytes || v_rows.size() != v_bytes) {
+    return absl::InvalidArgumentError(absl::StrCat("write rows of ", n, " tokens: ", k_rows.size(),
+                                                   " K and ", v_rows.size(), " V bytes, expected ",
+                                                   k_bytes, " and ", v_bytes));
+  }
+  if (staging_ != nullptr) {
+    std::memcpy(region_.data() + StagedOffset(geometry, n, group, layer, RowKind::kK),
+                k_rows.data(), k_rows.size());
+    if (!v_rows.empty()) {
+      std::memcpy(region_.data() + StagedOffset(geometry, n, group, layer, RowKind::kV),
+                  v_rows.data(), v_rows.size());
+    }
+    return absl::OkStatus();
+  }
+  unsent_.push_back({group, layer, std::string(StdView(k_rows)), std::string(StdView(v_rows))});
+  return absl::OkStatus();
+}
+
+absl::Status PendingStep::Attend(const AttendCall& call) {
+  v1::AttendRequest request;
+  request.set_reservation_id(slot_.reservation_id());
+  const auto mine = std::find_if(unsent_.begin(), unsent_.end(), [&](const UnsentRows& rows) {
+    return rows.group == call.group && rows.layer == call.layer;
+  });
+  if (staging_ != nullptr) {
+    request.set_rows_in_staging(true);
+  } else if (mine != unsent_.end()) {
+    request.set_k_rows(mine->k);
+    request.set_v_rows(mine->v);
+  }
+  PT_RETURN_IF_ERROR(sequence_->Attend(call, &request));
+  if (mine != unsent_.end()) unsent_.erase(mine);
+  return absl::OkStatus();
+}
+
+absl::Status PendingStep::Commit(std::span<const uint32_t> tokens) {
+  if (!is_open_) {
+    return absl::FailedPreconditionError(
+        absl::StrCat("step of ", sequence_->id(), " was committed already"));
+  }
+  v1::CommitStepRequest request;
+  request.set_request_id(NewRequestId());
+  v1::CommitStepRequest::Item* item = request.add_items();
+  *item->mutable_sequence() = sequence_->Ref();
+  item->set_reservation_id(slot_.reservation_id());
+  item->mutable_tokens()->Add(tokens.begin(), tokens.end());
+  item->set_rows_in_staging(staging_ != nullptr);
+  for (const UnsentRows& rows : unsent_) {
+    for (const RowKind kind : {RowKind::kK, RowKind::kV}) {
+      const std::string& bytes = kind == RowKind::kK ? rows.k : rows.v;
+      if (bytes.empty()) continue;
+      v1::RowPart* part = item->add_rows();
+      part->set_group(rows.group);
+      part->set_layer(rows.layer);
+      part->set_kind(ToProto(kind));
+      part->set_num_tokens(slot_.num_tokens());
+      part->set_data(bytes);
+    }
+  }
+  PT_ASSIGN_OR_RETURN(const v1::CommitStepResponse response,
+                      CallUnary(sequence_->worker_->call_options(), sequence_->worker_->sequences(),
+                                &Service::CommitStep, request));
+  if (response.results_size() != 1) {
+    return absl::InternalError(absl::StrCat("commit step of ", sequence_->id(), ": ",
+                                            response.results_size(), " results, expected 1"));
+  }
+  const v1::CommitStepResponse::Result& result = response.results(0);
+  if (result.code() != 0) {
+    const absl::Status status(static_cast<absl::StatusCode>(result.code()), result.message());
+    return result.reason().empty() ? status : WithReason(status, result.reason());
+  }
+  is_open_ = false;
+  sequence_->state_.set_revision(result.revision());
+  sequence_->state_.set_length(result.length());
+  return absl::OkStatus();
+}
+
+}  // namespace pagetide

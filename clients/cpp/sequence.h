@@ -1,0 +1,197 @@
+// Sequence: one open sequence on a worker, and the two ways to write to it.
+//
+//   PendingAppend  prefill: rows of many tokens, layer by layer, over one stream; commits whole or
+//   not. PendingStep    decode: reserved slots; rows through memory shared with the worker where it
+//   is on
+//                  this host, in the calls otherwise.
+//
+// Rows written to a pending append or step are visible to its own Attend at once and to nobody else
+// before Commit. A pending object must not outlive its sequence; one pending write a sequence.
+//
+// Every call bounds its waits by the client's timeout. UNAVAILABLE is retried inside where that is
+// safe and returned when the worker stays away: then open the tokens again, on whatever worker the
+// router finds. None of these classes is thread-safe; different sequences are independent.
+#ifndef PAGETIDE_CLIENTS_CPP_SEQUENCE_H_
+#define PAGETIDE_CLIENTS_CPP_SEQUENCE_H_
+
+#include <cstddef>
+#include <cstdint>
+#include <memory>
+#include <optional>
+#include <span>
+#include <string>
+#include <vector>
+
+#include "absl/functional/function_ref.h"
+#include "absl/status/status.h"
+#include "absl/status/statusor.h"
+#include "clients/cpp/worker_connection.h"
+#include "core/geometry.h"
+#include "core/model.h"
+#include "pagetide/v1/sequence.pb.h"
+
+namespace pagetide {
+
+// Attention in one layer. Queries are consecutive from first_position on; a query at position p
+// sees keys at positions <= p.
+struct AttendCall {
+  uint32_t group = 0;
+  uint32_t layer = 0;        // index within the group
+  uint32_t query_heads = 0;  // a multiple of the group's kv_heads
+  uint64_t first_position = 0;
+  float scale = 0;                 // 0: 1 / sqrt(k_dim)
+  std::span<const float> queries;  // [num_queries, query_heads, k_dim]
+  std::span<float> outputs;        // [num_queries, query_heads, v_dim]
+  std::span<float> log_sum_exp;    // [num_queries, query_heads], or empty: not wanted
+};
+
+// Rows as ReadRows delivers them, valid during the call.
+struct RowsPart {
+  uint32_t layer = 0;
+  RowKind kind = RowKind::kK;
+  uint64_t first_token = 0;
+  uint32_t num_tokens = 0;
+  std::span<const std::byte> bytes;  // [num_tokens, row_bytes]
+};
+
+class PendingAppend;
+class PendingStep;
+
+class Sequence {
+ public:
+  // Closes the sequence on the worker (best effort, two seconds) unless Close was called.
+  ~Sequence();
+  Sequence(const Sequence&) = delete;
+  Sequence& operator=(const Sequence&) = delete;
+
+  // As of the last answer.
+  const std::string& id() const { return state_.sequence_id(); }
+  uint64_t length() const { return state_.length(); }
+  const v1::SequenceState& state() const { return state_; }
+  // What the open reused, and why not more.
+  const v1::PrefixReuse& reuse() const { return reuse_; }
+  // Pages that were being restored from the store when the open answered.
+  uint64_t restoring_pages() const { return restoring_pages_; }
+  const Model& model() const { return *model_; }
+  WorkerConnection& worker() const { return *worker_; }
+  const std::string& worker_id() const { return state_.worker_id(); }
+
+  // Waits until all reused pages are resident. Returns the length, which is shorter than at open if
+  // a restore failed (then `shortened_because`, unless null, says why).
+  absl::StatusOr<uint64_t> WaitReady(std::string* shortened_because = nullptr);
+  // Fetches the state anew.
+  absl::Status Refresh();
+
+  // will_attend: the whole sequence is made resident and stays pinned until the write ends, so that
+  // Attend under it never waits for frames.
+  absl::StatusOr<std::unique_ptr<PendingAppend>> BeginAppend(std::span<const uint32_t> tokens,
+                                                             bool will_attend = true);
+  // num_tokens: 1 to 1024.
+  absl::StatusOr<std::unique_ptr<PendingStep>> BeginStep(uint32_t num_tokens,
+                                                         bool will_attend = true);
+
+  // Attention over committed rows.
+  absl::Status Attend(const AttendCall& call);
+  // Streams verified rows [begin, end) of `layers` (empty: all) of a group; end 0: to the end. The
+  // first error of `sink` ends the stream and is returned. Not retried once a part was delivered.
+  absl::Status ReadRows(uint32_t group, uint64_t begin, uint64_t end,
+                        std::span<const uint32_t> layers,
+                        absl::FunctionRef<absl::Status(const RowsPart&)> sink);
+
+  // A new sequence on the same worker with the first `length` tokens (absent: all).
+  absl::StatusOr<std::unique_ptr<Sequence>> Fork(std::optional<uint64_t> length = std::nullopt);
+  // Truncates to the first `length` tokens.
+  absl::Status Rewind(int64_t length);
+  // Full pages stay in the worker's cache. Idempotent.
+  absl::Status Close();
+
+ private:
+  friend class Client;
+  friend class PendingAppend;
+  friend class PendingStep;
+
+  Sequence(std::shared_ptr<WorkerConnection> worker, std::shared_ptr<const Model> model,
+           v1::SequenceState state);
+  v1::SequenceRef Ref() const;
+  absl::Status Attend(const AttendCall& call, v1::AttendRequest* request);
+
+  const std::shared_ptr<WorkerConnection> worker_;  // shared with the client and other sequences
+  const std::shared_ptr<const Model> model_;        // shared by all sequences of the model
+  v1::SequenceState state_;
+  v1::PrefixReuse reuse_;
+  uint64_t restoring_pages_ = 0;
+  bool is_closed_ = false;
+};
+
+// See the head of this file. The stream is cancelled, and nothing changes, if this goes away
+// uncommitted.
+class PendingAppend {
+ public:
+  ~PendingAppend();
+  PendingAppend(const PendingAppend&) = delete;
+  PendingAppend& operator=(const PendingAppend&) = delete;
+
+  // Rows [first_token, …) of the append, relative to its first token: [n, row_bytes]. Layers in any
+  // order, tokens in order within a layer and kind. Sent in parts of at most 1 MiB.
+  absl::Status WriteRows(uint32_t group, uint32_t layer, RowKind kind, uint32_t first_token,
+                         std::span<const std::byte> bytes);
+  // Sees committed rows and those written here.
+  absl::Status Attend(const AttendCall& call);
+  // All rows of all layers were written.
+  absl::StatusOr<v1::AppendTokensResponse> Commit();
+
+ private:
+  friend class Sequence;
+  explicit PendingAppend(Sequence* sequence) : sequence_(sequence) {}
+  absl::Status Write(const v1::AppendTokensRequest& message);
+  // The status with which the worker ended the stream.
+  absl::Status Finish();
+
+  Sequence* const sequence_;
+  std::string append_id_;
+  grpc::ClientContext context_;
+  v1::AppendTokensResponse response_;
+  std::unique_ptr<grpc::ClientWriterInterface<v1::AppendTokensRequest>> stream_;  // null: finished
+};
+
+// See the head of this file. The reservation is given back if this goes away uncommitted.
+class PendingStep {
+ public:
+  ~PendingStep();
+  PendingStep(const PendingStep&) = delete;
+  PendingStep& operator=(const PendingStep&) = delete;
+
+  uint64_t first_position() const { return slot_.first_position(); }
+  bool is_local() const { return staging_ != nullptr; }
+
+  // The rows of all reserved tokens in one layer: [num_tokens, row_bytes] each.
+  absl::Status WriteRows(uint32_t group, uint32_t layer, std::span<const std::byte> k_rows,
+                         std::span<const std::byte> v_rows);
+  // Sees committed rows and those written here.
+  absl::Status Attend(const AttendCall& call);
+  // Fewer tokens than reserved: the rest is dropped.
+  absl::Status Commit(std::span<const uint32_t> tokens);
+
+ private:
+  friend class Sequence;
+  explicit PendingStep(Sequence* sequence) : sequence_(sequence) {}
+
+  // Rows written here that the worker does not have yet.
+  struct UnsentRows {
+    uint32_t group;
+    uint32_t layer;
+    std::string k;
+    std::string v;
+  };
+
+  Sequence* const sequence_;
+  v1::ReserveSlotsResponse::Slot slot_;
+  std::shared_ptr<LocalStaging> staging_;  // shared with the connection; null: rows go by RPC
+  std::span<std::byte> region_;            // in staging_
+  std::vector<UnsentRows> unsent_;
+  bool is_open_ = true;
+};
+
+}  // namespace pagetide
+
+#endif  // PAGETIDE_CLIENTS_CPP_SEQUENCE_H_
