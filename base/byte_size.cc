@@ -17,10 +17,14 @@ absl::StatusOr<uint64_t> ParseByteSize(absl::string_view text) {
   }
   const absl::string_view unit = absl::StripAsciiWhitespace(text.substr(digits));
   int shift = 0;
-  if (unit == "KiB") shift = 10;
-  else if (unit == "MiB") shift = 20;
-  else if (unit == "GiB") shift = 30;
-  else if (unit == "TiB") shift = 40;
+  if (unit == "KiB")
+    shift = 10;
+  else if (unit == "MiB")
+    shift = 20;
+  else if (unit == "GiB")
+    shift = 30;
+  else if (unit == "TiB")
+    shift = 40;
   else if (!unit.empty() && unit != "B") {
     return absl::InvalidArgumentError(
         absl::StrCat("byte size '", text, "': unit is not B, KiB, MiB, GiB or TiB"));
@@ -40,8 +44,9 @@ std::string FormatByteSize(uint64_t bytes) {
     ++unit;
   }
   if (unit == 0) return absl::StrCat(bytes, " B");
-  return absl::StrFormat(value == static_cast<double>(static_cast<uint64_t>(value)) ? "%.0f %s" : "%.1f %s",
-                         value, kUnits[unit]);
+  return absl::StrFormat(
+      value == static_cast<double>(static_cast<uint64_t>(value)) ? "%.0f %s" : "%.1f %s", value,
+      kUnits[unit]);
 }
 
 }  // namespace pagetide

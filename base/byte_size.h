@@ -14,8 +14,8 @@ inline constexpr uint64_t kKiB = uint64_t{1} << 10;
 inline constexpr uint64_t kMiB = uint64_t{1} << 20;
 inline constexpr uint64_t kGiB = uint64_t{1} << 30;
 
-// Accepts a whole number and one of B, KiB, MiB, GiB, TiB (none = bytes). INVALID_ARGUMENT otherwise,
-// and on overflow of 64 bits.
+// Accepts a whole number and one of B, KiB, MiB, GiB, TiB (none = bytes). INVALID_ARGUMENT
+// otherwise, and on overflow of 64 bits.
 absl::StatusOr<uint64_t> ParseByteSize(absl::string_view text);
 // The largest binary unit with at most one decimal: "1.5 MiB".
 std::string FormatByteSize(uint64_t bytes);

@@ -9,7 +9,9 @@
 
 namespace pagetide {
 
-std::string Checksum128::ToHex() const { return absl::StrFormat("%016x%016x", high, low); }
+std::string Checksum128::ToHex() const {
+  return absl::StrFormat("%016x%016x", high, low);
+}
 
 Checksum128 ChecksumOf(std::span<const std::byte> bytes) {
   const XXH128_hash_t h = XXH3_128bits(bytes.data(), bytes.size());

@@ -18,8 +18,8 @@ struct Checksum128 {
 };
 
 Checksum128 ChecksumOf(std::span<const std::byte> bytes);
-// Copies src to dst (equal sizes, no overlap) and returns the checksum of what was read, in one pass
-// over blocks that stay in the L1/L2 cache.
+// Copies src to dst (equal sizes, no overlap) and returns the checksum of what was read, in one
+// pass over blocks that stay in the L1/L2 cache.
 Checksum128 CopyWithChecksum(std::span<const std::byte> src, std::span<std::byte> dst);
 
 }  // namespace pagetide

@@ -1,4 +1,5 @@
-// Clock: the time port. Leases and deadlines use MonotonicNow(); only what a person reads uses WallNow().
+// Clock: the time port. Leases and deadlines use MonotonicNow(); only what a person reads uses
+// WallNow().
 #ifndef PAGETIDE_BASE_CLOCK_H_
 #define PAGETIDE_BASE_CLOCK_H_
 
@@ -36,7 +37,8 @@ class Clock {
 // Stands still until told to move. Thread-safe.
 class FakeClock final : public Clock {
  public:
-  explicit FakeClock(absl::Time wall = absl::UnixEpoch() + absl::Hours(24 * 365 * 50)) : wall_(wall) {}
+  explicit FakeClock(absl::Time wall = absl::UnixEpoch() + absl::Hours(24 * 365 * 50))
+      : wall_(wall) {}
   MonotonicTime MonotonicNow() const override;
   absl::Time WallNow() const override;
   void Advance(absl::Duration d);

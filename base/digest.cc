@@ -10,9 +10,13 @@
 
 namespace pagetide {
 
-std::string Digest::ToHex() const { return absl::BytesToHexString(view()); }
+std::string Digest::ToHex() const {
+  return absl::BytesToHexString(view());
+}
 
-std::string Digest::ToShortHex() const { return absl::BytesToHexString(view().substr(0, 6)); }
+std::string Digest::ToShortHex() const {
+  return absl::BytesToHexString(view().substr(0, 6));
+}
 
 absl::StatusOr<Digest> Digest::FromBytes(absl::string_view raw) {
   Digest d;
@@ -75,13 +79,16 @@ Digest Sha256::Finish() {
   return d;
 }
 
-Digest Sha256Of(absl::string_view raw) { return Sha256().Append(raw).Finish(); }
+Digest Sha256Of(absl::string_view raw) {
+  return Sha256().Append(raw).Finish();
+}
 
 Digest HmacSha256(absl::string_view key, absl::string_view message) {
   Digest d;
   unsigned int size = 0;
   HMAC(EVP_sha256(), key.data(), static_cast<int>(key.size()),
-       reinterpret_cast<const unsigned char*>(message.data()), message.size(), d.bytes.data(), &size);
+       reinterpret_cast<const unsigned char*>(message.data()), message.size(), d.bytes.data(),
+       &size);
   return d;
 }
 

@@ -1,4 +1,5 @@
-// Digest: 32 bytes of SHA-256, and the two ways to make one. Source: FIPS 180-4, RFC 2104 (OpenSSL EVP).
+// Digest: 32 bytes of SHA-256, and the two ways to make one. Source: FIPS 180-4, RFC 2104 (OpenSSL
+// EVP).
 #ifndef PAGETIDE_BASE_DIGEST_H_
 #define PAGETIDE_BASE_DIGEST_H_
 
@@ -41,8 +42,9 @@ struct Digest {
   }
 };
 
-// Incremental SHA-256. Integers go in as little-endian; AppendField prefixes the length as u64 LE, so
-// that no two different field lists give the same byte stream. Not thread-safe; one Finish a hasher.
+// Incremental SHA-256. Integers go in as little-endian; AppendField prefixes the length as u64 LE,
+// so that no two different field lists give the same byte stream. Not thread-safe; one Finish a
+// hasher.
 class Sha256 {
  public:
   Sha256();

@@ -15,12 +15,15 @@ ThreadPoolExecutor::ThreadPoolExecutor(Options options) : options_(std::move(opt
   }
 }
 
-ThreadPoolExecutor::~ThreadPoolExecutor() { Stop(); }
+ThreadPoolExecutor::~ThreadPoolExecutor() {
+  Stop();
+}
 
 absl::Status ThreadPoolExecutor::Schedule(std::function<void()> task) {
   {
     MutexLock lock(&mu_);
-    if (stopping_) return absl::UnavailableError(absl::StrCat("executor ", options_.name, " stops"));
+    if (stopping_)
+      return absl::UnavailableError(absl::StrCat("executor ", options_.name, " stops"));
     if (queue_.size() >= options_.max_queue) {
       return absl::ResourceExhaustedError(
           absl::StrCat("queue of ", options_.name, " is full: ", queue_.size(), " tasks"));

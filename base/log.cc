@@ -40,10 +40,14 @@ void Log(LogLevel level, absl::string_view component, absl::string_view message)
 }
 
 absl::Status SetLogLevel(absl::string_view name) {
-  if (name == "debug") Sink().set_level(spdlog::level::debug);
-  else if (name == "info") Sink().set_level(spdlog::level::info);
-  else if (name == "warning") Sink().set_level(spdlog::level::warn);
-  else if (name == "error") Sink().set_level(spdlog::level::err);
+  if (name == "debug")
+    Sink().set_level(spdlog::level::debug);
+  else if (name == "info")
+    Sink().set_level(spdlog::level::info);
+  else if (name == "warning")
+    Sink().set_level(spdlog::level::warn);
+  else if (name == "error")
+    Sink().set_level(spdlog::level::err);
   else {
     return absl::InvalidArgumentError(
         absl::StrCat("log level '", name, "' is not debug, info, warning or error"));
@@ -51,6 +55,8 @@ absl::Status SetLogLevel(absl::string_view name) {
   return absl::OkStatus();
 }
 
-bool IsLogged(LogLevel level) { return Sink().should_log(ToSpd(level)); }
+bool IsLogged(LogLevel level) {
+  return Sink().should_log(ToSpd(level));
+}
 
 }  // namespace pagetide

@@ -1,4 +1,5 @@
-// Log lines: "time level component message", to stderr. No token, prompt or key material is ever logged.
+// Log lines: "time level component message", to stderr. No token, prompt or key material is ever
+// logged.
 #ifndef PAGETIDE_BASE_LOG_H_
 #define PAGETIDE_BASE_LOG_H_
 

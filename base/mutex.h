@@ -1,5 +1,6 @@
 // Mutex, MutexLock and CondVar: std::mutex and std::condition_variable with clang's thread-safety
-// annotations. absl::Mutex of Debian 12 is not instrumented, so TSan reports false races through it.
+// annotations. absl::Mutex of Debian 12 is not instrumented, so TSan reports false races through
+// it.
 #ifndef PAGETIDE_BASE_MUTEX_H_
 #define PAGETIDE_BASE_MUTEX_H_
 
@@ -39,7 +40,8 @@ class ABSL_SCOPED_LOCKABLE MutexLock {
   Mutex* const mu_;
 };
 
-// Waits release the mutex and hold it again on return; wake-ups may be spurious: loop on a condition.
+// Waits release the mutex and hold it again on return; wake-ups may be spurious: loop on a
+// condition.
 class CondVar {
  public:
   void Wait(Mutex* mu) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu) {

@@ -8,8 +8,8 @@
 #include "absl/status/statusor.h"
 
 // PT_RETURN_IF_ERROR(expr): returns expr's status from the enclosing function unless it is OK.
-#define PT_RETURN_IF_ERROR(expr)                         \
-  do {                                                   \
+#define PT_RETURN_IF_ERROR(expr)                                                 \
+  do {                                                                           \
     if (::absl::Status pt_status_ = (expr); !pt_status_.ok()) return pt_status_; \
   } while (false)
 

@@ -17,12 +17,12 @@ struct TypeInfo {
   uint32_t bytes;
 };
 
-// Block sizes are ggml's: an f16 scale (and an f16 minimum for the _1 types, 4 bytes of fifth bits for
-// the q5 types) in front of 32 packed values.
+// Block sizes are ggml's: an f16 scale (and an f16 minimum for the _1 types, 4 bytes of fifth bits
+// for the q5 types) in front of 32 packed values.
 constexpr TypeInfo kTypes[] = {
-    {"?", 0, 0},       {"f32", 1, 4},   {"f16", 1, 2},   {"bf16", 1, 2},
+    {"?", 0, 0},       {"f32", 1, 4},     {"f16", 1, 2},    {"bf16", 1, 2},
     {"f8_e4m3", 1, 1}, {"f8_e5m2", 1, 1}, {"q8_0", 32, 34}, {"q5_0", 32, 22},
-    {"q5_1", 32, 24},  {"q4_0", 32, 18}, {"q4_1", 32, 20}, {"iq4_nl", 32, 18},
+    {"q5_1", 32, 24},  {"q4_0", 32, 18},  {"q4_1", 32, 20}, {"iq4_nl", 32, 18},
 };
 
 bool IsKnown(DataType type) {
@@ -53,9 +53,9 @@ absl::Status CheckRope(const RopeSpec& rope, uint32_t k_dim, absl::string_view a
     return absl::InvalidArgumentError(absl::StrCat(at, ".rope.base = ", rope.base, " is not > 0"));
   }
   if (!rope.factors.empty() && rope.factors.size() != rope.n_rot / 2) {
-    return absl::InvalidArgumentError(absl::StrCat(at, ".rope.factors has ", rope.factors.size(),
-                                                   " entries, expected n_rot / 2 = ",
-                                                   rope.n_rot / 2));
+    return absl::InvalidArgumentError(
+        absl::StrCat(at, ".rope.factors has ", rope.factors.size(),
+                     " entries, expected n_rot / 2 = ", rope.n_rot / 2));
   }
   if (rope.position_components < 1 || rope.position_components > 4) {
     return absl::InvalidArgumentError(absl::StrCat(
@@ -104,9 +104,13 @@ absl::string_view DataTypeName(DataType type) {
   return IsKnown(type) ? kTypes[static_cast<int>(type)].name : "?";
 }
 
-uint32_t DataTypeGroupElements(DataType type) { return kTypes[static_cast<int>(type)].elements; }
+uint32_t DataTypeGroupElements(DataType type) {
+  return kTypes[static_cast<int>(type)].elements;
+}
 
-uint32_t DataTypeGroupBytes(DataType type) { return kTypes[static_cast<int>(type)].bytes; }
+uint32_t DataTypeGroupBytes(DataType type) {
+  return kTypes[static_cast<int>(type)].bytes;
+}
 
 absl::StatusOr<PageGeometry> PageGeometry::Create(GeometrySpec spec) {
   if (spec.page_tokens < 1 || spec.page_tokens > kMaxPageTokens) {
@@ -149,8 +153,8 @@ absl::StatusOr<PageGeometry> PageGeometry::Create(GeometrySpec spec) {
     }
     if (g.kind == Kind::kRecurrent || g.kind == Kind::kOpaque) {
       if (g.opaque_bytes == 0 || g.opaque_bytes > kMaxPageBytes) {
-        return absl::InvalidArgumentError(absl::StrCat(at, ".opaque_bytes = ", g.opaque_bytes,
-                                                       " is not 1 to ", kMaxPageBytes));
+        return absl::InvalidArgumentError(
+            absl::StrCat(at, ".opaque_bytes = ", g.opaque_bytes, " is not 1 to ", kMaxPageBytes));
       }
       out.page_bytes_ = g.opaque_bytes;
     } else {
@@ -175,8 +179,8 @@ absl::StatusOr<PageGeometry> PageGeometry::Create(GeometrySpec spec) {
         PT_RETURN_IF_ERROR(CheckRope(g.rope, g.k_dim, at));
       }
       if (g.scale == LayerGroupSpec::ScaleKind::kPerLayer && g.scale_digest.size() != 32) {
-        return absl::InvalidArgumentError(absl::StrCat(
-            at, ".scale_digest has ", g.scale_digest.size(), " bytes, expected 32"));
+        return absl::InvalidArgumentError(
+            absl::StrCat(at, ".scale_digest has ", g.scale_digest.size(), " bytes, expected 32"));
       }
       if (k > kMaxPageBytes || v > kMaxPageBytes) {
         return absl::InvalidArgumentError(absl::StrCat(at, ": rows exceed ", kMaxPageBytes));

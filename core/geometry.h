@@ -1,10 +1,11 @@
-// Page geometry: everything that decides the bytes of a page, and the only place that does arithmetic
-// on rows, layers and pages.
+// Page geometry: everything that decides the bytes of a page, and the only place that does
+// arithmetic on rows, layers and pages.
 //
-// A page holds page_tokens consecutive tokens of all layers of one layer group of one shard, laid out
+// A page holds page_tokens consecutive tokens of all layers of one layer group of one shard, laid
+// out
 //   [layer][K rows: page_tokens × k_row_bytes][V rows: page_tokens × v_row_bytes]
-// token-major, so that a page is one contiguous copy and a token range of one layer one contiguous run.
-// Values are immutable after Create and freely copied; thread-safe.
+// token-major, so that a page is one contiguous copy and a token range of one layer one contiguous
+// run. Values are immutable after Create and freely copied; thread-safe.
 #ifndef PAGETIDE_CORE_GEOMETRY_H_
 #define PAGETIDE_CORE_GEOMETRY_H_
 
@@ -113,15 +114,16 @@ class GroupGeometry {
   }
   uint64_t layer_bytes() const { return layer_bytes_; }
   uint64_t page_bytes() const { return page_bytes_; }
-  // Byte offset of the row of `slot` in `layer` (index within the group) from the start of the page.
+  // Byte offset of the row of `slot` in `layer` (index within the group) from the start of the
+  // page.
   uint64_t RowOffset(uint32_t layer, RowKind kind, uint32_t slot) const {
     const uint64_t base = layer * layer_bytes_;
     return kind == RowKind::kK
                ? base + uint64_t{slot} * k_row_bytes_
                : base + uint64_t{page_tokens_} * k_row_bytes_ + uint64_t{slot} * v_row_bytes_;
   }
-  // SHA-256 of the group, the shard's ranges and page_tokens: equal means interchangeable bytes. The
-  // rank is left out, so that replicated KV is stored once.
+  // SHA-256 of the group, the shard's ranges and page_tokens: equal means interchangeable bytes.
+  // The rank is left out, so that replicated KV is stored once.
   const Digest& fingerprint() const { return fingerprint_; }
 
  private:

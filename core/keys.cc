@@ -6,7 +6,8 @@ TenantSalt DeriveTenantSalt(absl::string_view deployment_secret, absl::string_vi
   return {HmacSha256(deployment_secret, tenant)};
 }
 
-PrefixKey RootPrefixKey(const TenantSalt& salt, const Digest& model_identity, uint32_t page_tokens) {
+PrefixKey RootPrefixKey(const TenantSalt& salt, const Digest& model_identity,
+                        uint32_t page_tokens) {
   Sha256 hash;
   hash.AppendField("pagetide.prefix.v1").AppendField(salt.digest.view());
   hash.AppendField(model_identity.view()).AppendU32(page_tokens);
@@ -34,7 +35,8 @@ std::vector<PrefixKey> PrefixKeysOf(const PrefixKey& root, std::span<const uint3
   size_t first_input = 0;
   for (size_t at = 0; at + page_tokens <= tokens.size(); at += page_tokens) {
     size_t last_input = first_input;
-    while (last_input < inputs.size() && inputs[last_input].position < at + page_tokens) ++last_input;
+    while (last_input < inputs.size() && inputs[last_input].position < at + page_tokens)
+      ++last_input;
     parent = NextPrefixKey(parent, tokens.subspan(at, page_tokens), at,
                            inputs.subspan(first_input, last_input - first_input));
     first_input = last_input;

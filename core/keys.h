@@ -1,9 +1,11 @@
 // Prefix keys and page keys: the names under which equal content is found (DESIGN rule 4).
 //
-//   root       = SHA-256(field "pagetide.prefix.v1", field tenant_salt, field model identity, u32 page_tokens)
-//   PrefixKey  = SHA-256(field "pagetide.page.v1", field parent, u64 n, n × u32 token, u64 m, m × {u32 slot, field digest})
-//   PageKey    = SHA-256(field "pagetide.component_page.v1", field PrefixKey, field component fingerprint)
-// A field is its u64 length and its bytes; integers are little-endian. All 32 bytes are kept everywhere.
+//   root       = SHA-256(field "pagetide.prefix.v1", field tenant_salt, field model identity, u32
+//   page_tokens) PrefixKey  = SHA-256(field "pagetide.page.v1", field parent, u64 n, n × u32 token,
+//   u64 m, m × {u32 slot, field digest}) PageKey    = SHA-256(field "pagetide.component_page.v1",
+//   field PrefixKey, field component fingerprint)
+// A field is its u64 length and its bytes; integers are little-endian. All 32 bytes are kept
+// everywhere.
 #ifndef PAGETIDE_CORE_KEYS_H_
 #define PAGETIDE_CORE_KEYS_H_
 
@@ -52,8 +54,8 @@ struct PositionedInput {
 
 PrefixKey RootPrefixKey(const TenantSalt& salt, const Digest& model_identity, uint32_t page_tokens);
 
-// Key of the page that follows `parent`. `tokens` are the page's, `inputs` those at its positions (their
-// position is taken relative to first_position).
+// Key of the page that follows `parent`. `tokens` are the page's, `inputs` those at its positions
+// (their position is taken relative to first_position).
 PrefixKey NextPrefixKey(const PrefixKey& parent, std::span<const uint32_t> tokens,
                         uint64_t first_position = 0, std::span<const PositionedInput> inputs = {});
 

@@ -14,9 +14,10 @@ absl::Status ValidateName(absl::string_view field, absl::string_view name) {
   bool ok = !name.empty() && name.size() <= 128 && is_edge(name.front()) && is_edge(name.back());
   for (char c : name) ok = ok && (is_edge(c) || c == '.' || c == '_' || c == '-');
   if (ok) return absl::OkStatus();
-  return absl::InvalidArgumentError(absl::StrCat(
-      field, " has ", name.size(),
-      " characters and is not 1 to 128 of a-z, 0-9, '.', '_', '-' with a letter or digit at both ends"));
+  return absl::InvalidArgumentError(
+      absl::StrCat(field, " has ", name.size(),
+                   " characters and is not 1 to 128 of a-z, 0-9, '.', '_', '-' with a letter or "
+                   "digit at both ends"));
 }
 
 absl::StatusOr<Model> Model::Create(ModelSpec spec) {

@@ -34,8 +34,8 @@ class Model {
   const PageGeometry& geometry() const { return geometry_; }
   // SHA-256 of identity and geometry, without the name: two names of one thing share pages.
   const Digest& digest() const { return digest_; }
-  // SHA-256 of weights, tokenizer, adapters and numerics: the root of prefix keys. The geometry enters
-  // the page key instead, so that shards of one model agree on prefix keys.
+  // SHA-256 of weights, tokenizer, adapters and numerics: the root of prefix keys. The geometry
+  // enters the page key instead, so that shards of one model agree on prefix keys.
   const Digest& identity() const { return identity_; }
 
  private:

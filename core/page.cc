@@ -121,7 +121,8 @@ void Page::SetFull(uint32_t rows, const Checksum128& checksum) {
   checksum_ = checksum;
 }
 
-void Page::SetKey(const PrefixKey& prefix, const PrefixKey& parent_prefix, const PageKey& store_key) {
+void Page::SetKey(const PrefixKey& prefix, const PrefixKey& parent_prefix,
+                  const PageKey& store_key) {
   PT_CHECK(is_full_ && !prefix_);
   prefix_ = prefix;
   parent_prefix_ = parent_prefix;

@@ -9,7 +9,8 @@
 //      │      │  BeginRestore    ▲
 //      │      └──────────────────┤ AbortRestore (the store did not answer)
 //      └─────────────────────────┘ DropFrame (only when stored)
-//   any ── Quarantine ──▶ quarantined: its bytes failed their checksum or are gone; never used again
+//   any ── Quarantine ──▶ quarantined: its bytes failed their checksum or are gone; never used
+//   again
 //
 // A page is full or a tail. Full pages never change. A tail is written only by its one owner.
 // Not thread-safe: PageDirectory's owner locks. Misuse is a broken invariant and ends the process.
@@ -39,8 +40,8 @@ class Page {
   static Page NewTail(PageId id, uint32_t group, std::string tenant, FrameId frame, uint32_t depth,
                       std::optional<PageId> parent);
   // A full, keyed page that so far only the store has.
-  static Page NewStored(PageId id, uint32_t group, std::string tenant, uint32_t rows, uint32_t depth,
-                        std::optional<PageId> parent, const PrefixKey& prefix,
+  static Page NewStored(PageId id, uint32_t group, std::string tenant, uint32_t rows,
+                        uint32_t depth, std::optional<PageId> parent, const PrefixKey& prefix,
                         const PrefixKey& parent_prefix, const PageKey& store_key,
                         const Checksum128& checksum);
 

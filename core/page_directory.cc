@@ -23,7 +23,8 @@ Page& PageDirectory::Add(Page page) {
 
 Page& PageDirectory::CreateTail(uint32_t group, absl::string_view tenant, FrameId frame,
                                 uint32_t depth, std::optional<PageId> parent) {
-  Page& page = Add(Page::NewTail(PageId(next_id_++), group, std::string(tenant), frame, depth, parent));
+  Page& page =
+      Add(Page::NewTail(PageId(next_id_++), group, std::string(tenant), frame, depth, parent));
   page.Ref();
   EnterFrame(page);
   return page;
@@ -194,7 +195,8 @@ bool PageDirectory::SetKey(Page& page, const PrefixKey& prefix, const PrefixKey&
                            std::shared_ptr<const std::vector<uint32_t>> tokens, bool has_inputs) {
   PrefixIndex& index = groups_[page.group()].index;
   index.Erase(page.id());  // its entry as a tail
-  if (!index.InsertKeyed(prefix, parent_prefix, page.id(), std::move(tokens), has_inputs)) return false;
+  if (!index.InsertKeyed(prefix, parent_prefix, page.id(), std::move(tokens), has_inputs))
+    return false;
   page.SetKey(prefix, parent_prefix, store_key);
   if (page.is_readable()) changes_.push_back({prefix, page.group(), /*removed=*/false});
   return true;
@@ -233,9 +235,13 @@ void PageDirectory::RememberStored(PageId id) {
   }
 }
 
-std::vector<FrameChange> PageDirectory::TakeFrameChanges() { return std::exchange(changes_, {}); }
+std::vector<FrameChange> PageDirectory::TakeFrameChanges() {
+  return std::exchange(changes_, {});
+}
 
-std::vector<PageKey> PageDirectory::TakeStaleKeys() { return std::exchange(stale_keys_, {}); }
+std::vector<PageKey> PageDirectory::TakeStaleKeys() {
+  return std::exchange(stale_keys_, {});
+}
 
 void PageDirectory::CheckInvariants() const {
   for (uint32_t g = 0; g < num_groups(); ++g) {

@@ -1,9 +1,9 @@
-// PageDirectory: every page a host knows, the frames they are in, and the ways to find them: by id, by
-// key, by tokens, by eviction order. Decides nothing that waits; does no I/O.
+// PageDirectory: every page a host knows, the frames they are in, and the ways to find them: by id,
+// by key, by tokens, by eviction order. Decides nothing that waits; does no I/O.
 //
-// Not thread-safe: the host locks. Invariants (CheckInvariants): a frame is free or held by exactly one
-// page; a page in the eviction order is in a frame; pins > 0, writers and copies in flight are never
-// evictable; a private page without references does not exist.
+// Not thread-safe: the host locks. Invariants (CheckInvariants): a frame is free or held by exactly
+// one page; a page in the eviction order is in a frame; pins > 0, writers and copies in flight are
+// never evictable; a private page without references does not exist.
 #ifndef PAGETIDE_CORE_PAGE_DIRECTORY_H_
 #define PAGETIDE_CORE_PAGE_DIRECTORY_H_
 
@@ -36,8 +36,8 @@ struct FrameChange {
 
 class PageDirectory {
  public:
-  // `max_known_stored`: pages in the store that nobody references but are remembered, so that prompts
-  // can match part of them.
+  // `max_known_stored`: pages in the store that nobody references but are remembered, so that
+  // prompts can match part of them.
   PageDirectory(uint32_t num_groups, uint32_t num_frames, size_t max_known_stored);
 
   // --- frames ---

@@ -1,4 +1,5 @@
-// PageStore: the port to the store of cold pages, manifests, small records and leases that all nodes share.
+// PageStore: the port to the store of cold pages, manifests, small records and leases that all
+// nodes share.
 //
 // Implementations: memory (reference), rocksdb (embedded), remote (gRPC client of pagetide-store);
 // decorators add metrics, retries and faults. One contract suite holds them all.
@@ -38,7 +39,7 @@ struct PageRecordMeta {
   PageKey key;
   Checksum128 checksum;  // of the raw body, taken when the page was committed
   uint64_t body_bytes = 0;
-  Digest fingerprint;  // component fingerprint
+  Digest fingerprint;               // component fingerprint
   std::optional<PrefixKey> prefix;  // absent for private pages
   std::optional<PrefixKey> parent;  // of the first page: its root
   std::string numerics_id;
@@ -191,7 +192,8 @@ class PageStore {
   // --- small records: durable at kLocal when acknowledged ---
   // Returns the new version (expected_version + 1). expected_version 0: must not exist.
   // FAILED_PRECONDITION (VERSION_MISMATCH); absent value deletes.
-  virtual absl::StatusOr<uint64_t> CompareAndSetRecord(absl::string_view kind, absl::string_view key,
+  virtual absl::StatusOr<uint64_t> CompareAndSetRecord(absl::string_view kind,
+                                                       absl::string_view key,
                                                        uint64_t expected_version,
                                                        std::optional<absl::string_view> value,
                                                        MonotonicTime deadline) = 0;
@@ -199,7 +201,8 @@ class PageStore {
                                                 MonotonicTime deadline) = 0;
   virtual absl::StatusOr<std::vector<StoreRecord>> ListRecords(absl::string_view kind,
                                                                absl::string_view key_prefix,
-                                                               absl::string_view after, size_t limit,
+                                                               absl::string_view after,
+                                                               size_t limit,
                                                                MonotonicTime deadline) = 0;
 
   // --- leases, timed by the store from receipt ---
@@ -213,8 +216,8 @@ class PageStore {
   virtual absl::Status ReleaseLease(const StoreLease& lease, MonotonicTime deadline) = 0;
 
   // --- residency and upkeep ---
-  // Calls `on_events(snapshot, snapshot_end, events)` from one thread at a time: first the snapshot in
-  // one or more calls, then changes as they happen, until on_events returns false or `deadline`.
+  // Calls `on_events(snapshot, snapshot_end, events)` from one thread at a time: first the snapshot
+  // in one or more calls, then changes as they happen, until on_events returns false or `deadline`.
   using WatchCallback =
       std::function<bool(bool snapshot, bool snapshot_end, std::span<const StoreEvent> events)>;
   virtual absl::Status Watch(const WatchCallback& on_events, MonotonicTime deadline) = 0;

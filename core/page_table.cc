@@ -16,9 +16,9 @@ uint64_t PageTable::num_rows() const {
 }
 
 std::vector<PageId> PageTable::Truncate(uint64_t rows) {
-  auto first_gone = std::partition_point(
-      extents_.begin(), extents_.end(),
-      [rows](const Extent& extent) { return extent.first_position < rows; });
+  auto first_gone =
+      std::partition_point(extents_.begin(), extents_.end(),
+                           [rows](const Extent& extent) { return extent.first_position < rows; });
   std::vector<PageId> gone;
   for (auto it = first_gone; it != extents_.end(); ++it) gone.push_back(it->page);
   extents_.erase(first_gone, extents_.end());

@@ -1,5 +1,5 @@
-// PageTable: which rows of which pages make up a sequence, in one layer group. Ordered extents without
-// gaps; positions are implicit (row n is at position n) until an edit makes them explicit.
+// PageTable: which rows of which pages make up a sequence, in one layer group. Ordered extents
+// without gaps; positions are implicit (row n is at position n) until an edit makes them explicit.
 // Holds page ids, not references: the owner counts. Not thread-safe.
 #ifndef PAGETIDE_CORE_PAGE_TABLE_H_
 #define PAGETIDE_CORE_PAGE_TABLE_H_
@@ -32,8 +32,8 @@ class PageTable {
   bool empty() const { return extents_.empty(); }
   uint64_t num_rows() const;
 
-  // Cuts to the first `rows` rows. Returns the pages whose extents went, in order; the last extent that
-  // stays may become shorter.
+  // Cuts to the first `rows` rows. Returns the pages whose extents went, in order; the last extent
+  // that stays may become shorter.
   std::vector<PageId> Truncate(uint64_t rows);
   // The extents of rows [begin, end), cut to that range.
   std::vector<Extent> Cover(uint64_t begin, uint64_t end) const;

@@ -26,19 +26,19 @@ struct DeviceExtent {
 
 struct AttentionCall {
   const GroupGeometry* group = nullptr;
-  uint32_t layer = 0;  // index within the group
+  uint32_t layer = 0;                     // index within the group
   std::span<const DeviceExtent> extents;  // ascending positions, no gaps
   uint32_t num_queries = 0;
   uint32_t query_heads = 0;     // multiple of kv_heads
   uint64_t first_position = 0;  // of the first query
   float scale = 0;
-  std::span<const float> queries;    // [num_queries, query_heads, k_dim]
-  std::span<float> outputs;          // [num_queries, query_heads, v_dim]
-  std::span<float> log_sum_exp;      // [num_queries, query_heads]
+  std::span<const float> queries;  // [num_queries, query_heads, k_dim]
+  std::span<float> outputs;        // [num_queries, query_heads, v_dim]
+  std::span<float> log_sum_exp;    // [num_queries, query_heads]
 };
 
-// One allocation, made once, that frames are carved from. Offsets are bytes from its start. Calls are
-// complete on return. Ranges are the caller's to keep apart: the pool does not lock.
+// One allocation, made once, that frames are carved from. Offsets are bytes from its start. Calls
+// are complete on return. Ranges are the caller's to keep apart: the pool does not lock.
 class DevicePool {
  public:
   virtual ~DevicePool() = default;

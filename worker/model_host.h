@@ -1,8 +1,10 @@
-// ModelHost: all that a worker does for one model: its frames, its pages, its open sequences. The gRPC
-// services call it; it knows neither gRPC nor CUDA nor RocksDB, only the device and store ports.
+// ModelHost: all that a worker does for one model: its frames, its pages, its open sequences. The
+// gRPC services call it; it knows neither gRPC nor CUDA nor RocksDB, only the device and store
+// ports.
 //
-// Thread-safe; one mutex, never held over device or store I/O (prepare → act → complete). Calls that
-// need frames acquire all of them, first come first served, or none, and wait until their deadline.
+// Thread-safe; one mutex, never held over device or store I/O (prepare → act → complete). Calls
+// that need frames acquire all of them, first come first served, or none, and wait until their
+// deadline.
 //
 // A sequence's committed rows never change in place. Rows of a *pending write* (an append or a
 // reservation) go straight into frames behind the committed length, where nobody else looks, and
@@ -76,7 +78,7 @@ enum class ReuseLimit : uint8_t {
 struct PrefixReuse {
   uint64_t prompt_tokens = 0;
   uint64_t reused_tokens = 0;
-  uint64_t shared_pages = 0;   // full pages of tokens, whatever the number of groups
+  uint64_t shared_pages = 0;  // full pages of tokens, whatever the number of groups
   uint64_t partial_rows = 0;
   uint64_t device_tokens = 0;
   uint64_t host_tokens = 0;
@@ -246,10 +248,12 @@ struct ResidencyChange {
 class ModelHost {
  public:
   struct Options {
-    // Bytes of device memory for frames. frames a group = floor(budget / bytes of one page of all groups).
+    // Bytes of device memory for frames. frames a group = floor(budget / bytes of one page of all
+    // groups).
     uint64_t pool_bytes = 0;
     uint64_t incarnation = 0;
-    // Numbers of sequences and pending writes; shared by all hosts of a worker. Null: the host's own.
+    // Numbers of sequences and pending writes; shared by all hosts of a worker. Null: the host's
+    // own.
     std::shared_ptr<std::atomic<uint64_t>> numbers;
     // Unreferenced pages in the store that are remembered for partial matches.
     uint64_t max_known_stored_pages = 65536;
@@ -294,8 +298,9 @@ class ModelHost {
   virtual absl::StatusOr<OpenResult> Open(const Tenant& tenant, std::span<const uint32_t> tokens,
                                           std::span<const PositionedInput> inputs,
                                           const PromptOptions& options) = 0;
-  // Waits until readiness differs from `seen_resident_tokens` or is done, or until the deadline (then
-  // answers what is). A restore that failed shortens a sequence that nothing was appended to yet.
+  // Waits until readiness differs from `seen_resident_tokens` or is done, or until the deadline
+  // (then answers what is). A restore that failed shortens a sequence that nothing was appended to
+  // yet.
   virtual absl::StatusOr<Readiness> WaitReadiness(const Tenant& tenant, SequenceId id,
                                                   std::optional<uint64_t> seen_resident_tokens,
                                                   MonotonicTime deadline) = 0;
@@ -308,20 +313,18 @@ class ModelHost {
   // OK if it is closed already. A pending write is aborted.
   virtual absl::Status Close(const Tenant& tenant, SequenceId id, uint64_t epoch) = 0;
   virtual absl::StatusOr<ForkResult> Fork(const Tenant& tenant, const SequenceHandle& source,
-                                          std::optional<uint64_t> length, MonotonicTime deadline) = 0;
+                                          std::optional<uint64_t> length,
+                                          MonotonicTime deadline) = 0;
   virtual absl::StatusOr<RewindResult> Rewind(const Tenant& tenant, const SequenceHandle& sequence,
                                               int64_t length) = 0;
 
   // --- pending writes ---
   // pin_prefix: the whole sequence is made resident and stays pinned until commit or abort, so that
   // Attend under the pending id never waits for frames.
-  virtual absl::StatusOr<PendingSlot> BeginAppend(const Tenant& tenant,
-                                                  const SequenceHandle& sequence,
-                                                  absl::string_view append_id,
-                                                  uint64_t expected_length,
-                                                  std::span<const uint32_t> tokens,
-                                                  std::span<const PositionedInput> inputs,
-                                                  bool pin_prefix, MonotonicTime deadline) = 0;
+  virtual absl::StatusOr<PendingSlot> BeginAppend(
+      const Tenant& tenant, const SequenceHandle& sequence, absl::string_view append_id,
+      uint64_t expected_length, std::span<const uint32_t> tokens,
+      std::span<const PositionedInput> inputs, bool pin_prefix, MonotonicTime deadline) = 0;
   // All items or none. A reservation not committed within `lease` is aborted.
   virtual absl::StatusOr<std::vector<PendingSlot>> Reserve(const Tenant& tenant,
                                                            std::span<const ReserveItem> items,
@@ -330,11 +333,13 @@ class ModelHost {
   // Pending id of an open append. NOT_FOUND otherwise.
   virtual absl::StatusOr<uint64_t> FindAppend(const Tenant& tenant, SequenceId id,
                                               absl::string_view append_id) = 0;
-  // INVALID_ARGUMENT when the run lies outside the pending write or `num_bytes` is not what it needs.
+  // INVALID_ARGUMENT when the run lies outside the pending write or `num_bytes` is not what it
+  // needs.
   virtual absl::Status WriteRows(const Tenant& tenant, SequenceId id, uint64_t pending_id,
                                  const RowRun& run, uint64_t num_bytes, RowSource source) = 0;
-  // All rows of [0, n) must have arrived (FAILED_PRECONDITION, ROWS_MISSING, naming the first missing
-  // layer). For a reservation `tokens` are the n ≤ reserved tokens; for an append they are empty.
+  // All rows of [0, n) must have arrived (FAILED_PRECONDITION, ROWS_MISSING, naming the first
+  // missing layer). For a reservation `tokens` are the n ≤ reserved tokens; for an append they are
+  // empty.
   virtual absl::StatusOr<CommitResult> Commit(const Tenant& tenant, const SequenceHandle& sequence,
                                               uint64_t pending_id,
                                               std::span<const uint32_t> tokens) = 0;
@@ -352,7 +357,8 @@ class ModelHost {
     virtual ~PinnedRows() = default;
     virtual uint64_t begin() const = 0;
     virtual uint64_t end() const = 0;
-    // Consecutive runs of the rows of one layer in order, each inside one page, as offsets in pool().
+    // Consecutive runs of the rows of one layer in order, each inside one page, as offsets in
+    // pool().
     struct Run {
       uint64_t first_token;
       uint32_t num_tokens;
@@ -387,7 +393,8 @@ class ModelHost {
   virtual HostCounters Counters() = 0;
   virtual HostLoad Load() = 0;
   // Called without locks, in order, from whichever thread caused the changes. Set before first use.
-  virtual void SetResidencyListener(std::function<void(const std::vector<ResidencyChange>&)> fn) = 0;
+  virtual void SetResidencyListener(
+      std::function<void(const std::vector<ResidencyChange>&)> fn) = 0;
   // Everything resident or known stored by this host, for a snapshot.
   virtual std::vector<ResidencyChange> ResidencySnapshot() = 0;
 };

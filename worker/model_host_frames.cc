@@ -1,8 +1,8 @@
 // Frames: the line in which calls wait for them, spilling to make room, restoring on demand.
 //
-// Why nobody waits for ever: a call holds frames only once it is at the head of the line or past it.
-// What is past it never waits for frames again, so its frames come back; reservations that idle do so
-// when their lease ends. A waiting call that is not at the head holds nothing.
+// Why nobody waits for ever: a call holds frames only once it is at the head of the line or past
+// it. What is past it never waits for frames again, so its frames come back; reservations that idle
+// do so when their lease ends. A waiting call that is not at the head holds nothing.
 #include <algorithm>
 #include <utility>
 
@@ -30,8 +30,8 @@ bool ModelHostImpl::CanSpill() const {
 bool ModelHostImpl::MakeRoomNow(uint32_t group, uint32_t count) {
   const uint32_t num_free = pages_.frames(group).num_free();
   if (num_free >= count) return true;
-  const std::vector<PageId> victims = pages_.policy(group).PickVictims(
-      count - num_free, [this](PageId id) {
+  const std::vector<PageId> victims =
+      pages_.policy(group).PickVictims(count - num_free, [this](PageId id) {
         mu_.AssertHeld();
         return pages_.Get(id).is_clean();
       });
@@ -46,8 +46,8 @@ bool ModelHostImpl::MakeRoom(uint32_t group, uint32_t count) {
   if (MakeRoomNow(group, count)) return true;
   const uint32_t lacking = count - pages_.frames(group).num_free();
   if (!CanSpill() || num_spilling_[group] >= lacking) return false;
-  std::vector<PageId> dirty = pages_.policy(group).PickVictims(
-      lacking - num_spilling_[group], [](PageId) { return true; });
+  std::vector<PageId> dirty =
+      pages_.policy(group).PickVictims(lacking - num_spilling_[group], [](PageId) { return true; });
   std::erase_if(dirty, [this](PageId id) {
     mu_.AssertHeld();
     return pages_.Get(id).is_clean();
@@ -63,7 +63,8 @@ absl::StatusOr<bool> ModelHostImpl::Progress(Ticket& ticket) {
   all.insert(all.end(), need.writable.begin(), need.writable.end());
   for (PageId id : all) {
     const Page* page = pages_.Find(id);
-    if (page == nullptr) return absl::AbortedError("a page of the sequence went away while waiting");
+    if (page == nullptr)
+      return absl::AbortedError("a page of the sequence went away while waiting");
     if (page->state() == PageState::kQuarantined) {
       return WithReason(absl::FailedPreconditionError("a page of the sequence was lost"),
                         "PREFIX_LOST");
@@ -123,11 +124,10 @@ absl::Status ModelHostImpl::Acquire(const std::string& tenant, const Need& need,
     }
   }
   if (line_.size() >= options_.max_waiting_calls) {
-    return WithRetryDelay(
-        WithReason(absl::ResourceExhaustedError(
-                       absl::StrCat("acquire frames: ", line_.size(), " calls wait already")),
-                   error_reason::kPoolExhausted),
-        absl::Milliseconds(100));
+    return WithRetryDelay(WithReason(absl::ResourceExhaustedError(absl::StrCat(
+                                         "acquire frames: ", line_.size(), " calls wait already")),
+                                     error_reason::kPoolExhausted),
+                          absl::Milliseconds(100));
   }
   Ticket ticket;
   ticket.need = &need;
@@ -165,8 +165,8 @@ absl::Status ModelHostImpl::Acquire(const std::string& tenant, const Need& need,
         }
         if (page.state() == PageState::kStored) {
           // Its restore was given up because the store did not answer.
-          status = absl::UnavailableError(
-              absl::StrCat("restore a page: ", last_store_error_.message()));
+          status =
+              absl::UnavailableError(absl::StrCat("restore a page: ", last_store_error_.message()));
           break;
         }
         ready = ready && (is_write ? page.state() == PageState::kResident : page.is_readable());
@@ -186,15 +186,14 @@ absl::Status ModelHostImpl::Acquire(const std::string& tenant, const Need& need,
         free += pages_.frames(g).num_free();
         evictable += pages_.policy(g).PickVictims(num_frames_, [](PageId) { return true; }).size();
       }
-      status = WithRetryDelay(
-          WithReason(absl::ResourceExhaustedError(
-                         absl::StrCat("acquire frames: needed ", total_needed, ", free ", free,
-                                      ", evictable ", evictable)),
-                     error_reason::kPoolExhausted,
-                     {{"needed", absl::StrCat(total_needed)},
-                      {"free", absl::StrCat(free)},
-                      {"evictable", absl::StrCat(evictable)}}),
-          absl::Milliseconds(50));
+      status = WithRetryDelay(WithReason(absl::ResourceExhaustedError(absl::StrCat(
+                                             "acquire frames: needed ", total_needed, ", free ",
+                                             free, ", evictable ", evictable)),
+                                         error_reason::kPoolExhausted,
+                                         {{"needed", absl::StrCat(total_needed)},
+                                          {"free", absl::StrCat(free)},
+                                          {"evictable", absl::StrCat(evictable)}}),
+                              absl::Milliseconds(50));
       break;
     }
     if (!waited) {
@@ -227,8 +226,8 @@ void ModelHostImpl::ReleaseAcquired(Acquired& acquired) {
   changed_.SignalAll();
 }
 
-absl::StatusOr<std::span<const std::byte>> ModelHostImpl::PageBytes(uint32_t group, uint64_t offset,
-                                                                    std::vector<std::byte>& buffer) {
+absl::StatusOr<std::span<const std::byte>> ModelHostImpl::PageBytes(
+    uint32_t group, uint64_t offset, std::vector<std::byte>& buffer) {
   const uint64_t size = Geometry(group).page_bytes();
   if (const std::byte* view = pool_->host_view()) return std::span(view + offset, size);
   buffer.resize(size);
@@ -262,8 +261,8 @@ void ModelHostImpl::StartSpills(const std::vector<PageId>& ids, Durability level
     mu_.AssertHeld();
     if (batch.empty()) return;
     ++jobs_in_flight_;
-    const absl::Status scheduled = io_->Schedule(
-        [this, level, items = batch] { RunSpills(items, level); });
+    const absl::Status scheduled =
+        io_->Schedule([this, level, items = batch] { RunSpills(items, level); });
     if (!scheduled.ok()) {
       --jobs_in_flight_;
       for (const SpillItem& item : batch) {
@@ -338,8 +337,10 @@ void ModelHostImpl::RunSpills(const std::vector<SpillItem>& items, Durability le
       }
       stored[put_of[p]] = Page::StoredAs{items[put_of[p]].key, results[p].checksum};
       counters_.bytes_verified += puts[p].body.size();
-      if (level == Durability::kCache) ++counters_.pages_spilled;
-      else ++counters_.pages_written_through;
+      if (level == Durability::kCache)
+        ++counters_.pages_spilled;
+      else
+        ++counters_.pages_written_through;
     }
     for (size_t i = 0; i < items.size(); ++i) {
       Page& page = pages_.Get(items[i].page);
@@ -352,10 +353,17 @@ void ModelHostImpl::RunSpills(const std::vector<SpillItem>& items, Durability le
         if (still != nullptr && still->pins() == 0) pages_.Quarantine(*still);
       }
     }
-    --jobs_in_flight_;
     changed_.SignalAll();
   }
+  FinishJob();
+}
+
+void ModelHostImpl::FinishJob() {
   Flush();
+  // Last of all: from here on the host may be destroyed.
+  MutexLock lock(&mu_);
+  --jobs_in_flight_;
+  changed_.SignalAll();
 }
 
 void ModelHostImpl::StartRestores(const std::vector<PageId>& ids) {
@@ -386,19 +394,20 @@ void ModelHostImpl::RunRestores(const std::vector<RestoreItem>& items) {
     total_bytes += size;
     gets[i].key = items[i].key;
     if (view == nullptr) buffers[i].resize(size);
-    gets[i].body = view != nullptr ? std::span(view + items[i].offset, size) : std::span(buffers[i]);
+    gets[i].body =
+        view != nullptr ? std::span(view + items[i].offset, size) : std::span(buffers[i]);
     if (!options_.unsafe_skip_verify) gets[i].expected = items[i].expected;
   }
   const MonotonicTime began = clock_->MonotonicNow();
-  const std::vector<GetPageResult> results =
-      store_->GetPages(gets, began + options_.store_timeout);
+  const std::vector<GetPageResult> results = store_->GetPages(gets, began + options_.store_timeout);
   const absl::Duration took = clock_->MonotonicNow() - began;
 
   std::vector<absl::Status> failed(items.size());
   std::vector<bool> is_lost(items.size(), false);
   std::vector<bool> is_damaged(items.size(), false);
   for (size_t i = 0; i < items.size(); ++i) {
-    failed[i] = i < results.size() ? results[i].status : absl::InternalError("store gave no result");
+    failed[i] =
+        i < results.size() ? results[i].status : absl::InternalError("store gave no result");
     if (!failed[i].ok()) continue;
     if (results[i].outcome != GetOutcome::kHit) {
       is_lost[i] = true;
@@ -431,10 +440,9 @@ void ModelHostImpl::RunRestores(const std::vector<RestoreItem>& items) {
       }
     }
     store_meter_.Add(static_cast<double>(total_bytes), took);
-    --jobs_in_flight_;
     changed_.SignalAll();
   }
-  Flush();
+  FinishJob();
 }
 
 uint64_t ModelHostImpl::Prefetch(Sequence& sequence) {
@@ -451,7 +459,8 @@ uint64_t ModelHostImpl::Prefetch(Sequence& sequence) {
     if (page.state() != PageState::kStored) continue;
     has_room = MakeRoomNow(page.group(), 1);
     if (!has_room) break;
-    const std::optional<FramePool::Grant> grant = pages_.AllocateFrame(page.group(), sequence.tenant);
+    const std::optional<FramePool::Grant> grant =
+        pages_.AllocateFrame(page.group(), sequence.tenant);
     if (!grant) break;
     pages_.BeginRestore(page, grant->frame);
     restores.push_back(own[at]);
@@ -496,8 +505,9 @@ absl::StatusOr<ModelHost::EvictResult> ModelHostImpl::EvictPages(uint64_t max_pa
       if (result.evicted_pages >= limit || dirty_left == 0) break;
       const absl::Duration left = deadline - clock_->MonotonicNow();
       if (left <= absl::ZeroDuration()) {
-        return absl::DeadlineExceededError(absl::StrCat(
-            "evict pages: ", dirty_left, " still being spilled, ", result.evicted_pages, " evicted"));
+        return absl::DeadlineExceededError(absl::StrCat("evict pages: ", dirty_left,
+                                                        " still being spilled, ",
+                                                        result.evicted_pages, " evicted"));
       }
       changed_.WaitWithTimeout(&mu_, std::min(left, kLookAgain));
     }

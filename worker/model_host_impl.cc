@@ -14,8 +14,9 @@ namespace pagetide {
 namespace {
 
 absl::Status SequenceNotFound(SequenceId id) {
-  return WithReason(absl::NotFoundError(absl::StrCat("sequence ", id.ToString(), " is not open here")),
-                    "SEQUENCE_NOT_FOUND");
+  return WithReason(
+      absl::NotFoundError(absl::StrCat("sequence ", id.ToString(), " is not open here")),
+      "SEQUENCE_NOT_FOUND");
 }
 
 // Stale private records deleted in one call.
@@ -26,9 +27,9 @@ constexpr size_t kMaxDeleteBatch = 256;
 absl::Status ModelHost::Options::Validate() const {
   if (!(spill_low_watermark > 0 && spill_low_watermark <= spill_high_watermark &&
         spill_high_watermark <= 1)) {
-    return absl::InvalidArgumentError(
-        absl::StrCat("spill watermarks ", spill_low_watermark, " and ", spill_high_watermark,
-                     " are not 0 < low <= high <= 1"));
+    return absl::InvalidArgumentError(absl::StrCat("spill watermarks ", spill_low_watermark,
+                                                   " and ", spill_high_watermark,
+                                                   " are not 0 < low <= high <= 1"));
   }
   if (max_open_sequences == 0 || max_sequence_tokens == 0 || max_waiting_calls == 0) {
     return absl::InvalidArgumentError(
@@ -56,28 +57,27 @@ absl::StatusOr<std::unique_ptr<ModelHost>> ModelHost::Create(Options options,
   const uint64_t unit = geometry.bytes_per_page_of_tokens();
   const uint64_t num_frames = options.pool_bytes / unit;
   if (num_frames == 0) {
-    return WithReason(
-        absl::InvalidArgumentError(absl::StrCat("pool of model ", model->spec().name, ": budget ",
-                                                options.pool_bytes, " bytes is less than one page of ",
-                                                unit, " bytes in all groups")),
-        error_reason::kPoolTooSmall);
+    return WithReason(absl::InvalidArgumentError(absl::StrCat(
+                          "pool of model ", model->spec().name, ": budget ", options.pool_bytes,
+                          " bytes is less than one page of ", unit, " bytes in all groups")),
+                      error_reason::kPoolTooSmall);
   }
   if (num_frames >= (uint64_t{1} << 31)) {
-    return absl::InvalidArgumentError(
-        absl::StrCat("pool of model ", model->spec().name, ": ", num_frames, " frames exceed 2^31"));
+    return absl::InvalidArgumentError(absl::StrCat("pool of model ", model->spec().name, ": ",
+                                                   num_frames, " frames exceed 2^31"));
   }
   // One frame more than the budget holds: frame 0 is the null frame. On the CPU device it costs
   // address space, not memory, as nothing ever writes it.
-  PT_ASSIGN_OR_RETURN(std::unique_ptr<DevicePool> pool, device->CreatePool((num_frames + 1) * unit));
+  PT_ASSIGN_OR_RETURN(std::unique_ptr<DevicePool> pool,
+                      device->CreatePool((num_frames + 1) * unit));
   if (!options.numbers) options.numbers = std::make_shared<std::atomic<uint64_t>>(0);
   for (uint32_t g = 0; g < geometry.num_groups(); ++g) {
     const LayerGroupSpec& group = geometry.group(g).spec();
     LogInfo("worker", "pool of model ", model->spec().name, " group ", g, ": ", num_frames,
             " frames x ", FormatByteSize(geometry.group(g).page_bytes()), " = ",
-            FormatByteSize(num_frames * geometry.group(g).page_bytes()), ", ",
-            group.layers.size(), " layers, K ", DataTypeName(group.k_type), ", V ",
-            DataTypeName(group.v_type), ", ", geometry.page_tokens(), " tokens a page, on ",
-            device->name());
+            FormatByteSize(num_frames * geometry.group(g).page_bytes()), ", ", group.layers.size(),
+            " layers, K ", DataTypeName(group.k_type), ", V ", DataTypeName(group.v_type), ", ",
+            geometry.page_tokens(), " tokens a page, on ", device->name());
   }
   return std::unique_ptr<ModelHost>(
       new ModelHostImpl(std::move(options), std::move(model), std::move(pool),
@@ -103,7 +103,9 @@ ModelHostImpl::ModelHostImpl(Options options, std::shared_ptr<const Model> model
   }
 }
 
-ModelHostImpl::~ModelHostImpl() { Quiesce(); }
+ModelHostImpl::~ModelHostImpl() {
+  Quiesce();
+}
 
 absl::Status ModelHostImpl::ValidateTokens(std::span<const uint32_t> tokens,
                                            std::span<const PositionedInput> inputs,
@@ -117,18 +119,17 @@ absl::Status ModelHostImpl::ValidateTokens(std::span<const uint32_t> tokens,
   if (vocabulary > 0) {
     for (size_t i = 0; i < tokens.size(); ++i) {
       if (tokens[i] >= vocabulary) {
-        return absl::InvalidArgumentError(absl::StrCat("tokens[", i, "] = ", tokens[i],
-                                                       " is not below vocabulary_size = ",
-                                                       vocabulary));
+        return absl::InvalidArgumentError(absl::StrCat(
+            "tokens[", i, "] = ", tokens[i], " is not below vocabulary_size = ", vocabulary));
       }
     }
   }
   uint64_t last = first;
   for (size_t i = 0; i < inputs.size(); ++i) {
     if (inputs[i].position < last || inputs[i].position >= first + tokens.size()) {
-      return absl::InvalidArgumentError(absl::StrCat(
-          "inputs[", i, "].position = ", inputs[i].position, " is not ascending within [", first,
-          ", ", first + tokens.size(), ")"));
+      return absl::InvalidArgumentError(
+          absl::StrCat("inputs[", i, "].position = ", inputs[i].position,
+                       " is not ascending within [", first, ", ", first + tokens.size(), ")"));
     }
     last = inputs[i].position;
   }
@@ -145,12 +146,13 @@ absl::StatusOr<ModelHostImpl::SequencePtr> ModelHostImpl::FindSequence(const Ten
   return SequenceNotFound(id);
 }
 
-absl::Status ModelHostImpl::CheckHandle(const Sequence& sequence, const SequenceHandle& handle) const {
+absl::Status ModelHostImpl::CheckHandle(const Sequence& sequence,
+                                        const SequenceHandle& handle) const {
   if (handle.epoch != sequence.epoch) {
-    return WithReason(absl::FailedPreconditionError(
-                          absl::StrCat("sequence ", sequence.id.ToString(), ": epoch ",
-                                       handle.epoch, " != ", sequence.epoch)),
-                      error_reason::kStaleEpoch, {{"epoch", absl::StrCat(sequence.epoch)}});
+    return WithReason(
+        absl::FailedPreconditionError(absl::StrCat("sequence ", sequence.id.ToString(), ": epoch ",
+                                                   handle.epoch, " != ", sequence.epoch)),
+        error_reason::kStaleEpoch, {{"epoch", absl::StrCat(sequence.epoch)}});
   }
   if (handle.expected_revision && *handle.expected_revision != sequence.revision) {
     return WithReason(absl::FailedPreconditionError(
@@ -166,11 +168,10 @@ absl::StatusOr<ModelHostImpl::SequencePtr> ModelHostImpl::FindForChange(
   PT_ASSIGN_OR_RETURN(SequencePtr sequence, FindSequence(tenant, handle.id));
   PT_RETURN_IF_ERROR(CheckHandle(*sequence, handle));
   if (sequence->pending != nullptr) {
-    return WithReason(
-        absl::FailedPreconditionError(absl::StrCat("sequence ", handle.id.ToString(), ": a write of ",
-                                                   sequence->pending->num_tokens,
-                                                   " tokens is pending")),
-        error_reason::kPendingWrite);
+    return WithReason(absl::FailedPreconditionError(
+                          absl::StrCat("sequence ", handle.id.ToString(), ": a write of ",
+                                       sequence->pending->num_tokens, " tokens is pending")),
+                      error_reason::kPendingWrite);
   }
   return sequence;
 }
@@ -221,10 +222,10 @@ uint64_t ModelHostImpl::Truncate(Sequence& sequence, uint64_t length) {
     last.SetRows(tail_rows);
     const uint64_t base = length - tail_rows;
     const PrefixKey& parent = base == 0 ? sequence.root : sequence.keys[base / page_tokens() - 1];
-    pages_.SetTailTokens(last, parent,
-                         std::vector<uint32_t>(sequence.tokens.begin() + base,
-                                               sequence.tokens.begin() + length),
-                         !sequence.inputs.empty() && sequence.inputs.back().position >= base);
+    pages_.SetTailTokens(
+        last, parent,
+        std::vector<uint32_t>(sequence.tokens.begin() + base, sequence.tokens.begin() + length),
+        !sequence.inputs.empty() && sequence.inputs.back().position >= base);
   }
   sequence.tokens.resize(length);
   sequence.keys.resize(length / page_tokens());
@@ -276,13 +277,12 @@ absl::Status ModelHostImpl::CutIfLost(Sequence& sequence) {
   const uint64_t before = sequence.length();
   Truncate(sequence, valid);
   ++counters_.prefixes_lost;
-  sequence.shortened_because =
-      absl::StrCat("a page failed its checksum or left the store: ", before, " tokens became ", valid);
-  return WithReason(
-      absl::FailedPreconditionError(absl::StrCat("sequence ", sequence.id.ToString(), ": ",
-                                                 sequence.shortened_because,
-                                                 "; append from there again")),
-      "PREFIX_LOST", {{"length", absl::StrCat(valid)}});
+  sequence.shortened_because = absl::StrCat(
+      "a page failed its checksum or left the store: ", before, " tokens became ", valid);
+  return WithReason(absl::FailedPreconditionError(absl::StrCat("sequence ", sequence.id.ToString(),
+                                                               ": ", sequence.shortened_because,
+                                                               "; append from there again")),
+                    "PREFIX_LOST", {{"length", absl::StrCat(valid)}});
 }
 
 uint64_t ModelHostImpl::ResidentTokens(const Sequence& sequence) const {
@@ -312,7 +312,8 @@ bool ModelHostImpl::Has(SequenceId id) const {
 std::vector<SequenceInfo> ModelHostImpl::List(const Tenant& tenant, uint64_t after, size_t limit) {
   std::vector<SequenceInfo> out;
   MutexLock lock(&mu_);
-  for (auto it = sequences_.upper_bound(after); it != sequences_.end() && out.size() < limit; ++it) {
+  for (auto it = sequences_.upper_bound(after); it != sequences_.end() && out.size() < limit;
+       ++it) {
     if (it->second->tenant == tenant.name) out.push_back(InfoOf(*it->second));
   }
   return out;
@@ -400,8 +401,8 @@ void ModelHostImpl::Tick() {
             static_cast<uint32_t>(pages_.policy(g).PickVictims(num_frames_, is_clean).size());
         const std::vector<PageId> coldest =
             pages_.policy(g).PickVictims(num_frames_, [](PageId) { return true; });
-        snapshot.evictable_dirty = static_cast<uint32_t>(
-            std::count_if(coldest.begin(), coldest.end(), [&](PageId id) { return !is_clean(id); }));
+        snapshot.evictable_dirty = static_cast<uint32_t>(std::count_if(
+            coldest.begin(), coldest.end(), [&](PageId id) { return !is_clean(id); }));
         // Clean pages stay: they go when somebody needs the frame, and not before.
         const SpillPlan plan = PlanSpill(snapshot);
         std::vector<PageId> spills;
@@ -490,8 +491,10 @@ std::vector<PoolUsage> ModelHostImpl::Usage() {
   pages_.ForEachPage([&](const Page& page) {
     if (!page.has_frame()) return;
     PoolUsage& usage = out[page.group()];
-    if (page.pins() > 0) ++usage.pinned_frames;
-    else if (page.state() == PageState::kResident) ++usage.evictable_frames;
+    if (page.pins() > 0)
+      ++usage.pinned_frames;
+    else if (page.state() == PageState::kResident)
+      ++usage.evictable_frames;
     if (!page.is_full()) ++usage.tail_frames;
   });
   return out;

@@ -1,5 +1,5 @@
-// The one implementation of ModelHost. Its parts lie in model_host_{frames,prefix,writes,reads}.cc; this
-// header is private to them.
+// The one implementation of ModelHost. Its parts lie in model_host_{frames,prefix,writes,reads}.cc;
+// this header is private to them.
 #ifndef PAGETIDE_WORKER_MODEL_HOST_IMPL_H_
 #define PAGETIDE_WORKER_MODEL_HOST_IMPL_H_
 
@@ -110,23 +110,24 @@ class ModelHostImpl final : public ModelHost {
     uint64_t epoch = 1;
     uint64_t revision = 1;
     PrefixKey root;
-    std::vector<uint32_t> tokens;           // committed
-    std::vector<PositionedInput> inputs;    // of committed tokens
-    std::vector<PrefixKey> keys;            // of each full page of tokens
-    std::vector<PageTable> tables;          // [group]
+    std::vector<uint32_t> tokens;         // committed
+    std::vector<PositionedInput> inputs;  // of committed tokens
+    std::vector<PrefixKey> keys;          // of each full page of tokens
+    std::vector<PageTable> tables;        // [group]
     std::unique_ptr<Pending> pending;
     bool was_appended = false;  // since open: then a lost prefix is the caller's to know
     bool closed = false;
     std::string shortened_because;
     uint64_t length() const { return tokens.size(); }
   };
-  using SequencePtr = std::shared_ptr<Sequence>;  // shared with calls that work on it without the lock
+  using SequencePtr =
+      std::shared_ptr<Sequence>;  // shared with calls that work on it without the lock
 
   // What a call needs before it can run. Pages are held by id: they may vanish while it waits.
   struct Need {
-    std::vector<PageId> pages;            // readable
-    std::vector<PageId> writable;         // resident, and not being spilled
-    std::vector<uint32_t> fresh;          // [group] new frames
+    std::vector<PageId> pages;     // readable
+    std::vector<PageId> writable;  // resident, and not being spilled
+    std::vector<uint32_t> fresh;   // [group] new frames
   };
   struct Acquired {
     std::vector<PageId> pinned;
@@ -193,8 +194,8 @@ class ModelHostImpl final : public ModelHost {
   void Flush() ABSL_LOCKS_EXCLUDED(mu_);
 
   // --- frames (model_host_frames.cc) ---
-  // Waits in line until all of `need` is there, then pins the pages and hands out the frames; all or
-  // nothing. Unlocks while it waits.
+  // Waits in line until all of `need` is there, then pins the pages and hands out the frames; all
+  // or nothing. Unlocks while it waits.
   absl::Status Acquire(const std::string& tenant, const Need& need, MonotonicTime deadline,
                        Acquired* out) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
   void ReleaseAcquired(Acquired& acquired) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
@@ -210,6 +211,8 @@ class ModelHostImpl final : public ModelHost {
   void StartRestores(const std::vector<PageId>& pages) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
   void RunSpills(const std::vector<SpillItem>& items, Durability level) ABSL_LOCKS_EXCLUDED(mu_);
   void RunRestores(const std::vector<RestoreItem>& items) ABSL_LOCKS_EXCLUDED(mu_);
+  // Flush, then one job less. The last thing a job does.
+  void FinishJob() ABSL_LOCKS_EXCLUDED(mu_);
   // Restores in prefix order into frames that are free or clean now; never waits.
   uint64_t Prefetch(Sequence& sequence) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
   // Bytes of a page in host memory: the frame itself or a copy in `buffer`.
@@ -222,7 +225,8 @@ class ModelHostImpl final : public ModelHost {
   absl::StatusOr<Match> MatchPrompt(const Tenant& tenant, const PrefixKey& root,
                                     std::span<const uint32_t> tokens,
                                     std::span<const PositionedInput> inputs,
-                                    const std::vector<PrefixKey>& keys, const PromptOptions& options)
+                                    const std::vector<PrefixKey>& keys,
+                                    const PromptOptions& options)
       ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
 
   // --- writes (model_host_writes.cc) ---
@@ -236,14 +240,14 @@ class ModelHostImpl final : public ModelHost {
   bool MustCopyTail(const Sequence& sequence, uint32_t group) const
       ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
   WritePlan PlanWrite(const SequencePtr& sequence) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
-  // Opens the pending writes that the caller has put into the sequences, all or none. Unlocks while it
-  // waits and copies. On failure none of the sequences has a pending write.
+  // Opens the pending writes that the caller has put into the sequences, all or none. Unlocks while
+  // it waits and copies. On failure none of the sequences has a pending write.
   absl::Status OpenWrites(const std::string& tenant, const std::vector<SequencePtr>& sequences,
                           MonotonicTime deadline) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
   absl::Status OpenWrite(const WritePlan& plan, std::vector<std::vector<FramePool::Grant>> fresh)
       ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
-  std::unique_ptr<Pending> NewPending(const Sequence& sequence, uint32_t num_tokens, bool pin_prefix)
-      ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
+  std::unique_ptr<Pending> NewPending(const Sequence& sequence, uint32_t num_tokens,
+                                      bool pin_prefix) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
   static PendingSlot SlotOf(const Sequence& sequence);
 
   const Options options_;
@@ -253,7 +257,7 @@ class ModelHostImpl final : public ModelHost {
   PageStore* const store_;  // may be null
   Executor* const io_;
   Clock* const clock_;
-  std::vector<uint64_t> group_base_;  // const after construction
+  std::vector<uint64_t> group_base_;                                   // const after construction
   std::function<void(const std::vector<ResidencyChange>&)> listener_;  // set before first use
 
   mutable Mutex mu_;

@@ -226,9 +226,9 @@ absl::StatusOr<OpenResult> ModelHostImpl::Open(const Tenant& tenant,
     MutexLock lock(&mu_);
     if (sequences_.size() >= options_.max_open_sequences) {
       return WithRetryDelay(
-          WithReason(absl::ResourceExhaustedError(
-                         absl::StrCat("open sequence: ", sequences_.size(), " are open, the limit is ",
-                                      options_.max_open_sequences)),
+          WithReason(absl::ResourceExhaustedError(absl::StrCat("open sequence: ", sequences_.size(),
+                                                               " are open, the limit is ",
+                                                               options_.max_open_sequences)),
                      "TOO_MANY_SEQUENCES"),
           absl::Seconds(1));
     }
@@ -236,8 +236,8 @@ absl::StatusOr<OpenResult> ModelHostImpl::Open(const Tenant& tenant,
     match.reuse.prompt_tokens = tokens.size();
     match.reuse.explanation = "reuse was not wanted";
     if (!options.no_reuse) {
-      PT_ASSIGN_OR_RETURN(
-          match, MatchPrompt(tenant, sequence->root, tokens, inputs, keys, options));
+      PT_ASSIGN_OR_RETURN(match,
+                          MatchPrompt(tenant, sequence->root, tokens, inputs, keys, options));
     }
     PrefixReuse& reuse = match.reuse;
     for (uint64_t p = 0; p < match.pages.size(); ++p) {
@@ -245,18 +245,22 @@ absl::StatusOr<OpenResult> ModelHostImpl::Open(const Tenant& tenant,
         Page& page = pages_.Get(match.pages[p][g]);
         pages_.Ref(page);
         pages_.Touch(page);
-        sequence->tables[g].Append({.page = page.id(), .first_slot = 0, .count = page_tokens(),
+        sequence->tables[g].Append({.page = page.id(),
+                                    .first_slot = 0,
+                                    .count = page_tokens(),
                                     .first_position = p * page_tokens()});
       }
     }
     const uint64_t base = match.pages.size() * page_tokens();
     if (!match.partial.empty() && !match.is_partial_tail) {
-      // Leading rows of a full page: referenced now, copied when the first row behind them is written.
+      // Leading rows of a full page: referenced now, copied when the first row behind them is
+      // written.
       for (uint32_t g = 0; g < num_groups(); ++g) {
         Page& page = pages_.Get(match.partial[g]);
         pages_.Ref(page);
         pages_.Touch(page);
-        sequence->tables[g].Append({.page = page.id(), .first_slot = 0,
+        sequence->tables[g].Append({.page = page.id(),
+                                    .first_slot = 0,
                                     .count = static_cast<uint32_t>(reuse.partial_rows),
                                     .first_position = base});
       }
@@ -275,9 +279,9 @@ absl::StatusOr<OpenResult> ModelHostImpl::Open(const Tenant& tenant,
         for (PageId id : match.partial) from.push_back(pages_.Get(id).frame());
         mu_.Unlock();
         for (uint32_t g = 0; g < num_groups() && is_copied; ++g) {
-          is_copied = ZeroIfNeeded(g, grants[g]).ok() &&
-                      CopyRows(g, from[g], grants[g].frame, static_cast<uint32_t>(reuse.partial_rows))
-                          .ok();
+          is_copied =
+              ZeroIfNeeded(g, grants[g]).ok() &&
+              CopyRows(g, from[g], grants[g].frame, static_cast<uint32_t>(reuse.partial_rows)).ok();
         }
         mu_.Lock();
       }
@@ -288,7 +292,8 @@ absl::StatusOr<OpenResult> ModelHostImpl::Open(const Tenant& tenant,
               g, tenant.name, grants[g].frame, static_cast<uint32_t>(match.pages.size()),
               table.empty() ? std::nullopt : std::optional(table.back().page));
           copy.SetRows(static_cast<uint32_t>(reuse.partial_rows));
-          sequence->tables[g].Append({.page = copy.id(), .first_slot = 0,
+          sequence->tables[g].Append({.page = copy.id(),
+                                      .first_slot = 0,
                                       .count = static_cast<uint32_t>(reuse.partial_rows),
                                       .first_position = base});
         } else if (g < grants.size()) {
@@ -351,8 +356,8 @@ absl::StatusOr<Readiness> ModelHostImpl::WaitReadiness(const Tenant& tenant, Seq
           });
       if (clock_->MonotonicNow() >= deadline) break;
       if (is_restoring) {
-        changed_.WaitWithTimeout(&mu_, std::min(deadline - clock_->MonotonicNow(),
-                                                absl::Milliseconds(100)));
+        changed_.WaitWithTimeout(
+            &mu_, std::min(deadline - clock_->MonotonicNow(), absl::Milliseconds(100)));
         continue;
       }
       // Nothing on its way: get in line for the frames, like a call that reads it all.

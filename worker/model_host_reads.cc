@@ -77,9 +77,8 @@ absl::StatusOr<std::shared_ptr<const ModelHost::PinnedRows>> ModelHostImpl::PinR
     }
     const uint64_t last = end == 0 ? sequence->length() : end;
     if (begin > last || last > sequence->length()) {
-      return absl::InvalidArgumentError(absl::StrCat("rows [", begin, ", ", last,
-                                                     ") are not within the ", sequence->length(),
-                                                     " committed"));
+      return absl::InvalidArgumentError(absl::StrCat(
+          "rows [", begin, ", ", last, ") are not within the ", sequence->length(), " committed"));
     }
     std::vector<Extent> extents = sequence->tables[group].Cover(begin, last);
     Need need;
@@ -119,13 +118,13 @@ absl::StatusOr<AttendOutput> ModelHostImpl::Attend(const Tenant& tenant, const A
   if (query.num_queries < 1 || query.num_queries > kMaxQueries || query.query_heads < 1 ||
       query.query_heads > 65536 || query.query_heads % spec.kv_heads != 0) {
     return absl::InvalidArgumentError(absl::StrCat(
-        "attend: num_queries = ", query.num_queries, " (1 to ", kMaxQueries, "), query_heads = ",
-        query.query_heads, " (a multiple of kv_heads = ", spec.kv_heads, ")"));
+        "attend: num_queries = ", query.num_queries, " (1 to ", kMaxQueries,
+        "), query_heads = ", query.query_heads, " (a multiple of kv_heads = ", spec.kv_heads, ")"));
   }
   const uint64_t expected = uint64_t{query.num_queries} * query.query_heads * spec.k_dim;
   if (query.queries.size() != expected) {
-    return absl::InvalidArgumentError(absl::StrCat("attend: queries has ", query.queries.size(),
-                                                   " values, expected ", expected));
+    return absl::InvalidArgumentError(
+        absl::StrCat("attend: queries has ", query.queries.size(), " values, expected ", expected));
   }
   const uint64_t last = query.first_position + query.num_queries;
   std::vector<PageId> pinned;
@@ -166,9 +165,9 @@ absl::StatusOr<AttendOutput> ModelHostImpl::Attend(const Tenant& tenant, const A
     for (;;) {
       PT_ASSIGN_OR_RETURN(pending, FindPending(*sequence, query.pending_id));
       if (!pending->pin_prefix) {
-        return WithReason(absl::FailedPreconditionError(
-                              "attend: the write was not opened with pin_prefix"),
-                          "PREFIX_NOT_PINNED");
+        return WithReason(
+            absl::FailedPreconditionError("attend: the write was not opened with pin_prefix"),
+            "PREFIX_NOT_PINNED");
       }
       if (last > pending->first_position + pending->num_tokens) {
         return absl::InvalidArgumentError(absl::StrCat(
@@ -201,8 +200,8 @@ absl::StatusOr<AttendOutput> ModelHostImpl::Attend(const Tenant& tenant, const A
           static_cast<uint32_t>(std::min<uint64_t>(last - position, page_tokens() - slot));
       const PageId page = pending->targets[query.group][t];
       pinned.push_back(page);
-      extents.push_back(to_device({.page = page, .first_slot = slot, .count = count,
-                                   .first_position = position}));
+      extents.push_back(to_device(
+          {.page = page, .first_slot = slot, .count = count, .first_position = position}));
       position += count;
     }
     // Our own pins: the write may be aborted while we compute.
@@ -222,8 +221,7 @@ absl::StatusOr<AttendOutput> ModelHostImpl::Attend(const Tenant& tenant, const A
     call.num_queries = query.num_queries;
     call.query_heads = query.query_heads;
     call.first_position = query.first_position;
-    call.scale = query.scale != 0 ? query.scale
-                                  : 1.0f / std::sqrt(static_cast<float>(spec.k_dim));
+    call.scale = query.scale != 0 ? query.scale : 1.0f / std::sqrt(static_cast<float>(spec.k_dim));
     call.queries = query.queries;
     call.outputs = std::span(output.outputs);
     call.log_sum_exp = std::span(output.log_sum_exp);
@@ -282,8 +280,10 @@ absl::StatusOr<ForkResult> ModelHostImpl::Fork(const Tenant& tenant, const Seque
         size_t next = 0;
         for (uint32_t g = 0; is_same && g < num_groups(); ++g) {
           const std::optional<PageId> tail = tail_of(g);
-          if (need.fresh[g] == 0) is_same = !tail;
-          else is_same = tail && *tail == need.pages[next++];
+          if (need.fresh[g] == 0)
+            is_same = !tail;
+          else
+            is_same = tail && *tail == need.pages[next++];
         }
         if (!is_same) {
           ReleaseAcquired(got);
@@ -334,13 +334,15 @@ absl::StatusOr<ForkResult> ModelHostImpl::Fork(const Tenant& tenant, const Seque
         for (uint32_t g = 0; g < num_groups(); ++g) {
           if (need.fresh[g] == 0) continue;
           PageTable& table = to->tables[g];
-          Page& copy = pages_.CreateTail(
-              g, tenant.name, got.fresh[g].front().frame,
-              static_cast<uint32_t>(length / page_tokens()),
-              table.empty() ? std::nullopt : std::optional(table.back().page));
+          Page& copy =
+              pages_.CreateTail(g, tenant.name, got.fresh[g].front().frame,
+                                static_cast<uint32_t>(length / page_tokens()),
+                                table.empty() ? std::nullopt : std::optional(table.back().page));
           got.fresh[g].clear();
           copy.SetRows(tail_rows);
-          table.Append({.page = copy.id(), .first_slot = 0, .count = tail_rows,
+          table.Append({.page = copy.id(),
+                        .first_slot = 0,
+                        .count = tail_rows,
                         .first_position = length - tail_rows});
           ++counters_.pages_created;
         }
@@ -367,8 +369,8 @@ absl::StatusOr<RewindResult> ModelHostImpl::Rewind(const Tenant& tenant,
     MutexLock lock(&mu_);
     PT_ASSIGN_OR_RETURN(SequencePtr sequence, FindForChange(tenant, handle));
     if (length < 0 || static_cast<uint64_t>(length) > sequence->length()) {
-      return absl::InvalidArgumentError(absl::StrCat("rewind: length = ", length, " is not 0 to ",
-                                                     sequence->length()));
+      return absl::InvalidArgumentError(
+          absl::StrCat("rewind: length = ", length, " is not 0 to ", sequence->length()));
     }
     result.removed_tokens = sequence->length() - length;
     result.freed_pages = Truncate(*sequence, length);

@@ -46,7 +46,8 @@ std::unique_ptr<ModelHostImpl::Pending> ModelHostImpl::NewPending(const Sequence
 
 PendingSlot ModelHostImpl::SlotOf(const Sequence& sequence) {
   const Pending& pending = *sequence.pending;
-  return {sequence.id, pending.id, pending.first_position, pending.num_tokens, pending.pages_created};
+  return {sequence.id, pending.id, pending.first_position, pending.num_tokens,
+          pending.pages_created};
 }
 
 ModelHostImpl::WritePlan ModelHostImpl::PlanWrite(const SequencePtr& sequence) {
@@ -192,20 +193,19 @@ absl::Status ModelHostImpl::OpenWrite(const WritePlan& plan,
       if (plan.copies_tail[g]) {
         // The copy takes the tail's place: the same rows, in a page that may grow.
         Page& shared = pages_.Get(table.back().page);
-        Page& copy = pages_.CreateTail(g, sequence.tenant, fresh[g][next++].frame, depth,
-                                       shared.parent());
+        Page& copy =
+            pages_.CreateTail(g, sequence.tenant, fresh[g][next++].frame, depth, shared.parent());
         copy.SetRows(tail_rows);
         pages_.Pin(copy);
         pending.pinned.push_back(copy.id());
         table.mutable_back().page = copy.id();
         table.mutable_back().first_slot = 0;
         pages_.Unref(shared);
-        const PrefixKey& parent_key =
-            depth == 0 ? sequence.root : sequence.keys[depth - 1];
-        pages_.SetTailTokens(copy, parent_key,
-                             std::vector<uint32_t>(sequence.tokens.end() - tail_rows,
-                                                   sequence.tokens.end()),
-                             has_inputs_in_tail);
+        const PrefixKey& parent_key = depth == 0 ? sequence.root : sequence.keys[depth - 1];
+        pages_.SetTailTokens(
+            copy, parent_key,
+            std::vector<uint32_t>(sequence.tokens.end() - tail_rows, sequence.tokens.end()),
+            has_inputs_in_tail);
         counters_.rows_copied += tail_rows;
         ++counters_.pages_created;
         ++pending.pages_created;
@@ -246,10 +246,9 @@ absl::StatusOr<PendingSlot> ModelHostImpl::BeginAppend(
     PT_ASSIGN_OR_RETURN(SequencePtr sequence, FindForChange(tenant, handle));
     PT_RETURN_IF_ERROR(CutIfLost(*sequence));
     if (expected_length != sequence->length()) {
-      return WithReason(absl::FailedPreconditionError(
-                            absl::StrCat("append to sequence ", handle.id.ToString(),
-                                         ": expected_length ", expected_length, " != length ",
-                                         sequence->length())),
+      return WithReason(absl::FailedPreconditionError(absl::StrCat(
+                            "append to sequence ", handle.id.ToString(), ": expected_length ",
+                            expected_length, " != length ", sequence->length())),
                         "LENGTH_MISMATCH", {{"length", absl::StrCat(sequence->length())}});
     }
     sequence->pending = NewPending(*sequence, static_cast<uint32_t>(tokens.size()), pin_prefix);
@@ -257,8 +256,10 @@ absl::StatusOr<PendingSlot> ModelHostImpl::BeginAppend(
     sequence->pending->tokens.assign(tokens.begin(), tokens.end());
     sequence->pending->inputs.assign(inputs.begin(), inputs.end());
     const absl::Status opened = OpenWrites(tenant.name, {sequence}, deadline);
-    if (opened.ok()) slot = SlotOf(*sequence);
-    else slot = opened;
+    if (opened.ok())
+      slot = SlotOf(*sequence);
+    else
+      slot = opened;
   }
   Flush();
   return slot;
@@ -286,9 +287,8 @@ absl::StatusOr<std::vector<PendingSlot>> ModelHostImpl::Reserve(const Tenant& te
     for (size_t i = 0; i < items.size() && status.ok(); ++i) {
       const ReserveItem& item = items[i];
       if (item.num_tokens < 1 || item.num_tokens > kMaxReservedTokens) {
-        status = absl::InvalidArgumentError(absl::StrCat("items[", i, "].num_tokens = ",
-                                                         item.num_tokens, " is not 1 to ",
-                                                         kMaxReservedTokens));
+        status = absl::InvalidArgumentError(absl::StrCat(
+            "items[", i, "].num_tokens = ", item.num_tokens, " is not 1 to ", kMaxReservedTokens));
         break;
       }
       // The same sequence twice is refused here too: its first item has made a write pending.
@@ -352,9 +352,9 @@ absl::Status ModelHostImpl::WriteRows(const Tenant& tenant, SequenceId id, uint6
     PT_ASSIGN_OR_RETURN(sequence, FindSequence(tenant, id));
     PT_ASSIGN_OR_RETURN(pending, FindPending(*sequence, pending_id));
     if (run.group >= num_groups() || run.layer >= Geometry(run.group).num_layers()) {
-      return absl::InvalidArgumentError(absl::StrCat("rows: group ", run.group, ", layer ", run.layer,
-                                                     " is not in a model of ", num_groups(),
-                                                     " groups"));
+      return absl::InvalidArgumentError(absl::StrCat("rows: group ", run.group, ", layer ",
+                                                     run.layer, " is not in a model of ",
+                                                     num_groups(), " groups"));
     }
     const GroupGeometry& geometry = Geometry(run.group);
     row_bytes = geometry.row_bytes(run.kind);
@@ -381,9 +381,9 @@ absl::Status ModelHostImpl::WriteRows(const Tenant& tenant, SequenceId id, uint6
       const uint32_t slot = slot_in_run % page_tokens();
       const uint64_t count = std::min<uint64_t>(end - token, page_tokens() - slot);
       const Page& page = pages_.Get(pending->targets[run.group][slot_in_run / page_tokens()]);
-      pieces.push_back({FrameOffset(run.group, page.frame()) +
-                            geometry.RowOffset(run.layer, run.kind, slot),
-                        (token - run.first_token) * row_bytes, count * row_bytes});
+      pieces.push_back(
+          {FrameOffset(run.group, page.frame()) + geometry.RowOffset(run.layer, run.kind, slot),
+           (token - run.first_token) * row_bytes, count * row_bytes});
       token += count;
     }
     ++pending->num_writers;
@@ -420,7 +420,8 @@ absl::Status ModelHostImpl::WriteRows(const Tenant& tenant, SequenceId id, uint6
 }
 
 absl::StatusOr<CommitResult> ModelHostImpl::Commit(const Tenant& tenant,
-                                                   const SequenceHandle& handle, uint64_t pending_id,
+                                                   const SequenceHandle& handle,
+                                                   uint64_t pending_id,
                                                    std::span<const uint32_t> tokens) {
   const auto commit = [&]() -> absl::StatusOr<CommitResult> {
     MutexLock lock(&mu_);
@@ -481,12 +482,14 @@ absl::StatusOr<CommitResult> ModelHostImpl::Commit(const Tenant& tenant,
     const uint64_t first_filled = keys.size();
     for (uint32_t p = 0; p < num_filled; ++p) {
       const uint64_t at = (first_filled + p) * page_tokens();
-      const auto from = std::lower_bound(
-          all_inputs.begin(), all_inputs.end(), at,
-          [](const PositionedInput& input, uint64_t position) { return input.position < position; });
-      const auto to = std::lower_bound(
-          from, all_inputs.end(), at + page_tokens(),
-          [](const PositionedInput& input, uint64_t position) { return input.position < position; });
+      const auto from = std::lower_bound(all_inputs.begin(), all_inputs.end(), at,
+                                         [](const PositionedInput& input, uint64_t position) {
+                                           return input.position < position;
+                                         });
+      const auto to = std::lower_bound(from, all_inputs.end(), at + page_tokens(),
+                                       [](const PositionedInput& input, uint64_t position) {
+                                         return input.position < position;
+                                       });
       keys.push_back(NextPrefixKey(keys.empty() ? sequence->root : keys.back(),
                                    std::span(all).subspan(at, page_tokens()), at,
                                    std::span(from, to)));
@@ -522,12 +525,14 @@ absl::StatusOr<CommitResult> ModelHostImpl::Commit(const Tenant& tenant,
       for (uint64_t t = 0; t < num_targets; ++t) {
         Page& page = pages_.Get(pending->targets[g][t]);
         const uint32_t slot = t == 0 ? tail_rows : 0;
-        const uint32_t count = static_cast<uint32_t>(
-            std::min<uint64_t>(n - row, page_tokens() - slot));
+        const uint32_t count =
+            static_cast<uint32_t>(std::min<uint64_t>(n - row, page_tokens() - slot));
         if (slot > 0) {
           table.mutable_back().count += count;
         } else {
-          table.Append({.page = page.id(), .first_slot = 0, .count = count,
+          table.Append({.page = page.id(),
+                        .first_slot = 0,
+                        .count = count,
                         .first_position = pending->first_position + row});
           // The page table's reference is the one that created_ held.
           std::erase(pending->created[g], page.id());
@@ -540,16 +545,16 @@ absl::StatusOr<CommitResult> ModelHostImpl::Commit(const Tenant& tenant,
           page.SetFull(page_tokens(), checksums[g][t]);
           ++result.pages_filled;
           ++counters_.pages_filled;
-          const bool is_keyed = pages_.SetKey(
-              page, keys[index], parent, page_keys[g][t],
-              std::make_shared<const std::vector<uint32_t>>(all.begin() + at,
-                                                            all.begin() + at + page_tokens()),
-              has_inputs(at));
+          const bool is_keyed =
+              pages_.SetKey(page, keys[index], parent, page_keys[g][t],
+                            std::make_shared<const std::vector<uint32_t>>(
+                                all.begin() + at, all.begin() + at + page_tokens()),
+                            has_inputs(at));
           if (is_keyed && options_.write_through) write_through.push_back(page.id());
         } else {
           page.SetRows(slot + count);
-          pages_.SetTailTokens(page, parent,
-                               std::vector<uint32_t>(all.begin() + at, all.end()), has_inputs(at));
+          pages_.SetTailTokens(page, parent, std::vector<uint32_t>(all.begin() + at, all.end()),
+                               has_inputs(at));
         }
       }
     }

@@ -60,7 +60,9 @@ class HostUnderTest {
   };
   explicit HostUnderTest(const Setup& setup)
       : model(TestModel(setup.page_tokens, setup.num_groups)),
-        store(setup.no_store ? nullptr : setup.store != nullptr ? setup.store : &own_store),
+        store(setup.no_store           ? nullptr
+              : setup.store != nullptr ? setup.store
+                                       : &own_store),
         io({.name = "io", .num_threads = setup.io_threads, .max_queue = 1024}) {
     ModelHost::Options options;
     options.pool_bytes = setup.num_frames * model->geometry().bytes_per_page_of_tokens();
@@ -115,8 +117,8 @@ class HostUnderTest {
     if (!slots.ok()) return slots.status();
     const absl::Status written = WriteAll(slots->front(), all);
     if (!written.ok()) return written;
-    auto done = host->Commit(tenant, {info.id, info.epoch, std::nullopt},
-                             slots->front().pending_id, all.subspan(info.length));
+    auto done = host->Commit(tenant, {info.id, info.epoch, std::nullopt}, slots->front().pending_id,
+                             all.subspan(info.length));
     if (!done.ok()) return done.status();
     return done->info;
   }
@@ -149,9 +151,9 @@ class HostUnderTest {
             const absl::Status read = host->pool().Read(run.offset, bytes);
             if (!read.ok()) return read;
             for (uint32_t t = 0; t < run.num_tokens; ++t) {
-              wrong += std::memcmp(bytes.data() + t * row_bytes,
-                                   expected.data() + (run.first_token + t) * row_bytes,
-                                   row_bytes) != 0;
+              wrong +=
+                  std::memcmp(bytes.data() + t * row_bytes,
+                              expected.data() + (run.first_token + t) * row_bytes, row_bytes) != 0;
             }
             seen += run.num_tokens;
           }

@@ -1,5 +1,5 @@
-// ModelHost against what must be: random calls on sequences that share prefixes, through a pool much
-// smaller than what they hold; and the same from several threads.
+// ModelHost against what must be: random calls on sequences that share prefixes, through a pool
+// much smaller than what they hold; and the same from several threads.
 #include <gtest/gtest.h>
 
 #include <cstdio>
@@ -42,7 +42,7 @@ TEST(ModelHostRandomTest, EveryRowIsAlwaysWhatItsTokensSay) {
   std::map<uint64_t, std::pair<SequenceInfo, std::vector<uint32_t>>> open;
   uint64_t num_reused = 0, num_checked = 0;
   const auto pick = [&]() { return std::next(open.begin(), rng() % open.size()); };
-  for (int step = 0; step < 4000; ++step) {
+  for (int step = 0; step < 10000; ++step) {
     const uint32_t what = rng() % 100;
     if (open.size() < 4 || (what < 15 && open.size() < 24)) {
       const std::vector<uint32_t> prompt = RandomPrompt(rng, 6);
@@ -64,8 +64,8 @@ TEST(ModelHostRandomTest, EveryRowIsAlwaysWhatItsTokensSay) {
       const uint64_t length = rng() % (tokens.size() + 1);
       auto fork = t.host->Fork(t.tenant, {info.id, info.epoch, std::nullopt}, length, t.Soon());
       ASSERT_TRUE(fork.ok()) << step << ": " << fork.status();
-      open[fork->info.id.number] = {
-          fork->info, std::vector<uint32_t>(tokens.begin(), tokens.begin() + length)};
+      open[fork->info.id.number] = {fork->info,
+                                    std::vector<uint32_t>(tokens.begin(), tokens.begin() + length)};
     } else if (what < 64) {
       auto& [info, tokens] = pick()->second;
       const uint64_t length = rng() % (tokens.size() + 1);

@@ -19,7 +19,8 @@ TEST(ModelHostTest, The400Plus200Plus80Case) {
   const uint64_t reused[] = {0, 600, 600};
   const uint64_t new_pages[] = {4, 2, 2};
   for (int job = 0; job < 3; ++job) {
-    const std::vector<uint32_t> prompt = Concat(shared, Tokens(100000 * (job + 1), suffix_lengths[job]));
+    const std::vector<uint32_t> prompt =
+        Concat(shared, Tokens(100000 * (job + 1), suffix_lengths[job]));
     const uint64_t pages_before = t.host->Counters().pages_created;
     PrefixReuse reuse;
     auto info = t.OpenAndFill(prompt, &reuse);
@@ -193,23 +194,25 @@ TEST(ModelHostTest, RefusalsChangeNothing) {
                                     t.Soon());
   EXPECT_EQ(GetReason(append.status()), "POOL_TOO_SMALL") << append.status();
   EXPECT_TRUE(absl::IsInvalidArgument(append.status()));
-  auto wrong_length =
-      t.host->BeginAppend(t.tenant, good, "x", 19, std::span(huge).subspan(0, 2), {}, false, t.Soon());
+  auto wrong_length = t.host->BeginAppend(t.tenant, good, "x", 19, std::span(huge).subspan(0, 2),
+                                          {}, false, t.Soon());
   EXPECT_EQ(GetReason(wrong_length.status()), "LENGTH_MISMATCH");
 
-  auto slot = t.host->BeginAppend(t.tenant, good, "x", 20, std::span(huge).subspan(20, 2), {}, false,
-                                  t.Soon());
+  auto slot = t.host->BeginAppend(t.tenant, good, "x", 20, std::span(huge).subspan(20, 2), {},
+                                  false, t.Soon());
   ASSERT_TRUE(slot.ok());
   EXPECT_EQ(GetReason(t.host->Rewind(t.tenant, good, 0).status()), "PENDING_WRITE");
   const auto none = [](uint64_t, std::span<std::byte>) {};
-  EXPECT_TRUE(absl::IsInvalidArgument(
-      t.host->WriteRows(t.tenant, info->id, slot->pending_id, {0, 0, RowKind::kK, 0, 3}, 96, none)));
-  EXPECT_THAT(t.host->WriteRows(t.tenant, info->id, slot->pending_id, {0, 0, RowKind::kK, 0, 2}, 63, none)
-                  .message(),
-              HasSubstr("63 bytes, expected 2 tokens x 32 = 64"));
-  EXPECT_TRUE(absl::IsInvalidArgument(
-      t.host->WriteRows(t.tenant, info->id, slot->pending_id, {0, 9, RowKind::kK, 0, 2}, 64, none)));
-  EXPECT_EQ(GetReason(t.host->Commit(t.tenant, good, slot->pending_id, {}).status()), "ROWS_MISSING");
+  EXPECT_TRUE(absl::IsInvalidArgument(t.host->WriteRows(t.tenant, info->id, slot->pending_id,
+                                                        {0, 0, RowKind::kK, 0, 3}, 96, none)));
+  EXPECT_THAT(
+      t.host->WriteRows(t.tenant, info->id, slot->pending_id, {0, 0, RowKind::kK, 0, 2}, 63, none)
+          .message(),
+      HasSubstr("63 bytes, expected 2 tokens x 32 = 64"));
+  EXPECT_TRUE(absl::IsInvalidArgument(t.host->WriteRows(t.tenant, info->id, slot->pending_id,
+                                                        {0, 9, RowKind::kK, 0, 2}, 64, none)));
+  EXPECT_EQ(GetReason(t.host->Commit(t.tenant, good, slot->pending_id, {}).status()),
+            "ROWS_MISSING");
   ASSERT_TRUE(t.host->Abort(t.tenant, info->id, slot->pending_id).ok());
   auto after = t.host->Get(t.tenant, info->id);
   ASSERT_TRUE(after.ok());
@@ -230,8 +233,9 @@ TEST(ModelHostTest, AReservationThatIsNotCommittedExpires) {
     ASSERT_LT(Clock::Real()->MonotonicNow(), give_up);
     t.host->Tick();
   }
-  EXPECT_EQ(GetReason(t.host->Commit(t.tenant, {info->id, info->epoch, std::nullopt},
-                                     slots->front().pending_id, Tokens(99, 1))
+  EXPECT_EQ(GetReason(t.host
+                          ->Commit(t.tenant, {info->id, info->epoch, std::nullopt},
+                                   slots->front().pending_id, Tokens(99, 1))
                           .status()),
             "WRITE_NOT_OPEN");
 }
@@ -258,8 +262,9 @@ TEST(ModelHostTest, WhenFramesAreHeldTheRefusalStatesTheNumbers) {
   ASSERT_TRUE(rows.ok());
   const std::vector<uint32_t> two_pages = Tokens(500, 32);
   const absl::Status status =
-      t.host->BeginAppend(t.tenant, {b->info.id, b->info.epoch, std::nullopt}, "b", 0, two_pages, {},
-                          false, t.In(absl::Milliseconds(50)))
+      t.host
+          ->BeginAppend(t.tenant, {b->info.id, b->info.epoch, std::nullopt}, "b", 0, two_pages, {},
+                        false, t.In(absl::Milliseconds(50)))
           .status();
   EXPECT_TRUE(absl::IsResourceExhausted(status)) << status;
   EXPECT_EQ(GetReasonMetadata(status, "needed"), "2");
@@ -292,8 +297,7 @@ TEST(ModelHostTest, CreateRefusesABudgetBelowOnePage) {
   ManualExecutor io;
   ModelHost::Options options;
   options.pool_bytes = 10;
-  const auto host =
-      ModelHost::Create(options, TestModel(16), &device, nullptr, &io, Clock::Real());
+  const auto host = ModelHost::Create(options, TestModel(16), &device, nullptr, &io, Clock::Real());
   EXPECT_EQ(GetReason(host.status()), "POOL_TOO_SMALL");
   EXPECT_THAT(std::string(host.status().message()), HasSubstr("10 bytes"));
 }

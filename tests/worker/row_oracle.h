@@ -1,6 +1,6 @@
-// What every row of a sequence must be: a function of all tokens up to and including its own, of the
-// layer and of K or V. Rows of another sequence, another prefix, another slot or another layer differ,
-// so a test that compares rows needs no second cache to know what is right.
+// What every row of a sequence must be: a function of all tokens up to and including its own, of
+// the layer and of K or V. Rows of another sequence, another prefix, another slot or another layer
+// differ, so a test that compares rows needs no second cache to know what is right.
 #ifndef PAGETIDE_TESTS_WORKER_ROW_ORACLE_H_
 #define PAGETIDE_TESTS_WORKER_ROW_ORACLE_H_
 
@@ -27,8 +27,8 @@ class RowOracle {
   // The row of the last token of a prefix in `state`.
   static void FillRow(uint64_t state, uint32_t group, uint32_t layer, RowKind kind,
                       std::span<std::byte> row) {
-    uint64_t x = Mix(state ^ (uint64_t{group} << 40) ^ (uint64_t{layer} << 8) ^
-                     static_cast<uint64_t>(kind));
+    uint64_t x =
+        Mix(state ^ (uint64_t{group} << 40) ^ (uint64_t{layer} << 8) ^ static_cast<uint64_t>(kind));
     for (size_t i = 0; i < row.size(); ++i) {
       if (i % 8 == 0) x = Mix(x + i);
       row[i] = static_cast<std::byte>(x >> (8 * (i % 8)));
@@ -43,7 +43,8 @@ class RowOracle {
     for (uint64_t i = 0; i < end; ++i) {
       state = Fold(state, tokens[i]);
       if (i < begin) continue;
-      FillRow(state, group, layer, kind, std::span(out).subspan((i - begin) * row_bytes, row_bytes));
+      FillRow(state, group, layer, kind,
+              std::span(out).subspan((i - begin) * row_bytes, row_bytes));
     }
     return out;
   }
