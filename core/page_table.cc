@@ -30,6 +30,7 @@ std::vector<PageId> PageTable::Truncate(uint64_t rows) {
 
 std::vector<Extent> PageTable::Cover(uint64_t begin, uint64_t end) const {
   std::vector<Extent> out;
+  if (begin >= end) return out;
   auto it = std::partition_point(extents_.begin(), extents_.end(), [begin](const Extent& extent) {
     return extent.first_position + extent.count <= begin;
   });

@@ -35,7 +35,7 @@ class PageTable {
   // Cuts to the first `rows` rows. Returns the pages whose extents went, in order; the last extent
   // that stays may become shorter.
   std::vector<PageId> Truncate(uint64_t rows);
-  // The extents of rows [begin, end), cut to that range.
+  // The extents of rows [begin, end), cut to that range and to the rows there are; none is empty.
   std::vector<Extent> Cover(uint64_t begin, uint64_t end) const;
 
  private:

@@ -1,6 +1,7 @@
 #include "core/prefix_index.h"
 
 #include <algorithm>
+#include <iterator>
 #include <utility>
 
 namespace pagetide {
@@ -8,7 +9,8 @@ namespace {
 
 uint32_t CommonRun(std::span<const uint32_t> a, std::span<const uint32_t> b) {
   const size_t n = std::min(a.size(), b.size());
-  return static_cast<uint32_t>(std::mismatch(a.begin(), a.begin() + n, b.begin()).first - a.begin());
+  return static_cast<uint32_t>(std::mismatch(a.begin(), a.begin() + n, b.begin()).first -
+                               a.begin());
 }
 
 bool TokensLess(std::span<const uint32_t> a, std::span<const uint32_t> b) {
@@ -34,15 +36,20 @@ bool PrefixIndex::ByTokens::operator()(std::span<const uint32_t> a, const Child&
 
 void PrefixIndex::Insert(std::optional<PrefixKey> key, const PrefixKey& parent, Child child,
                          bool has_inputs) {
+  Erase(child.page);  // else a tail that became full would leave its old child behind
   Entry entry{key, parent, std::move(child)};
-  if (has_inputs) entry.child.tokens = nullptr;
-  else children_[parent].insert(entry.child);
-  entries_[entry.child.page] = std::move(entry);
+  if (has_inputs) {
+    entry.child.tokens = nullptr;
+  } else {
+    children_[parent].insert(entry.child);
+  }
+  if (key) by_key_.emplace(*key, entry.child.page);
+  entries_.emplace(entry.child.page, std::move(entry));
 }
 
 bool PrefixIndex::InsertKeyed(const PrefixKey& key, const PrefixKey& parent, PageId page,
                               Tokens tokens, bool has_inputs) {
-  if (!by_key_.try_emplace(key, page).second) return false;
+  if (by_key_.contains(key)) return false;
   Insert(key, parent, {std::move(tokens), /*is_tail=*/false, page}, has_inputs);
   return true;
 }
@@ -55,7 +62,6 @@ std::optional<PageId> PrefixIndex::FindKeyed(const PrefixKey& key) const {
 
 void PrefixIndex::UpsertTail(const PrefixKey& parent, PageId page, std::vector<uint32_t> tokens,
                              bool has_inputs) {
-  Erase(page);
   Insert(std::nullopt, parent,
          {std::make_shared<const std::vector<uint32_t>>(std::move(tokens)), /*is_tail=*/true, page},
          has_inputs);
@@ -92,8 +98,8 @@ std::optional<PrefixIndex::PartialMatch> PrefixIndex::LongestPartial(
       best_common = common;
     }
   };
-  // Outward from the prompt's place the common run only gets shorter: the first usable child of a side
-  // is that side's best, but for its ties.
+  // Outward from the prompt's place the common run only gets shorter: the first usable child of a
+  // side is that side's best, but for its ties.
   int refused = 0;
   for (auto it = place; it != children.end() && refused < kMaxRefused; ++it) {
     const uint32_t common = CommonRun(*it->tokens, tokens);
@@ -104,16 +110,23 @@ std::optional<PrefixIndex::PartialMatch> PrefixIndex::LongestPartial(
     }
     ++refused;
   }
+  // Below the prompt's place, runs of equal tokens are entered at their first child, as above.
   refused = 0;
-  for (auto it = place; it != children.begin() && refused < kMaxRefused;) {
-    --it;
-    const uint32_t common = CommonRun(*it->tokens, tokens);
+  bool is_done = false;
+  for (auto end = place; end != children.begin() && !is_done && refused < kMaxRefused;) {
+    const std::span<const uint32_t> run_tokens = *std::prev(end)->tokens;
+    const uint32_t common = CommonRun(run_tokens, tokens);
     if (common < best_common) break;
-    if (usable(it->page)) {
-      consider(*it, common);
-      break;
+    const auto begin = children.lower_bound(run_tokens);
+    for (auto it = begin; it != end && !is_done && refused < kMaxRefused; ++it) {
+      if (usable(it->page)) {
+        consider(*it, common);
+        is_done = true;
+      } else {
+        ++refused;
+      }
     }
-    ++refused;
+    end = begin;
   }
   if (best == nullptr) return std::nullopt;
   return PartialMatch{best->page, best_common};

@@ -1,7 +1,7 @@
-// PrefixIndex: finds the pages of one layer group by key, and by parent and tokens. The children of a
-// parent are kept in the order of their tokens, so that the longest common run with a prompt stands
-// beside the prompt's own place: two neighbours are compared, however many children a system prompt has.
-// Not thread-safe.
+// PrefixIndex: finds the pages of one layer group by key, and by parent and tokens. The children of
+// a parent are kept in the order of their tokens, so that the longest common run with a prompt
+// stands beside the prompt's own place: two neighbours are compared, however many children a system
+// prompt has. Not thread-safe.
 #ifndef PAGETIDE_CORE_PREFIX_INDEX_H_
 #define PAGETIDE_CORE_PREFIX_INDEX_H_
 
@@ -23,13 +23,15 @@ class PrefixIndex {
  public:
   using Tokens = std::shared_ptr<const std::vector<uint32_t>>;  // shared by the groups' indexes
 
-  // A full page. False if the key is taken. Pages with other inputs (images) are found by key only.
+  // A full page. Replaces what was known of the page; false, and nothing changes, if the key is
+  // taken. Pages with other inputs (images) are found by key only.
   bool InsertKeyed(const PrefixKey& key, const PrefixKey& parent, PageId page, Tokens tokens,
                    bool has_inputs);
   std::optional<PageId> FindKeyed(const PrefixKey& key) const;
-  // A canonical tail: a child of `parent` with its committed tokens, without a key. Replaces what was
-  // known of the page.
-  void UpsertTail(const PrefixKey& parent, PageId page, std::vector<uint32_t> tokens, bool has_inputs);
+  // A canonical tail: a child of `parent` with its committed tokens, without a key. Replaces what
+  // was known of the page.
+  void UpsertTail(const PrefixKey& parent, PageId page, std::vector<uint32_t> tokens,
+                  bool has_inputs);
   // Ignored if the page is not in the index.
   void Erase(PageId page);
 
@@ -37,8 +39,9 @@ class PrefixIndex {
     PageId page;
     uint32_t common_tokens = 0;
   };
-  // The child of `parent` that has the longest common run with `tokens`, at least 2. Keyed pages win
-  // over tails, then the older page. Refused neighbours are passed, at most kMaxRefused a side.
+  // The child of `parent` that has the longest common run with `tokens`, at least 2. Of the two
+  // neighbours with equal runs, and of children with equal tokens, keyed pages win over tails, then
+  // the older page. Refused neighbours are passed, at most kMaxRefused a side.
   std::optional<PartialMatch> LongestPartial(const PrefixKey& parent,
                                              std::span<const uint32_t> tokens,
                                              absl::FunctionRef<bool(PageId)> usable) const;

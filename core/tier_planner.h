@@ -23,7 +23,8 @@ struct SpillPlan {
   uint32_t spill_dirty = 0;
 };
 
-// Nothing up to the high watermark; above it, enough to come down to the low one, clean pages first.
+// Nothing up to the high watermark; above it, enough to come down to the low one, clean pages
+// first.
 SpillPlan PlanSpill(const TierSnapshot& snapshot);
 
 struct RestoreEstimate {
@@ -43,7 +44,7 @@ class RateMeter {
  public:
   // `weight`: share of a new sample, 0 to 1.
   explicit RateMeter(double weight = 0.2) : weight_(weight) {}
-  // Samples without duration or units say nothing and are ignored.
+  // Samples without duration or units, or with infinite ones, say nothing and are ignored.
   void Add(double units, absl::Duration duration);
   double per_second() const { return per_second_; }  // 0 before the first sample
 
