@@ -1,0 +1,146 @@
+#include "core/page_table.h"
+
+#include <algorithm>
+#include <random>
+#include <utility>
+#include <vector>
+
+#include "absl/strings/str_cat.h"
+#include "gmock/gmock.h"
+#include "gtest/gtest.h"
+
+namespace pagetide {
+namespace {
+
+using ::testing::ElementsAre;
+using ::testing::IsEmpty;
+
+Extent E(uint64_t page, uint32_t first_slot, uint32_t count, uint64_t first_position) {
+  return {PageId(page), first_slot, count, first_position};
+}
+
+// Pages 1, 2 and 3 of 256, 256 and 88 rows.
+PageTable SixHundredRows() {
+  PageTable table;
+  table.Append(E(1, 0, 256, 0));
+  table.Append(E(2, 0, 256, 256));
+  table.Append(E(3, 0, 88, 512));
+  return table;
+}
+
+TEST(PageTableTest, StartsEmpty) {
+  PageTable table;
+  EXPECT_TRUE(table.empty());
+  EXPECT_EQ(table.num_rows(), 0u);
+  EXPECT_THAT(table.Truncate(0), IsEmpty());
+  EXPECT_THAT(table.Cover(0, 10), IsEmpty());
+}
+
+TEST(PageTableTest, TheLastExtentGrows) {
+  PageTable table = SixHundredRows();
+  table.mutable_back().count += 12;
+  EXPECT_EQ(table.num_rows(), 612u);
+  table.mutable_back().page = PageId(9);
+  EXPECT_EQ(table.back(), E(9, 0, 100, 512));
+}
+
+TEST(PageTableTest, TruncatesInsideAPageAtItsEdgeAndToNothing) {
+  PageTable table = SixHundredRows();
+  EXPECT_THAT(table.Truncate(600), IsEmpty());
+  EXPECT_THAT(table.Truncate(601), IsEmpty());
+  EXPECT_THAT(table.Truncate(513), IsEmpty());
+  EXPECT_EQ(table.num_rows(), 513u);
+  EXPECT_THAT(table.Truncate(512), ElementsAre(PageId(3)));
+  EXPECT_EQ(table.back(), E(2, 0, 256, 256));
+  EXPECT_THAT(table.Truncate(0), ElementsAre(PageId(1), PageId(2)));
+  EXPECT_TRUE(table.empty());
+}
+
+TEST(PageTableTest, CoverCutsTheOuterExtents) {
+  const PageTable table = SixHundredRows();
+  EXPECT_THAT(table.Cover(250, 520),
+              ElementsAre(E(1, 250, 6, 250), E(2, 0, 256, 256), E(3, 0, 8, 512)));
+  EXPECT_THAT(table.Cover(300, 301), ElementsAre(E(2, 44, 1, 300)));
+  EXPECT_THAT(table.Cover(512, 9999), ElementsAre(E(3, 0, 88, 512)));
+  EXPECT_THAT(table.Cover(256, 512), ElementsAre(E(2, 0, 256, 256)));
+}
+
+TEST(PageTableTest, AnEmptyOrBackwardRangeCoversNothing) {
+  const PageTable table = SixHundredRows();
+  EXPECT_THAT(table.Cover(10, 10), IsEmpty());
+  EXPECT_THAT(table.Cover(10, 5), IsEmpty());
+  EXPECT_THAT(table.Cover(600, 700), IsEmpty());
+}
+
+TEST(PageTableTest, CoverKeepsThePendingShift) {
+  PageTable table;
+  Extent shifted = E(1, 16, 100, 0);
+  shifted.shift = -7;
+  table.Append(shifted);
+  shifted.first_slot = 26;
+  shifted.first_position = 10;
+  shifted.count = 20;
+  EXPECT_THAT(table.Cover(10, 30), ElementsAre(shifted));
+}
+
+TEST(PageTableDeathTest, AGapBetweenExtentsIsABrokenInvariant) {
+  PageTable table;
+  table.Append(E(1, 0, 4, 0));
+  EXPECT_DEATH(table.Append(E(2, 0, 4, 5)), "broken invariant");
+  EXPECT_DEATH(table.Append(E(2, 0, 0, 4)), "broken invariant");
+}
+
+// The model lists each row as (page, slot).
+TEST(PageTableTest, AgreesWithANaiveModel) {
+  using Row = std::pair<PageId, uint32_t>;
+  for (uint32_t seed = 0; seed < 30; ++seed) {
+    SCOPED_TRACE(absl::StrCat("seed ", seed));
+    std::mt19937 rng(seed);
+    PageTable table;
+    std::vector<Row> rows;
+    uint64_t next_page = 1;
+    for (int step = 0; step < 400; ++step) {
+      const uint32_t action = rng() % 8;
+      if (action < 3) {
+        const Extent extent = E(next_page++, rng() % 5, 1 + rng() % 7, rows.size());
+        table.Append(extent);
+        for (uint32_t i = 0; i < extent.count; ++i) {
+          rows.emplace_back(extent.page, extent.first_slot + i);
+        }
+      } else if (action < 5 && !table.empty()) {
+        Extent& back = table.mutable_back();
+        rows.emplace_back(back.page, back.first_slot + back.count);
+        ++back.count;
+      } else if (action == 5) {
+        const uint64_t kept = rng() % (rows.size() + 3);
+        std::vector<PageId> gone;
+        for (uint64_t i = kept; i < rows.size(); ++i) {
+          const auto is_same = [&](const Row& row) { return row.first == rows[i].first; };
+          const bool is_kept = std::any_of(rows.begin(), rows.begin() + kept, is_same);
+          if (!is_kept && (gone.empty() || gone.back() != rows[i].first)) {
+            gone.push_back(rows[i].first);
+          }
+        }
+        rows.resize(std::min<uint64_t>(kept, rows.size()));
+        ASSERT_EQ(table.Truncate(kept), gone);
+      }
+      ASSERT_EQ(table.num_rows(), rows.size());
+      ASSERT_EQ(table.empty(), rows.empty());
+      const uint64_t begin = rng() % (rows.size() + 2);
+      const uint64_t end = begin + rng() % (rows.size() + 2);
+      uint64_t at = begin;
+      for (const Extent& extent : table.Cover(begin, end)) {
+        ASSERT_GT(extent.count, 0u);
+        ASSERT_EQ(extent.first_position, at);
+        for (uint32_t i = 0; i < extent.count; ++i, ++at) {
+          ASSERT_LT(at, rows.size());
+          ASSERT_EQ(rows[at], Row(extent.page, extent.first_slot + i));
+        }
+      }
+      ASSERT_EQ(at, std::max(begin, std::min<uint64_t>(end, rows.size())));
+    }
+  }
+}
+
+}  // namespace
+}  // namespace pagetide
