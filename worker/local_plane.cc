@@ -1,0 +1,363 @@
+#include "worker/local_plane.h"
+
+#include <fcntl.h>
+#include <poll.h>
+#include <pthread.h>
+#include <sys/eventfd.h>
+#include <sys/random.h>
+#include <sys/socket.h>
+#include <sys/stat.h>
+#include <sys/un.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <cerrno>
+#include <cstring>
+#include <utility>
+
+#include "absl/strings/str_cat.h"
+#include "base/log.h"
+#include "base/status_macros.h"
+#include "pagetide/v1/local_plane.pb.h"
+
+namespace pagetide {
+namespace {
+
+constexpr uint32_t kVersion = 1;
+constexpr uint32_t kMaxHelloBytes = 4096;
+constexpr size_t kLengthBytes = 4;
+constexpr int kPollMilliseconds = 250;
+
+void StoreLength(uint32_t length, char* bytes) {
+  for (int i = 0; i < 4; ++i) bytes[i] = static_cast<char>(length >> (8 * i));
+}
+
+uint32_t LoadLength(const char* bytes) {
+  uint32_t length = 0;
+  for (int i = 0; i < 4; ++i) length |= uint32_t{static_cast<uint8_t>(bytes[i])} << (8 * i);
+  return length;
+}
+
+absl::Status SystemError(absl::string_view action, absl::string_view object) {
+  return absl::FailedPreconditionError(absl::StrCat(action, " ", object, ": ", strerror(errno)));
+}
+
+uint64_t RandomId() {
+  uint64_t id = 0;
+  while (id == 0) {
+    if (getrandom(&id, sizeof(id), 0) != sizeof(id)) id = 0;
+  }
+  return id;
+}
+
+// A socket that nobody listens on any more is removed; anything else at the path stays.
+absl::Status RemoveDeadSocket(const std::string& path, const sockaddr_un& address) {
+  struct stat info;
+  if (lstat(path.c_str(), &info) != 0) {
+    return errno == ENOENT ? absl::OkStatus() : SystemError("look at", path);
+  }
+  if (!S_ISSOCK(info.st_mode)) {
+    return absl::FailedPreconditionError(
+        absl::StrCat("listen on ", path, ": there is a file that is not a socket"));
+  }
+  const int probe = socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC | SOCK_NONBLOCK, 0);
+  if (probe < 0) return SystemError("probe", path);
+  const bool is_dead =
+      connect(probe, reinterpret_cast<const sockaddr*>(&address), sizeof(address)) != 0 &&
+      errno == ECONNREFUSED;
+  close(probe);
+  if (!is_dead) {
+    return absl::FailedPreconditionError(
+        absl::StrCat("listen on ", path, ": another process listens there"));
+  }
+  if (unlink(path.c_str()) != 0) return SystemError("remove", path);
+  return absl::OkStatus();
+}
+
+// One message and its descriptors in one sendmsg. False when it did not go out whole.
+bool SendWelcome(int fd, const v1::LocalWelcome& welcome, const std::vector<int>& fds) {
+  std::string frame(kLengthBytes, '\0');
+  StoreLength(static_cast<uint32_t>(welcome.ByteSizeLong()), frame.data());
+  welcome.AppendToString(&frame);
+  iovec part{frame.data(), frame.size()};
+  msghdr message{};
+  message.msg_iov = &part;
+  message.msg_iovlen = 1;
+  std::vector<char> control;
+  if (!fds.empty()) {
+    const size_t bytes = fds.size() * sizeof(int);
+    control.resize(CMSG_SPACE(bytes));
+    message.msg_control = control.data();
+    message.msg_controllen = control.size();
+    cmsghdr* header = CMSG_FIRSTHDR(&message);
+    header->cmsg_level = SOL_SOCKET;
+    header->cmsg_type = SCM_RIGHTS;
+    header->cmsg_len = CMSG_LEN(bytes);
+    std::memcpy(CMSG_DATA(header), fds.data(), bytes);
+  }
+  return sendmsg(fd, &message, MSG_NOSIGNAL | MSG_DONTWAIT) == static_cast<ssize_t>(frame.size());
+}
+
+void Refuse(int fd, absl::string_view why) {
+  v1::LocalWelcome welcome;
+  welcome.set_error(std::string(why));
+  SendWelcome(fd, welcome, {});
+}
+
+}  // namespace
+
+absl::StatusOr<std::unique_ptr<LocalPlane>> LocalPlane::Create(Options options, Worker* worker) {
+  sockaddr_un address{};
+  address.sun_family = AF_UNIX;
+  if (options.socket_path.empty() || options.socket_path.size() >= sizeof(address.sun_path)) {
+    return absl::InvalidArgumentError(
+        absl::StrCat("local socket path has ", options.socket_path.size(),
+                     " bytes, must have 1 to ", sizeof(address.sun_path) - 1));
+  }
+  std::memcpy(address.sun_path, options.socket_path.data(), options.socket_path.size());
+  PT_RETURN_IF_ERROR(RemoveDeadSocket(options.socket_path, address));
+  const int listener = socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC | SOCK_NONBLOCK, 0);
+  if (listener < 0) return SystemError("create socket", options.socket_path);
+  // Owner only: whoever may connect may read the pools. The mode is set before anyone can connect.
+  if (bind(listener, reinterpret_cast<const sockaddr*>(&address), sizeof(address)) != 0 ||
+      chmod(options.socket_path.c_str(), 0600) != 0 || listen(listener, 64) != 0) {
+    const absl::Status status = SystemError("listen on", options.socket_path);
+    close(listener);
+    return status;
+  }
+  const int wake = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
+  if (wake < 0) {
+    const absl::Status status = SystemError("create event for", options.socket_path);
+    close(listener);
+    return status;
+  }
+  return std::unique_ptr<LocalPlane>(new LocalPlane(std::move(options), worker, listener, wake));
+}
+
+LocalPlane::LocalPlane(Options options, Worker* worker, int listen_fd, int wake_fd)
+    : options_(std::move(options)), worker_(worker), listen_fd_(listen_fd), wake_fd_(wake_fd) {
+  thread_ = std::thread([this] { Run(); });
+}
+
+LocalPlane::~LocalPlane() {
+  const uint64_t one = 1;
+  // An eventfd whose counter is not near its limit takes the write at once.
+  [[maybe_unused]] const ssize_t written = write(wake_fd_, &one, sizeof(one));
+  thread_.join();
+  for (const Connection& connection : connections_) {
+    close(connection.fd);
+    DropClient(connection.client_id);
+  }
+  close(listen_fd_);
+  close(wake_fd_);
+  unlink(options_.socket_path.c_str());
+}
+
+void LocalPlane::Run() {
+  pthread_setname_np(pthread_self(), "local-plane");
+  std::vector<pollfd> polled;
+  for (;;) {
+    polled.clear();
+    polled.push_back({wake_fd_, POLLIN, 0});
+    polled.push_back({listen_fd_, POLLIN, 0});
+    for (const Connection& c : connections_) polled.push_back({c.fd, POLLIN | POLLRDHUP, 0});
+    const int ready = poll(polled.data(), polled.size(), kPollMilliseconds);
+    if (ready < 0 && errno != EINTR) {
+      LogError("worker", "local plane: poll: ", strerror(errno));
+      return;
+    }
+    if (polled[0].revents != 0) return;
+    const MonotonicTime now = worker_->clock().MonotonicNow();
+    std::vector<Connection> kept;
+    kept.reserve(connections_.size());
+    for (size_t i = 0; i < connections_.size(); ++i) {
+      Connection& connection = connections_[i];
+      const bool timed_out = connection.client_id == 0 && connection.handshake_ends < now;
+      const bool is_open = !timed_out && (polled[i + 2].revents == 0 || Receive(&connection));
+      if (is_open) {
+        kept.push_back(std::move(connection));
+        continue;
+      }
+      close(connection.fd);
+      DropClient(connection.client_id);
+    }
+    connections_ = std::move(kept);
+    if (polled[1].revents != 0) Accept();
+    DropExpired();
+  }
+}
+
+void LocalPlane::Accept() {
+  for (;;) {
+    const int fd = accept4(listen_fd_, nullptr, nullptr, SOCK_CLOEXEC | SOCK_NONBLOCK);
+    if (fd < 0) {
+      if (errno != EAGAIN && errno != EINTR && errno != ECONNABORTED) {
+        LogWarning("worker", "local plane: accept: ", strerror(errno));
+        absl::SleepFor(absl::Milliseconds(50));  // out of descriptors: do not spin
+      }
+      return;
+    }
+    if (connections_.size() >= options_.max_clients) {
+      Refuse(fd,
+             absl::StrCat("this worker serves at most ", options_.max_clients, " local clients"));
+      close(fd);
+      continue;
+    }
+    connections_.push_back(
+        {fd, worker_->clock().MonotonicNow() + options_.handshake_timeout, {}, 0});
+  }
+}
+
+bool LocalPlane::Receive(Connection* connection) {
+  char buffer[kLengthBytes + kMaxHelloBytes];
+  const ssize_t n = recv(connection->fd, buffer, sizeof(buffer), MSG_DONTWAIT);
+  if (n < 0) return errno == EAGAIN || errno == EINTR;
+  // Nothing is said after the welcome, so bytes then are as much an end as the end itself.
+  if (n == 0 || connection->client_id != 0) return false;
+  connection->received.append(buffer, n);
+  if (connection->received.size() < kLengthBytes) return true;
+  const uint32_t length = LoadLength(connection->received.data());
+  if (length > kMaxHelloBytes || connection->received.size() > kLengthBytes + length) return false;
+  if (connection->received.size() < kLengthBytes + length) return true;
+  const std::string hello = connection->received.substr(kLengthBytes);
+  connection->received.clear();
+  return Welcome(connection, hello);
+}
+
+bool LocalPlane::Welcome(Connection* connection, absl::string_view hello_bytes) {
+  v1::LocalHello hello;
+  if (!hello.ParseFromArray(hello_bytes.data(), static_cast<int>(hello_bytes.size()))) return false;
+  if (hello.version() != kVersion) {
+    Refuse(connection->fd, absl::StrCat("version ", hello.version(), " is not ", kVersion));
+    return false;
+  }
+  v1::LocalWelcome welcome;
+  std::vector<int> fds;
+  auto staging = StagingBuffer::Create(
+      std::clamp<uint64_t>(hello.staging_bytes(), 1, options_.max_staging_bytes));
+  if (!staging.ok()) {
+    Refuse(connection->fd, staging.status().message());
+    return false;
+  }
+  fds.push_back((*staging)->fd());
+  if (!hello.model_digest().empty()) {
+    const auto host = worker_->HostOfModel(
+        hello.model_digest(), worker_->clock().MonotonicNow() + options_.model_load_timeout);
+    if (!host.ok()) {
+      Refuse(connection->fd, host.status().message());
+      return false;
+    }
+    v1::LocalWelcome::Pool* pool = welcome.add_pools();
+    pool->set_model_digest((*host)->model().digest().ToHex());
+    pool->set_size_bytes((*host)->pool().size_bytes());
+    if (const int fd = (*host)->pool().export_fd(); fd >= 0) {
+      pool->set_has_fd(true);
+      fds.push_back(fd);
+    }
+  }
+  const uint64_t client_id = RandomId();
+  welcome.set_client_id(client_id);
+  welcome.set_staging_bytes((*staging)->num_bytes());
+  {
+    MutexLock lock(&mu_);
+    clients_.emplace(client_id, *staging);
+  }
+  connection->client_id = client_id;
+  return SendWelcome(connection->fd, welcome, fds);
+}
+
+void LocalPlane::DropClient(uint64_t client_id) {
+  if (client_id == 0) return;
+  std::vector<std::pair<uint64_t, Entry>> dropped;
+  {
+    MutexLock lock(&mu_);
+    clients_.erase(client_id);
+    for (auto it = reservations_.begin(); it != reservations_.end();) {
+      if (it->second.client_id != client_id) {
+        ++it;
+        continue;
+      }
+      staging_bytes_ -= it->second.reservation.num_bytes;
+      dropped.emplace_back(it->first, std::move(it->second));
+      it = reservations_.erase(it);
+    }
+  }
+  for (const auto& [reservation_id, entry] : dropped) {
+    const Reservation& r = entry.reservation;
+    const absl::Status aborted = r.host->Abort(r.tenant, r.sequence, reservation_id);
+    if (!aborted.ok() && !absl::IsNotFound(aborted)) {
+      LogWarning("worker", "abort reservation ", reservation_id,
+                 " of a client that left: ", aborted.message());
+    }
+  }
+}
+
+void LocalPlane::DropExpired() {
+  const MonotonicTime now = worker_->clock().MonotonicNow();
+  MutexLock lock(&mu_);
+  for (auto it = reservations_.begin(); it != reservations_.end();) {
+    Entry& entry = it->second;
+    if (entry.reservation.expires > now) {
+      ++it;
+      continue;
+    }
+    entry.buffer->Free(entry.offset);
+    staging_bytes_ -= entry.reservation.num_bytes;
+    it = reservations_.erase(it);
+  }
+}
+
+absl::StatusOr<uint64_t> LocalPlane::Stage(uint64_t client_id, uint64_t reservation_id,
+                                           Reservation reservation) {
+  MutexLock lock(&mu_);
+  const auto client = clients_.find(client_id);
+  if (client == clients_.end()) {
+    return absl::NotFoundError(
+        absl::StrCat("local_client_id ", client_id, " is not connected to this worker"));
+  }
+  PT_ASSIGN_OR_RETURN(const uint64_t offset, client->second->Allocate(reservation.num_bytes));
+  staging_bytes_ += reservation.num_bytes;
+  staging_high_water_bytes_ = std::max(staging_high_water_bytes_, staging_bytes_);
+  reservations_.emplace(reservation_id,
+                        Entry{std::move(reservation), client_id, client->second, offset});
+  return offset;
+}
+
+absl::StatusOr<LocalPlane::StagedRows> LocalPlane::FindStaged(SequenceId sequence,
+                                                              uint64_t reservation_id) const {
+  MutexLock lock(&mu_);
+  const auto it = reservations_.find(reservation_id);
+  if (it == reservations_.end() || it->second.reservation.sequence != sequence) {
+    return absl::NotFoundError(
+        absl::StrCat("reservation ", reservation_id, " has no rows in a staging buffer"));
+  }
+  const Entry& entry = it->second;
+  return StagedRows{entry.buffer, entry.offset, entry.reservation.num_bytes,
+                    entry.reservation.num_tokens};
+}
+
+void LocalPlane::Release(uint64_t reservation_id) {
+  MutexLock lock(&mu_);
+  const auto it = reservations_.find(reservation_id);
+  if (it == reservations_.end()) return;
+  it->second.buffer->Free(it->second.offset);
+  staging_bytes_ -= it->second.reservation.num_bytes;
+  reservations_.erase(it);
+}
+
+size_t LocalPlane::num_clients() const {
+  MutexLock lock(&mu_);
+  return clients_.size();
+}
+
+uint64_t LocalPlane::staging_bytes() const {
+  MutexLock lock(&mu_);
+  return staging_bytes_;
+}
+
+uint64_t LocalPlane::staging_high_water_bytes() const {
+  MutexLock lock(&mu_);
+  return staging_high_water_bytes_;
+}
+
+}  // namespace pagetide

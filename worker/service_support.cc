@@ -1,0 +1,138 @@
+#include "worker/service_support.h"
+
+#include <google/protobuf/io/coded_stream.h>
+#include <google/protobuf/io/zero_copy_stream_impl_lite.h>
+
+#include <algorithm>
+#include <chrono>
+#include <utility>
+
+#include "absl/strings/str_cat.h"
+#include "base/status_macros.h"
+
+namespace pagetide {
+namespace {
+
+// The tenant of calls that carry no authenticated identity.
+constexpr char kDefaultTenant[] = "default";
+
+}  // namespace
+
+CallContext MakeCallContext(const grpc::ServerContextBase& context, const Worker& worker) {
+  const std::chrono::system_clock::time_point end = context.deadline();
+  absl::Duration left = kDefaultCallTime;
+  if (end != std::chrono::system_clock::time_point::max()) {
+    left = absl::FromChrono(end - std::chrono::system_clock::now());
+    // gRPC states "no deadline" as a date centuries away.
+    if (left > absl::Hours(24 * 365)) left = kDefaultCallTime;
+  }
+  left = std::clamp(left, absl::ZeroDuration(), kMaxCallTime);
+  return CallContext{worker.TenantNamed(kDefaultTenant), worker.clock().MonotonicNow() + left};
+}
+
+absl::StatusOr<SequenceTarget> FindSequence(const Worker& worker, absl::string_view sequence_id) {
+  absl::StatusOr<SequenceId> id = SequenceId::Parse(sequence_id);
+  if (!id.ok()) {
+    return absl::InvalidArgumentError(absl::StrCat("sequence_id: ", id.status().message()));
+  }
+  PT_ASSIGN_OR_RETURN(ModelHost * host, worker.HostOfSequence(*id));
+  return SequenceTarget{host, *id};
+}
+
+absl::StatusOr<HandleTarget> FindSequence(const Worker& worker, const v1::SequenceRef& ref) {
+  PT_ASSIGN_OR_RETURN(const SequenceTarget target, FindSequence(worker, ref.sequence_id()));
+  HandleTarget result{target.host, SequenceHandle{.id = target.id, .epoch = ref.epoch()}};
+  if (ref.has_expected_revision()) result.handle.expected_revision = ref.expected_revision();
+  return result;
+}
+
+absl::StatusOr<std::vector<PositionedInput>> InputsFromProto(
+    const google::protobuf::RepeatedPtrField<v1::InputDigest>& inputs) {
+  std::vector<PositionedInput> result;
+  result.reserve(inputs.size());
+  for (int i = 0; i < inputs.size(); ++i) {
+    absl::StatusOr<Digest> digest = Digest::FromBytes(inputs[i].digest());
+    if (!digest.ok()) {
+      return absl::InvalidArgumentError(absl::StrCat(
+          "inputs[", i, "].digest has ", inputs[i].digest().size(), " bytes, must have 32"));
+    }
+    if (i > 0 && inputs[i].position() < inputs[i - 1].position()) {
+      return absl::InvalidArgumentError(absl::StrCat(
+          "inputs[", i, "].position ", inputs[i].position(), " is below the one before, ",
+          inputs[i - 1].position(), ": inputs must ascend"));
+    }
+    result.push_back({inputs[i].position(), *digest});
+  }
+  return result;
+}
+
+absl::StatusOr<absl::Duration> DurationFromProto(absl::string_view field,
+                                                 const google::protobuf::Duration& duration) {
+  // The range of google.protobuf.Duration: about 10,000 years.
+  constexpr int64_t kMaxSeconds = 315576000000;
+  if (duration.seconds() < 0 || duration.seconds() > kMaxSeconds || duration.nanos() < 0 ||
+      duration.nanos() >= 1000000000) {
+    return absl::InvalidArgumentError(absl::StrCat(field, " is {seconds ", duration.seconds(),
+                                                   ", nanos ", duration.nanos(),
+                                                   "}, must be a duration of at least 0"));
+  }
+  return absl::Seconds(duration.seconds()) + absl::Nanoseconds(duration.nanos());
+}
+
+absl::StatusOr<RowKind> RowKindFromProto(absl::string_view field, int kind) {
+  switch (kind) {
+    case v1::ROW_KIND_K:
+      return RowKind::kK;
+    case v1::ROW_KIND_V:
+      return RowKind::kV;
+    default:
+      return absl::InvalidArgumentError(
+          absl::StrCat(field, " is ", kind, ", must be ROW_KIND_K or ROW_KIND_V"));
+  }
+}
+
+v1::SequenceState StateToProto(const Worker& worker, const ModelHost& host,
+                               const SequenceInfo& info) {
+  v1::SequenceState state;
+  state.set_sequence_id(info.id.ToString());
+  state.set_epoch(info.epoch);
+  state.set_revision(info.revision);
+  state.set_length(info.length);
+  state.set_canonical_length(info.canonical_length);
+  state.set_model_digest(host.model().digest().ToHex());
+  state.set_worker_id(worker.id());
+  state.set_pending_tokens(info.pending_tokens);
+  state.set_num_pages(info.num_pages);
+  state.set_resident_pages(info.resident_pages);
+  state.set_shared_pages(info.shared_pages);
+  return state;
+}
+
+v1::PrefixReuse ReuseToProto(const PrefixReuse& reuse) {
+  static_assert(static_cast<int>(ReuseLimit::kWholePrompt) == v1::REUSE_LIMIT_WHOLE_PROMPT);
+  static_assert(static_cast<int>(ReuseLimit::kNoFrame) == v1::REUSE_LIMIT_NO_FRAME);
+  v1::PrefixReuse proto;
+  proto.set_prompt_tokens(reuse.prompt_tokens);
+  proto.set_reused_tokens(reuse.reused_tokens);
+  proto.set_shared_pages(reuse.shared_pages);
+  proto.set_partial_rows(reuse.partial_rows);
+  proto.set_device_tokens(reuse.device_tokens);
+  proto.set_host_tokens(reuse.host_tokens);
+  proto.set_store_tokens(reuse.store_tokens);
+  proto.set_limit(static_cast<v1::ReuseLimit>(reuse.limit));
+  proto.set_limiting_group(reuse.limiting_group);
+  proto.set_explanation(reuse.explanation);
+  return proto;
+}
+
+Digest DigestOfMessage(const google::protobuf::MessageLite& message) {
+  std::string bytes;
+  google::protobuf::io::StringOutputStream stream(&bytes);
+  google::protobuf::io::CodedOutputStream out(&stream);
+  out.SetSerializationDeterministic(true);
+  message.SerializeToCodedStream(&out);
+  out.Trim();
+  return Sha256Of(bytes);
+}
+
+}  // namespace pagetide

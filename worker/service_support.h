@@ -1,0 +1,68 @@
+// What the worker's gRPC services share: who calls and until when, and the conversions between
+// messages and the domain. Pure functions; thread-safe.
+#ifndef PAGETIDE_WORKER_SERVICE_SUPPORT_H_
+#define PAGETIDE_WORKER_SERVICE_SUPPORT_H_
+
+#include <google/protobuf/duration.pb.h>
+#include <google/protobuf/message_lite.h>
+#include <google/protobuf/repeated_field.h>
+#include <grpcpp/server_context.h>
+
+#include <span>
+#include <string>
+#include <vector>
+
+#include "absl/status/statusor.h"
+#include "absl/strings/string_view.h"
+#include "absl/time/time.h"
+#include "base/digest.h"
+#include "pagetide/v1/prefix.pb.h"
+#include "pagetide/v1/types.pb.h"
+#include "worker/model_host.h"
+#include "worker/worker.h"
+
+namespace pagetide {
+
+// Calls without a deadline get the first; none gets more than the second.
+inline constexpr absl::Duration kDefaultCallTime = absl::Seconds(30);
+inline constexpr absl::Duration kMaxCallTime = absl::Minutes(10);
+
+struct CallContext {
+  Tenant tenant;
+  MonotonicTime deadline;
+};
+CallContext MakeCallContext(const grpc::ServerContextBase& context, const Worker& worker);
+
+// The host and the id of a sequence named by a request. INVALID_ARGUMENT, NOT_FOUND.
+struct SequenceTarget {
+  ModelHost* host = nullptr;
+  SequenceId id;
+};
+absl::StatusOr<SequenceTarget> FindSequence(const Worker& worker, absl::string_view sequence_id);
+
+struct HandleTarget {
+  ModelHost* host = nullptr;
+  SequenceHandle handle;
+};
+absl::StatusOr<HandleTarget> FindSequence(const Worker& worker, const v1::SequenceRef& ref);
+
+inline std::span<const uint32_t> TokensOf(const google::protobuf::RepeatedField<uint32_t>& tokens) {
+  return {tokens.data(), static_cast<size_t>(tokens.size())};
+}
+absl::StatusOr<std::vector<PositionedInput>> InputsFromProto(
+    const google::protobuf::RepeatedPtrField<v1::InputDigest>& inputs);
+// INVALID_ARGUMENT names `field` unless the duration is valid and not negative.
+absl::StatusOr<absl::Duration> DurationFromProto(absl::string_view field,
+                                                 const google::protobuf::Duration& duration);
+absl::StatusOr<RowKind> RowKindFromProto(absl::string_view field, int kind);
+
+v1::SequenceState StateToProto(const Worker& worker, const ModelHost& host,
+                               const SequenceInfo& info);
+v1::PrefixReuse ReuseToProto(const PrefixReuse& reuse);
+
+// SHA-256 of the message's serialized bytes: what "the same request again" means.
+Digest DigestOfMessage(const google::protobuf::MessageLite& message);
+
+}  // namespace pagetide
+
+#endif  // PAGETIDE_WORKER_SERVICE_SUPPORT_H_

@@ -1,0 +1,96 @@
+#include "worker/worker_metrics.h"
+
+#include <string>
+
+#include "absl/strings/str_cat.h"
+
+namespace pagetide {
+namespace {
+
+struct CounterName {
+  uint64_t HostCounters::*field;
+  const char* name;
+  const char* help;
+};
+
+constexpr CounterName kCounters[] = {
+    {&HostCounters::pages_spilled, "pagetide_worker_pages_spilled_total",
+     "Pages copied to the store because their frame was wanted"},
+    {&HostCounters::pages_written_through, "pagetide_worker_pages_written_through_total",
+     "Pages copied to the store when they became full"},
+    {&HostCounters::pages_restored, "pagetide_worker_pages_restored_total",
+     "Pages copied up from the store and verified"},
+    {&HostCounters::pages_evicted, "pagetide_worker_pages_evicted_total",
+     "Pages that lost their device frame"},
+    {&HostCounters::restore_misses, "pagetide_worker_restore_misses_total",
+     "Restores for which the store had no valid record"},
+    {&HostCounters::checksum_failures, "pagetide_worker_checksum_failures_total",
+     "Pages whose bytes did not match their checksum"},
+    {&HostCounters::bytes_verified, "pagetide_worker_verified_bytes_total",
+     "Page bytes whose checksum was compared"},
+    {&HostCounters::store_errors, "pagetide_worker_store_errors_total", "Store calls that failed"},
+    {&HostCounters::rows_copied, "pagetide_worker_rows_copied_total",
+     "Rows copied on partial reuse and on fork"},
+    {&HostCounters::tokens_reused, "pagetide_worker_tokens_reused_total",
+     "Prompt tokens that needed no prefill"},
+    {&HostCounters::tokens_appended, "pagetide_worker_tokens_appended_total",
+     "Tokens committed by appends and steps"},
+    {&HostCounters::pages_created, "pagetide_worker_pages_created_total", "Pages newly allocated"},
+    {&HostCounters::pages_filled, "pagetide_worker_pages_filled_total", "Pages that became full"},
+    {&HostCounters::acquire_waits, "pagetide_worker_frame_waits_total",
+     "Calls that waited for frames"},
+    {&HostCounters::acquire_timeouts, "pagetide_worker_frame_wait_timeouts_total",
+     "Calls whose deadline passed while they waited for frames"},
+    {&HostCounters::prefixes_lost, "pagetide_worker_prefixes_lost_total",
+     "Sequences cut to a valid prefix because a restore failed"},
+};
+
+}  // namespace
+
+void WorkerMetrics::Update(const std::vector<ModelHost*>& hosts, size_t open_leases) {
+  HostCounters total;
+  uint64_t open_sequences = 0;
+  uint64_t running_calls = 0;
+  bool store_degraded = false;
+  for (ModelHost* host : hosts) {
+    const HostCounters counters = host->Counters();
+    for (const CounterName& c : kCounters) total.*c.field += counters.*c.field;
+    const HostLoad load = host->Load();
+    open_sequences += load.open_sequences;
+    running_calls += load.running_calls;
+    store_degraded = store_degraded || load.is_store_degraded;
+    const std::string model = host->model().digest().ToShortHex();
+    for (const PoolUsage& usage : host->Usage()) {
+      const std::string group = absl::StrCat(usage.group);
+      const auto set = [&](const char* state, uint64_t frames) {
+        metrics_
+            ->GetGauge("pagetide_worker_frames", "Device frames by state",
+                       {{"model", model}, {"group", group}, {"state", state}})
+            ->Set(static_cast<double>(frames));
+      };
+      set("all", usage.num_frames);
+      set("free", usage.free_frames);
+      set("pinned", usage.pinned_frames);
+      set("evictable", usage.evictable_frames);
+      set("tail", usage.tail_frames);
+    }
+  }
+  for (const CounterName& c : kCounters) {
+    const uint64_t grown = total.*c.field - last_.*c.field;
+    metrics_->GetCounter(c.name, c.help)->Add(static_cast<double>(grown));
+  }
+  last_ = total;
+  metrics_->GetGauge("pagetide_worker_models", "Models with a pool")
+      ->Set(static_cast<double>(hosts.size()));
+  metrics_->GetGauge("pagetide_worker_open_sequences", "Open sequences")
+      ->Set(static_cast<double>(open_sequences));
+  metrics_->GetGauge("pagetide_worker_running_calls", "Calls at work in the hosts")
+      ->Set(static_cast<double>(running_calls));
+  metrics_->GetGauge("pagetide_worker_pin_leases", "Open pin leases")
+      ->Set(static_cast<double>(open_leases));
+  metrics_
+      ->GetGauge("pagetide_worker_store_degraded", "1 while spilling pauses after a store error")
+      ->Set(store_degraded ? 1 : 0);
+}
+
+}  // namespace pagetide
