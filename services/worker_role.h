@@ -1,0 +1,68 @@
+// WorkerRole: a whole worker in this process: device, hosts, gRPC services, local data plane, store
+// lease, links to routers. pagetide-worker runs one; `pagetide up` and tests run it beside other
+// roles.
+//
+// Start it, then Drain and destroy it; thread-safe otherwise. The store and the clock outlive it.
+#ifndef PAGETIDE_SERVICES_WORKER_ROLE_H_
+#define PAGETIDE_SERVICES_WORKER_ROLE_H_
+
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "absl/status/statusor.h"
+#include "absl/time/time.h"
+#include "base/clock.h"
+#include "core/page_store.h"
+#include "rpc/server.h"
+#include "worker/local_plane.h"
+#include "worker/worker.h"
+
+namespace pagetide {
+
+class WorkerRole {
+ public:
+  struct Options {
+    Worker::Options worker;
+    RpcServer::Options server;
+    // Address that routers hand to clients; empty: the first that was bound.
+    std::string advertise;
+    // No local data plane when local_plane.socket_path is empty.
+    LocalPlane::Options local_plane;
+    std::vector<std::string> routers;
+    // Threads that spill and restore, and how many such tasks may wait.
+    int io_threads = 4;
+    size_t io_queue = 4096;
+    absl::Duration store_lease_ttl = absl::Seconds(5);
+  };
+
+  // Serves when it returns. `store` may be null. A worker.incarnation of 0 is replaced by a random
+  // one.
+  static absl::StatusOr<std::unique_ptr<WorkerRole>> Start(Options options, PageStore* store,
+                                                           Clock* clock);
+  // Drains at once if Drain was not called.
+  ~WorkerRole();
+  WorkerRole(const WorkerRole&) = delete;
+  WorkerRole& operator=(const WorkerRole&) = delete;
+
+  // Health turns NOT_SERVING, routers are told, running calls get up to `timeout`. Idempotent.
+  void Drain(absl::Duration timeout);
+
+  // As clients dial it, with the real port.
+  std::string address() const;
+  // "host:port" of /metrics; empty when there is none.
+  std::string metrics_address() const;
+  Worker& worker();
+
+ private:
+  struct Parts;
+  explicit WorkerRole(std::unique_ptr<Parts> parts);
+  const std::unique_ptr<Parts> parts_;
+};
+
+// A random number that names one life of a process; never 0.
+uint64_t RandomIncarnation();
+
+}  // namespace pagetide
+
+#endif  // PAGETIDE_SERVICES_WORKER_ROLE_H_
