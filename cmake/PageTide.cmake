@@ -3,6 +3,7 @@
 #   pagetide_binary(NAME SRCS a.cc … LIBS x …)    program
 #   pagetide_test(NAME SRCS a_test.cc … LIBS x … LABELS unit [TIMEOUT s])   GoogleTest program, one ctest entry a TEST
 option(PAGETIDE_WITH_GRPC "Build the services (off: base, core, kvstore, kernels and worker domain only)" ON)
+option(PAGETIDE_WITH_CUDA "Build the CUDA device; fails where the toolkit is not" OFF)
 option(PAGETIDE_BUILD_TESTS "Build the tests" ON)
 set(PAGETIDE_SANITIZE "" CACHE STRING "Comma list for -fsanitize= (address,undefined or thread)")
 
@@ -35,6 +36,12 @@ pkg_check_modules(XXHASH REQUIRED IMPORTED_TARGET libxxhash)
 if(PAGETIDE_WITH_GRPC)
   find_package(Protobuf REQUIRED)
   find_package(gRPC CONFIG REQUIRED)
+endif()
+
+if(PAGETIDE_WITH_CUDA)
+  enable_language(CUDA)
+  set(CMAKE_CUDA_STANDARD 17)  # CMake 3.25 knows no C++20 for CUDA
+  find_package(CUDAToolkit REQUIRED)
 endif()
 
 function(pagetide_library name)

@@ -1,0 +1,73 @@
+"""The layer check holds on this tree, and finds crossings that are planted in a tree of its own."""
+
+import pathlib
+import subprocess
+import sys
+import tempfile
+import unittest
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent.parent
+CHECK = ROOT / "tools" / "check_layers.py"
+
+
+def run(root):
+    done = subprocess.run([sys.executable, str(CHECK), "--root", str(root)], text=True,
+                          capture_output=True, check=False)
+    return done.returncode, done.stdout + done.stderr
+
+
+class CheckLayersTest(unittest.TestCase):
+    def check(self, files):
+        with tempfile.TemporaryDirectory() as folder:
+            for path, text in files.items():
+                file = pathlib.Path(folder) / path
+                file.parent.mkdir(parents=True, exist_ok=True)
+                file.write_text(text, encoding="utf-8")
+            return run(folder)
+
+    def test_this_tree_keeps_its_layers(self):
+        code, output = run(ROOT)
+        self.assertEqual(code, 0, output)
+
+    def test_good_includes_pass(self):
+        code, output = self.check({
+            "core/a.h": '#include <vector>\n#include "absl/status/status.h"\n#include "base/mutex.h"\n',
+            "rpc/b.cc": '#include <grpcpp/grpcpp.h>\n#include <sys/socket.h>\n#include "core/a.h"\n',
+            "services/c_main.cc": '#include <CLI/CLI.hpp>\n#include "worker/d.h"\n',
+        })
+        self.assertEqual(code, 0, output)
+
+    def test_planted_crossings_fail(self):
+        for path, include in [
+            ("core/a.cc", '"rpc/server.h"'),
+            ("core/a.cc", '"kvstore/memory_page_store.h"'),
+            ("core/a.h", "<grpcpp/grpcpp.h>"),
+            ("core/a.h", "<rocksdb/db.h>"),
+            ("core/a.h", "<unistd.h>"),
+            ("core/a.cc", '"spdlog/spdlog.h"'),
+            ("base/a.h", '"core/page.h"'),
+            ("base/a.h", "<openssl/evp.h>"),
+            ("kernels/a_host.cc", '"base/mutex.h"'),
+            ("kernels/a.h", "<cuda_runtime.h>"),
+            ("kvstore/a.cc", '"rpc/channel.h"'),
+            ("kvstore/a.cc", '"pagetide/v1/types.pb.h"'),
+            ("rpc/a.cc", '"worker/frame_pool.h"'),
+            ("worker/a.cc", "<grpcpp/grpcpp.h>"),
+            ("worker/a.cc", "<nccl.h>"),
+            ("services/router.cc", "<CLI/CLI.hpp>"),
+            ("services/router.cc", "<rocksdb/db.h>"),
+            ("clients/cpp/a.cc", '"worker/a.h"'),
+            ("cli/a.cc", '"tests/support/process.h"'),
+            ("cli/a.cc", '"neighbour.h"'),
+        ]:
+            code, output = self.check({path: f"#include <string>\n  #  include {include}\n"})
+            self.assertEqual(code, 1, f"{path} {include}: {output}")
+            self.assertIn(f"{path}:2: includes", output)
+
+    def test_an_empty_tree_is_not_a_pass(self):
+        code, _ = self.check({"README.md": "nothing"})
+        self.assertEqual(code, 1)
+
+
+if __name__ == "__main__":
+    unittest.main()
