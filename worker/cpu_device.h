@@ -26,7 +26,7 @@ class CpuDevice final : public Device {
     bool reserve_memory = false;
   };
 
-  CpuDevice() = default;
+  CpuDevice() : CpuDevice(Options{}) {}
   explicit CpuDevice(Options options) : options_(options) {}
 
   absl::string_view name() const override { return "cpu"; }

@@ -90,7 +90,7 @@ TEST(StatusMappingTest, TextThatIsNotUtf8IsMadeSo) {
 TEST(StatusMappingTest, StrangeDetailsAreIgnored) {
   EXPECT_EQ(FromGrpcStatus(grpc::Status(grpc::StatusCode::NOT_FOUND, "m", "\xFF not a proto")),
             absl::NotFoundError("m"));
-  EXPECT_EQ(FromGrpcStatus(grpc::Status(static_cast<grpc::StatusCode>(99), "m")).code(),
+  EXPECT_EQ(FromGrpcStatus(grpc::Status(grpc::StatusCode::DO_NOT_USE, "m")).code(),
             absl::StatusCode::kUnknown);
 }
 
