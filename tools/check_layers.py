@@ -48,6 +48,7 @@ RULES = [
     ("kernels/*.cu", {"kernels"}, {"cuda"}),
     ("kernels/*.cuh", {"kernels"}, {"cuda"}),
     ("kernels/*", {"kernels"}, {"simd"}),
+    ("decoder/pagetide_kv_backend.*", {"base", "core", "kernels", "decoder", "clients"}, set()),
     ("decoder/*", {"base", "core", "kernels", "decoder"}, set()),
     ("kvstore/remote*", {"base", "core", "kvstore", "rpc"}, {"posix", "grpc", "protobuf", "proto"}),
     ("kvstore/*", {"base", "core", "kvstore"}, {"posix", "rocksdb", "codec", "xxhash"}),
