@@ -37,9 +37,14 @@ EXTERNALS = [
     ("test", ["gtest/*", "gmock/*", "benchmark/*", "rapidcheck*"]),
 ]
 
-BELOW_SERVICES = {"base", "core", "kernels", "decoder", "kvstore", "rpc", "worker"}
+# Parts of a folder that stand a layer higher than the rest of it: the worker's gRPC shells.
+SUBFOLDERS = [
+    ("worker-wire", ["worker/*_service.*", "worker/service_support.*", "worker/row_wire.*",
+                     "worker/lent_frames.*", "worker/local_plane.*"]),
+]
+BELOW_SERVICES = {"base", "core", "kernels", "decoder", "kvstore", "rpc", "worker", "worker-wire"}
 
-# (files, what they may include of the project, what they may include of others). The first row whose
+# (files or subfolder, what they may include of the project, what they may include of others). The first row whose
 # pattern matches a file decides. "std" and "absl" are allowed everywhere; "posix" means C headers.
 RULES = [
     ("base/*.h", {"base"}, set()),
@@ -55,7 +60,7 @@ RULES = [
     ("rpc/*", {"base", "core", "rpc"}, {"posix", "grpc", "protobuf", "proto", "prometheus"}),
     ("worker/cuda_*", {"base", "core", "kernels", "worker"}, {"posix", "cuda"}),
     ("worker/nccl_*", {"base", "core", "kernels", "worker"}, {"posix", "cuda"}),
-    ("worker/*_service.*", {"base", "core", "kernels", "kvstore", "rpc", "worker"},
+    ("worker-wire", {"base", "core", "kernels", "kvstore", "rpc", "worker", "worker-wire"},
      {"posix", "grpc", "protobuf", "proto"}),
     ("worker/*", {"base", "core", "kernels", "worker"}, {"posix", "simd"}),
     ("services/*_main.cc", BELOW_SERVICES | {"services"},
@@ -71,6 +76,13 @@ PROJECT = {"base", "core", "kernels", "decoder", "kvstore", "rpc", "worker", "se
            "cli", "bench", "tests"}
 
 
+def subfolder_of(path):
+    for name, patterns in SUBFOLDERS:
+        if any(fnmatch.fnmatch(path, p) for p in patterns):
+            return name
+    return None
+
+
 def kind_of(include, quote):
     """Returns ("project", folder) or ("external", kind)."""
     for kind, patterns in EXTERNALS:
@@ -78,7 +90,7 @@ def kind_of(include, quote):
             return "external", kind
     top = include.split("/", 1)[0]
     if quote == '"' and "/" in include and top in PROJECT:
-        return "project", top
+        return "project", subfolder_of(include) or top
     if quote == '"':
         return "external", "path that does not start at the root of the repository"
     if "/" not in include and not include.endswith(".h"):
@@ -90,8 +102,9 @@ def kind_of(include, quote):
 
 
 def rule_for(path):
+    subfolder = subfolder_of(path)
     for pattern, project, external in RULES:
-        if fnmatch.fnmatch(path, pattern):
+        if pattern == subfolder or (subfolder is None and fnmatch.fnmatch(path, pattern)):
             return pattern, project, external
     return None
 
@@ -99,7 +112,7 @@ def rule_for(path):
 def crossings(root):
     """Yields one line a crossing; returns after all files under the folders of RULES were read."""
     num_files = 0
-    for folder in sorted({pattern.split("/")[0] for pattern, _, _ in RULES}):
+    for folder in sorted({p.split("/")[0] for p, _, _ in RULES if "/" in p}):
         for file in sorted((root / folder).rglob("*")):
             if file.suffix not in SUFFIXES:
                 continue

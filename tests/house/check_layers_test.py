@@ -33,6 +33,7 @@ class CheckLayersTest(unittest.TestCase):
         code, output = self.check({
             "core/a.h": '#include <vector>\n#include "absl/status/status.h"\n#include "base/mutex.h"\n',
             "rpc/b.cc": '#include <grpcpp/grpcpp.h>\n#include <sys/socket.h>\n#include "core/a.h"\n',
+            "worker/a_service.cc": '#include <grpcpp/grpcpp.h>\n#include "worker/b_service.h"\n',
             "services/c_main.cc": '#include <CLI/CLI.hpp>\n#include "worker/d.h"\n',
         })
         self.assertEqual(code, 0, output)
@@ -54,6 +55,8 @@ class CheckLayersTest(unittest.TestCase):
             ("rpc/a.cc", '"worker/frame_pool.h"'),
             ("worker/a.cc", "<grpcpp/grpcpp.h>"),
             ("worker/a.cc", "<nccl.h>"),
+            ("worker/a.cc", '"worker/sequence_service.h"'),
+            ("worker/a_service.cc", '"services/router_service.h"'),
             ("services/router.cc", "<CLI/CLI.hpp>"),
             ("services/router.cc", "<rocksdb/db.h>"),
             ("clients/cpp/a.cc", '"worker/a.h"'),
