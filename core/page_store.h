@@ -149,7 +149,7 @@ struct ScrubResult {
 
 // A page that the store began or ceased to hold. Private pages are not reported.
 struct StoreEvent {
-  PrefixKey prefix;
+  PrefixKey prefix;  // from a remote store only its first 16 bytes; the rest is zero
   uint32_t group = 0;
   uint64_t body_bytes = 0;
   bool removed = false;

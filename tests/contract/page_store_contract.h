@@ -11,9 +11,7 @@
 #include <gtest/gtest.h>
 
 #include <atomic>
-#include <cstring>
 #include <memory>
-#include <random>
 #include <string>
 #include <thread>
 #include <vector>
@@ -21,6 +19,7 @@
 #include "absl/strings/str_cat.h"
 #include "base/error_info.h"
 #include "core/page_store.h"
+#include "tests/contract/test_page.h"
 
 namespace pagetide {
 
@@ -33,36 +32,6 @@ class PageStoreHarness {
   // Damages one stored bit of the page's body, behind the store's back.
   virtual void FlipStoredBit(const PageKey& key, uint64_t bit) = 0;
 };
-
-struct TestPage {
-  PageRecordMeta meta;
-  std::vector<std::byte> body;
-  PutPage put() const { return {meta, body}; }
-  ManifestPageRef ref() const { return {meta.key, meta.checksum}; }
-};
-
-inline TestPage MakeTestPage(uint64_t seed, size_t bytes = 4096, bool keyed = true,
-                             const TestPage* parent = nullptr) {
-  TestPage page;
-  page.body.resize(bytes);
-  std::mt19937_64 rng(seed);
-  for (size_t i = 0; i < bytes; i += 8) {
-    const uint64_t word = rng();
-    std::memcpy(page.body.data() + i, &word, std::min<size_t>(8, bytes - i));
-  }
-  page.meta.key = PageKey{Sha256Of(absl::StrCat("page", seed))};
-  page.meta.checksum = ChecksumOf(page.body);
-  page.meta.body_bytes = bytes;
-  page.meta.fingerprint = Sha256Of("fingerprint");
-  page.meta.numerics_id = "cpu/1";
-  page.meta.group = 1;
-  if (keyed) {
-    page.meta.prefix = PrefixKey{Sha256Of(absl::StrCat("prefix", seed))};
-    page.meta.parent = parent != nullptr ? *parent->meta.prefix : PrefixKey{Sha256Of("root")};
-    page.meta.depth = parent != nullptr ? parent->meta.depth + 1 : 0;
-  }
-  return page;
-}
 
 class PageStoreContract : public ::testing::TestWithParam<std::unique_ptr<PageStoreHarness> (*)()> {
  protected:
@@ -447,6 +416,11 @@ TEST_P(PageStoreContract, ALeaseHasOneHolder) {
             absl::StatusCode::kInvalidArgument);
 }
 
+// Residency goes by the first 16 bytes of a prefix key.
+inline std::string HintOf(const PrefixKey& prefix) {
+  return std::string(prefix.digest.view().substr(0, 16));
+}
+
 TEST_P(PageStoreContract, WatchGivesSnapshotThenTail) {
   const TestPage before = MakeTestPage(1), later = MakeTestPage(2);
   const TestPage hidden = MakeTestPage(3, 100, /*keyed=*/false);
@@ -472,13 +446,13 @@ TEST_P(PageStoreContract, WatchGivesSnapshotThenTail) {
   watcher.join();
   EXPECT_TRUE(ended.ok()) << ended;
   ASSERT_EQ(snapshot.size(), 1u);
-  EXPECT_EQ(snapshot[0].prefix, *before.meta.prefix);
+  EXPECT_EQ(HintOf(snapshot[0].prefix), HintOf(*before.meta.prefix));
   EXPECT_EQ(snapshot[0].group, 1u);
   EXPECT_EQ(snapshot[0].body_bytes, before.meta.body_bytes);
   ASSERT_EQ(tail.size(), 2u);
-  EXPECT_EQ(tail[0].prefix, *later.meta.prefix);
+  EXPECT_EQ(HintOf(tail[0].prefix), HintOf(*later.meta.prefix));
   EXPECT_FALSE(tail[0].removed);
-  EXPECT_EQ(tail[1].prefix, *before.meta.prefix);
+  EXPECT_EQ(HintOf(tail[1].prefix), HintOf(*before.meta.prefix));
   EXPECT_TRUE(tail[1].removed);
 }
 

@@ -1,0 +1,137 @@
+#include "kvstore/instrumented_page_store.h"
+
+#include <string>
+#include <utility>
+
+namespace pagetide {
+namespace {
+
+constexpr const char* kCallNames[] = {"put", "get", "lookup", "barrier", "put_manifest"};
+
+// The worst code of a batch: the first that is not OK.
+template <typename Results>
+absl::StatusCode CodeOf(const Results& results) {
+  for (const auto& result : results) {
+    if (!result.status.ok()) return result.status.code();
+  }
+  return absl::StatusCode::kOk;
+}
+
+}  // namespace
+
+InstrumentedPageStore::InstrumentedPageStore(PageStore* inner, Metrics* metrics, const Clock* clock)
+    : DecoratingPageStore(inner), metrics_(metrics), clock_(clock) {
+  for (int i = 0; i < kNumCalls; ++i) {
+    seconds_[i] = metrics->GetHistogram("pagetide_store_call_seconds", "Time of a store call.",
+                                        LatencyBounds(), {{"call", kCallNames[i]}});
+  }
+  const auto pages = [&](const char* call, const char* outcome) {
+    return metrics->GetCounter("pagetide_store_pages_total", "Pages by call and outcome.",
+                               {{"call", call}, {"outcome", outcome}});
+  };
+  put_stored_ = pages("put", "stored");
+  put_present_ = pages("put", "already_present");
+  put_refused_ = pages("put", "refused");
+  get_hit_ = pages("get", "hit");
+  get_miss_ = pages("get", "miss");
+  get_quarantined_ = pages("get", "quarantined");
+  get_failed_ = pages("get", "failed");
+  put_bytes_ =
+      metrics->GetCounter("pagetide_store_bytes_total", "Page bytes moved.", {{"call", "put"}});
+  get_bytes_ =
+      metrics->GetCounter("pagetide_store_bytes_total", "Page bytes moved.", {{"call", "get"}});
+}
+
+void InstrumentedPageStore::Record(Call call, MonotonicTime start, absl::StatusCode code) {
+  seconds_[call]->Observe(clock_->MonotonicNow() - start);
+  metrics_
+      ->GetCounter("pagetide_store_calls_total", "Store calls by status code.",
+                   {{"call", kCallNames[call]}, {"code", absl::StatusCodeToString(code)}})
+      ->Increment();
+}
+
+std::vector<PutPageResult> InstrumentedPageStore::PutPages(std::span<const PutPage> pages,
+                                                           Durability level,
+                                                           MonotonicTime deadline) {
+  const MonotonicTime start = clock_->MonotonicNow();
+  std::vector<PutPageResult> results = inner()->PutPages(pages, level, deadline);
+  for (size_t i = 0; i < results.size(); ++i) {
+    if (!results[i].status.ok()) {
+      put_refused_->Increment();
+    } else if (results[i].already_present) {
+      put_present_->Increment();
+    } else {
+      put_stored_->Increment();
+      put_bytes_->Add(static_cast<double>(pages[i].body.size()));
+    }
+  }
+  Record(kPut, start, CodeOf(results));
+  return results;
+}
+
+std::vector<GetPageResult> InstrumentedPageStore::GetPages(std::span<const GetPage> pages,
+                                                           MonotonicTime deadline) {
+  const MonotonicTime start = clock_->MonotonicNow();
+  std::vector<GetPageResult> results = inner()->GetPages(pages, deadline);
+  for (size_t i = 0; i < results.size(); ++i) {
+    if (!results[i].status.ok()) {
+      get_failed_->Increment();
+    } else if (results[i].outcome == GetOutcome::kHit) {
+      get_hit_->Increment();
+      get_bytes_->Add(static_cast<double>(pages[i].body.size()));
+    } else {
+      (results[i].outcome == GetOutcome::kMiss ? get_miss_ : get_quarantined_)->Increment();
+    }
+  }
+  Record(kGet, start, CodeOf(results));
+  return results;
+}
+
+absl::StatusOr<std::vector<LookupResult>> InstrumentedPageStore::LookupPages(
+    std::span<const PageKey> keys, MonotonicTime deadline) {
+  const MonotonicTime start = clock_->MonotonicNow();
+  auto results = inner()->LookupPages(keys, deadline);
+  Record(kLookup, start, results.status().code());
+  return results;
+}
+
+absl::Status InstrumentedPageStore::Barrier(Durability level, MonotonicTime deadline) {
+  const MonotonicTime start = clock_->MonotonicNow();
+  absl::Status status = inner()->Barrier(level, deadline);
+  Record(kBarrier, start, status.code());
+  return status;
+}
+
+absl::StatusOr<PutManifestResult> InstrumentedPageStore::PutManifest(
+    const ManifestRecord& manifest, uint64_t expected_version,
+    const std::optional<WriteFence>& fence, MonotonicTime deadline) {
+  const MonotonicTime start = clock_->MonotonicNow();
+  auto result = inner()->PutManifest(manifest, expected_version, fence, deadline);
+  Record(kPutManifest, start, result.status().code());
+  return result;
+}
+
+void InstrumentedPageStore::PublishStats() {
+  const auto stats = inner()->GetStats(clock_->MonotonicNow() + absl::Seconds(5));
+  if (!stats.ok()) return;
+  const auto set = [&](const char* name, const char* help, uint64_t value) {
+    metrics_->GetGauge(name, help)->Set(static_cast<double>(value));
+  };
+  set("pagetide_store_pages", "Pages held.", stats->pages);
+  set("pagetide_store_logical_bytes", "Bytes of page bodies held.", stats->logical_bytes);
+  set("pagetide_store_physical_bytes", "Bytes of the store's files.", stats->physical_bytes);
+  set("pagetide_store_capacity_bytes", "Bound of the physical bytes; 0 = the disk.",
+      stats->capacity_bytes);
+  set("pagetide_store_pages_ever_read", "Pages held that were read at least once.",
+      stats->pages_ever_read);
+  set("pagetide_store_pages_evicted", "Pages evicted since the start.", stats->pages_evicted);
+  set("pagetide_store_pages_quarantined", "Pages found damaged since the start.",
+      stats->pages_quarantined);
+  set("pagetide_store_manifests", "Manifests held.", stats->manifests);
+  for (const char* state : {"serving", "full", "failed"}) {
+    metrics_->GetGauge("pagetide_store_state", "1 for the state that holds.", {{"state", state}})
+        ->Set(stats->state == state ? 1 : 0);
+  }
+}
+
+}  // namespace pagetide

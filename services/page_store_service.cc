@@ -1,0 +1,304 @@
+#include "services/page_store_service.h"
+
+#include <algorithm>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "absl/strings/str_cat.h"
+#include "base/error_info.h"
+#include "base/status_macros.h"
+#include "kvstore/page_store_codec.h"
+#include "rpc/status_mapping.h"
+
+namespace pagetide {
+namespace {
+
+constexpr uint32_t kMaxListEntries = 1000;
+
+absl::Status TooManyKeys(absl::string_view field, size_t given, size_t allowed) {
+  return absl::InvalidArgumentError(
+      absl::StrCat(field, " has ", given, " entries, at most ", allowed));
+}
+
+absl::StatusOr<std::vector<PageKey>> DecodeKeys(
+    const google::protobuf::RepeatedPtrField<std::string>& bytes, size_t max_keys) {
+  if (static_cast<size_t>(bytes.size()) > max_keys) {
+    return TooManyKeys("page_keys", bytes.size(), max_keys);
+  }
+  std::vector<PageKey> keys;
+  keys.reserve(static_cast<size_t>(bytes.size()));
+  for (const std::string& raw : bytes) {
+    PT_ASSIGN_OR_RETURN(const PageKey key, DecodePageKey("page_keys", raw));
+    keys.push_back(key);
+  }
+  return keys;
+}
+
+std::optional<WriteFence> DecodeFence(bool has_fence, const v1::Fence& fence) {
+  if (!has_fence) return std::nullopt;
+  return WriteFence{fence.ownership_key(), fence.epoch()};
+}
+
+size_t ListLimit(uint32_t page_size) {
+  return page_size == 0 ? kMaxListEntries : std::min(page_size, kMaxListEntries);
+}
+
+}  // namespace
+
+PageStoreServiceImpl::PageStoreServiceImpl(PageStore* store, const Clock* clock, Options options)
+    : store_(store),
+      clock_(clock),
+      options_(options),
+      incarnation_(static_cast<uint64_t>(absl::ToUnixNanos(clock->WallNow()))),
+      executor_(
+          {.name = "store", .num_threads = options.num_threads, .max_queue = options.max_queue}) {}
+
+PageStoreServiceImpl::~PageStoreServiceImpl() {
+  EndStreams();
+}
+
+MonotonicTime PageStoreServiceImpl::DeadlineOf(const grpc::CallbackServerContext& context) const {
+  const auto deadline = context.deadline();
+  if (deadline == std::chrono::system_clock::time_point::max()) {
+    return MonotonicTime::InfiniteFuture();
+  }
+  return clock_->MonotonicNow() + absl::FromChrono(deadline - std::chrono::system_clock::now());
+}
+
+template <typename Call>
+grpc::ServerUnaryReactor* PageStoreServiceImpl::Run(grpc::CallbackServerContext* context,
+                                                    Call call) {
+  grpc::ServerUnaryReactor* const reactor = context->DefaultReactor();
+  const absl::Status scheduled =
+      executor_.Schedule([reactor, deadline = DeadlineOf(*context), call = std::move(call)] {
+        reactor->Finish(ToGrpcStatus(call(deadline)));
+      });
+  if (!scheduled.ok()) {
+    reactor->Finish(ToGrpcStatus(WithRetryDelay(scheduled, absl::Milliseconds(100))));
+  }
+  return reactor;
+}
+
+// ---- unary calls -------------------------------------------------------------------------------
+
+grpc::ServerUnaryReactor* PageStoreServiceImpl::LookupPages(grpc::CallbackServerContext* context,
+                                                            const v1::LookupPagesRequest* request,
+                                                            v1::LookupPagesResponse* response) {
+  return Run(context, [=, this](MonotonicTime deadline) -> absl::Status {
+    PT_ASSIGN_OR_RETURN(const auto keys, DecodeKeys(request->page_keys(), options_.max_keys));
+    PT_ASSIGN_OR_RETURN(const auto results, store_->LookupPages(keys, deadline));
+    for (const LookupResult& result : results) {
+      v1::LookupPagesResponse::Result* out = response->add_results();
+      out->set_present(result.present);
+      out->set_quarantined(result.quarantined);
+      out->set_body_bytes(result.body_bytes);
+      EncodeChecksum(result.checksum, out->mutable_checksum());
+      if (request->leading_run() && !result.present) break;
+    }
+    return absl::OkStatus();
+  });
+}
+
+grpc::ServerUnaryReactor* PageStoreServiceImpl::DeletePages(grpc::CallbackServerContext* context,
+                                                            const v1::DeletePagesRequest* request,
+                                                            v1::DeletePagesResponse* response) {
+  return Run(context, [=, this](MonotonicTime deadline) -> absl::Status {
+    PT_ASSIGN_OR_RETURN(const auto keys, DecodeKeys(request->page_keys(), options_.max_keys));
+    PT_ASSIGN_OR_RETURN(const uint64_t deleted, store_->DeletePages(keys, deadline));
+    response->set_deleted(deleted);
+    // What is still there after the call was protected (or has been put again).
+    PT_ASSIGN_OR_RETURN(const auto left, store_->LookupPages(keys, deadline));
+    response->set_protected_pages(static_cast<uint64_t>(
+        std::count_if(left.begin(), left.end(), [](const LookupResult& r) { return r.present; })));
+    return absl::OkStatus();
+  });
+}
+
+grpc::ServerUnaryReactor* PageStoreServiceImpl::Barrier(grpc::CallbackServerContext* context,
+                                                        const v1::BarrierRequest* request,
+                                                        v1::BarrierResponse* response) {
+  return Run(context, [=, this](MonotonicTime deadline) -> absl::Status {
+    PT_ASSIGN_OR_RETURN(const Durability level, DecodeDurability(request->level()));
+    return store_->Barrier(level, deadline);
+  });
+}
+
+grpc::ServerUnaryReactor* PageStoreServiceImpl::PutManifest(grpc::CallbackServerContext* context,
+                                                            const v1::PutManifestRequest* request,
+                                                            v1::PutManifestResponse* response) {
+  return Run(context, [=, this](MonotonicTime deadline) -> absl::Status {
+    PT_ASSIGN_OR_RETURN(const ManifestRecord manifest, DecodeManifestMessage(request->manifest()));
+    PT_ASSIGN_OR_RETURN(
+        const PutManifestResult result,
+        store_->PutManifest(manifest, request->expected_version(),
+                            DecodeFence(request->has_fence(), request->fence()), deadline));
+    response->set_committed(result.committed);
+    response->set_version(result.version);
+    for (const PageKey& key : result.missing) response->add_missing_page_keys(key.digest.ToBytes());
+    return absl::OkStatus();
+  });
+}
+
+grpc::ServerUnaryReactor* PageStoreServiceImpl::GetManifest(grpc::CallbackServerContext* context,
+                                                            const v1::GetManifestRequest* request,
+                                                            v1::GetManifestResponse* response) {
+  return Run(context, [=, this](MonotonicTime deadline) -> absl::Status {
+    PT_ASSIGN_OR_RETURN(const ManifestRecord manifest,
+                        store_->GetManifest(request->name(), deadline));
+    EncodeManifestMessage(manifest, response->mutable_manifest());
+    return absl::OkStatus();
+  });
+}
+
+grpc::ServerUnaryReactor* PageStoreServiceImpl::ListManifests(
+    grpc::CallbackServerContext* context, const v1::ListManifestsRequest* request,
+    v1::ListManifestsResponse* response) {
+  return Run(context, [=, this](MonotonicTime deadline) -> absl::Status {
+    const size_t limit = ListLimit(request->page_size());
+    PT_ASSIGN_OR_RETURN(
+        const auto manifests,
+        store_->ListManifests(request->name_prefix(), request->page_token(), limit, deadline));
+    for (const ManifestRecord& manifest : manifests) {
+      v1::ListManifestsResponse::Entry* entry = response->add_manifests();
+      entry->set_name(manifest.name);
+      entry->set_version(manifest.version);
+    }
+    if (manifests.size() == limit) response->set_next_page_token(manifests.back().name);
+    return absl::OkStatus();
+  });
+}
+
+grpc::ServerUnaryReactor* PageStoreServiceImpl::DeleteManifest(
+    grpc::CallbackServerContext* context, const v1::DeleteManifestRequest* request,
+    v1::DeleteManifestResponse* response) {
+  return Run(context, [=, this](MonotonicTime deadline) {
+    return store_->DeleteManifest(request->name(), request->expected_version(),
+                                  DecodeFence(request->has_fence(), request->fence()), deadline);
+  });
+}
+
+grpc::ServerUnaryReactor* PageStoreServiceImpl::CompareAndSetRecord(
+    grpc::CallbackServerContext* context, const v1::CompareAndSetRecordRequest* request,
+    v1::CompareAndSetRecordResponse* response) {
+  return Run(context, [=, this](MonotonicTime deadline) -> absl::Status {
+    std::optional<absl::string_view> value;
+    if (!request->delete_record()) value = request->value();
+    PT_ASSIGN_OR_RETURN(const uint64_t version,
+                        store_->CompareAndSetRecord(request->kind(), request->key(),
+                                                    request->expected_version(), value, deadline));
+    response->set_version(version);
+    return absl::OkStatus();
+  });
+}
+
+grpc::ServerUnaryReactor* PageStoreServiceImpl::GetRecord(grpc::CallbackServerContext* context,
+                                                          const v1::GetRecordRequest* request,
+                                                          v1::GetRecordResponse* response) {
+  return Run(context, [=, this](MonotonicTime deadline) -> absl::Status {
+    PT_ASSIGN_OR_RETURN(const StoreRecord record,
+                        store_->GetRecord(request->kind(), request->key(), deadline));
+    response->set_version(record.version);
+    response->set_value(record.value);
+    return absl::OkStatus();
+  });
+}
+
+grpc::ServerUnaryReactor* PageStoreServiceImpl::ListRecords(grpc::CallbackServerContext* context,
+                                                            const v1::ListRecordsRequest* request,
+                                                            v1::ListRecordsResponse* response) {
+  return Run(context, [=, this](MonotonicTime deadline) -> absl::Status {
+    // Values may have a mebibyte each: the answer ends before it outgrows a message.
+    constexpr size_t kMaxBytes = size_t{2} << 20;
+    const size_t limit = ListLimit(request->page_size());
+    size_t bytes = 0;
+    std::string after = request->page_token();
+    while (static_cast<size_t>(response->records_size()) < limit) {
+      const size_t want = std::min<size_t>(16, limit - response->records_size());
+      PT_ASSIGN_OR_RETURN(
+          const auto records,
+          store_->ListRecords(request->kind(), request->key_prefix(), after, want, deadline));
+      for (const StoreRecord& record : records) {
+        bytes += record.value.size() + record.key.size();
+        if (bytes > kMaxBytes && response->records_size() > 0) {
+          response->set_next_page_token(after);
+          return absl::OkStatus();
+        }
+        v1::ListRecordsResponse::Entry* entry = response->add_records();
+        entry->set_key(record.key);
+        entry->set_version(record.version);
+        entry->set_value(record.value);
+        after = record.key;
+      }
+      if (records.size() < want) return absl::OkStatus();
+    }
+    response->set_next_page_token(after);
+    return absl::OkStatus();
+  });
+}
+
+grpc::ServerUnaryReactor* PageStoreServiceImpl::AcquireLease(grpc::CallbackServerContext* context,
+                                                             const v1::AcquireLeaseRequest* request,
+                                                             v1::AcquireLeaseResponse* response) {
+  return Run(context, [=, this](MonotonicTime deadline) -> absl::Status {
+    PT_ASSIGN_OR_RETURN(const absl::Duration ttl, DecodeDuration("ttl", request->ttl()));
+    PT_ASSIGN_OR_RETURN(
+        const StoreLease lease,
+        store_->AcquireLease(request->name(), request->incarnation(), ttl, deadline));
+    response->set_epoch(lease.epoch);
+    return absl::OkStatus();
+  });
+}
+
+grpc::ServerUnaryReactor* PageStoreServiceImpl::RenewLease(grpc::CallbackServerContext* context,
+                                                           const v1::RenewLeaseRequest* request,
+                                                           v1::RenewLeaseResponse* response) {
+  return Run(context, [=, this](MonotonicTime deadline) -> absl::Status {
+    PT_ASSIGN_OR_RETURN(const absl::Duration ttl, DecodeDuration("ttl", request->ttl()));
+    return store_->RenewLease({request->name(), request->incarnation(), request->epoch()}, ttl,
+                              deadline);
+  });
+}
+
+grpc::ServerUnaryReactor* PageStoreServiceImpl::ReleaseLease(grpc::CallbackServerContext* context,
+                                                             const v1::ReleaseLeaseRequest* request,
+                                                             v1::ReleaseLeaseResponse* response) {
+  return Run(context, [=, this](MonotonicTime deadline) {
+    return store_->ReleaseLease({request->name(), request->incarnation(), request->epoch()},
+                                deadline);
+  });
+}
+
+grpc::ServerUnaryReactor* PageStoreServiceImpl::GetStoreStats(
+    grpc::CallbackServerContext* context, const v1::GetStoreStatsRequest* request,
+    v1::GetStoreStatsResponse* response) {
+  return Run(context, [=, this](MonotonicTime deadline) -> absl::Status {
+    PT_ASSIGN_OR_RETURN(const StoreStats stats, store_->GetStats(deadline));
+    EncodeStats(stats, response);
+    return absl::OkStatus();
+  });
+}
+
+grpc::ServerUnaryReactor* PageStoreServiceImpl::Scrub(grpc::CallbackServerContext* context,
+                                                      const v1::ScrubRequest* request,
+                                                      v1::ScrubResponse* response) {
+  return Run(context, [=, this](MonotonicTime deadline) -> absl::Status {
+    PT_ASSIGN_OR_RETURN(const ScrubResult result, store_->Scrub(request->max_pages(), deadline));
+    response->set_verified_pages(result.verified_pages);
+    response->set_quarantined_pages(result.quarantined_pages);
+    response->set_verified_bytes(result.verified_bytes);
+    return absl::OkStatus();
+  });
+}
+
+grpc::ServerUnaryReactor* PageStoreServiceImpl::Compact(grpc::CallbackServerContext* context,
+                                                        const v1::CompactRequest* request,
+                                                        v1::CompactResponse* response) {
+  return Run(context, [=, this](MonotonicTime deadline) -> absl::Status {
+    PT_ASSIGN_OR_RETURN(const uint64_t bytes, store_->Compact(deadline));
+    response->set_reclaimed_bytes(bytes);
+    return absl::OkStatus();
+  });
+}
+
+}  // namespace pagetide

@@ -1,0 +1,102 @@
+// FaultyDisk: one disk under a RocksdbPageStore that can lose power, fail to sync, fill up, refuse
+// writes and flip bits. It has two faces: a FileSystem for segment files and a rocksdb::Env for the
+// index.
+//
+// Everything is written through to real files; what no completed sync covered is remembered. After
+// CutPower() every call fails, as on a machine that is off; DropUnsynced() then makes the real
+// files what such a machine would find: unsynced bytes are gone, or torn, sector by sector; files
+// created or deleted without a folder sync are back to before. Thread-safe. Outlives the stores
+// that use it; DropUnsynced when none does.
+#ifndef PAGETIDE_TESTS_FAULT_FAULTY_DISK_H_
+#define PAGETIDE_TESTS_FAULT_FAULTY_DISK_H_
+
+#include <atomic>
+#include <map>
+#include <memory>
+#include <set>
+#include <string>
+#include <vector>
+
+#include "base/mutex.h"
+#include "kvstore/file_system.h"
+
+namespace rocksdb {
+class Env;
+}  // namespace rocksdb
+
+namespace pagetide {
+
+class FaultyDisk final : public FileSystem {
+ public:
+  FaultyDisk();
+  ~FaultyDisk() override;
+
+  // For RocksdbPageStoreOptions::index_env.
+  rocksdb::Env* env() const { return env_.get(); }
+
+  void CutPower();
+  // Applies the loss, decides by `seed` which unsynced sectors made it to the disk, and switches
+  // the power on again.
+  void DropUnsynced(uint64_t seed);
+
+  // Syncs answer OK and do nothing: the planted bug "acknowledge before fsync".
+  void set_ignore_syncs(bool on) { ignore_syncs_ = on; }
+  // Syncs answer UNAVAILABLE.
+  void set_fail_syncs(bool on) { fail_syncs_ = on; }
+  // Writes of segment files answer RESOURCE_EXHAUSTED.
+  void set_full(bool on) { full_ = on; }
+  // What FreeBytes answers; 0: the truth.
+  void set_free_bytes(uint64_t bytes) { free_bytes_ = bytes; }
+  uint64_t num_syncs() const { return num_syncs_; }
+  uint64_t dropped_bytes() const;
+
+  absl::Status CreateDirs(const std::string& dir) override;
+  absl::StatusOr<std::unique_ptr<File>> CreateFile(const std::string& path) override;
+  absl::StatusOr<std::unique_ptr<File>> OpenFile(const std::string& path) override;
+  absl::Status DeleteFile(const std::string& path) override;
+  absl::Status SyncDir(const std::string& dir) override;
+  absl::StatusOr<std::vector<std::string>> List(const std::string& dir) override;
+  absl::StatusOr<uint64_t> FreeBytes(const std::string& dir) override;
+
+ private:
+  class SegmentFile;
+  class IndexFileSystem;
+  class IndexFile;
+
+  struct Range {
+    uint64_t offset = 0, bytes = 0;
+    bool operator<(const Range& other) const {
+      return offset != other.offset ? offset < other.offset : bytes < other.bytes;
+    }
+  };
+  struct FileState {
+    std::multiset<Range> being_written;  // a sync does not cover them
+    std::multiset<Range> unsynced;
+    uint64_t synced_size = 0;
+    bool is_index = false;  // appended to only
+  };
+
+  // OK or "the power is off".
+  absl::Status CheckPower() const;
+  // Registers the end of a write; false: the power went off in between.
+  bool EndWrite(const std::string& path, Range range) ABSL_LOCKS_EXCLUDED(mu_);
+  void BeginWrite(const std::string& path, Range range) ABSL_LOCKS_EXCLUDED(mu_);
+  absl::Status SyncFile(const std::string& path) ABSL_LOCKS_EXCLUDED(mu_);
+
+  std::atomic<bool> power_off_{false};
+  std::atomic<bool> ignore_syncs_{false};
+  std::atomic<bool> fail_syncs_{false};
+  std::atomic<bool> full_{false};
+  std::atomic<uint64_t> free_bytes_{0};
+  std::atomic<uint64_t> num_syncs_{0};
+  mutable Mutex mu_;
+  std::map<std::string, FileState> files_ ABSL_GUARDED_BY(mu_);
+  std::set<std::string> created_ ABSL_GUARDED_BY(mu_);  // folder not synced since
+  std::set<std::string> deleted_ ABSL_GUARDED_BY(mu_);  // kept as PATH.deleted until it is
+  uint64_t dropped_bytes_ ABSL_GUARDED_BY(mu_) = 0;
+  std::unique_ptr<rocksdb::Env> env_;
+};
+
+}  // namespace pagetide
+
+#endif  // PAGETIDE_TESTS_FAULT_FAULTY_DISK_H_
