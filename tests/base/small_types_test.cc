@@ -52,8 +52,10 @@ TEST(MutexTest, AWaitWithoutASignalTimesOutHoldingTheMutex) {
   }
   bool was_locked = true;
   std::thread([&] {
-    was_locked = !counter.mu.TryLock();
-    if (!was_locked) counter.mu.Unlock();
+    if (counter.mu.TryLock()) {
+      was_locked = false;
+      counter.mu.Unlock();
+    }
   }).join();
   EXPECT_TRUE(was_locked);
 }
