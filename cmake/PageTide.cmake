@@ -22,6 +22,10 @@ if(CMAKE_BUILD_TYPE STREQUAL "RelWithDebInfo")
   # Line tables are enough for stack traces and profilers, and halve the size of objects and links.
   set(CMAKE_CXX_FLAGS_RELWITHDEBINFO "-O2 -g1 -DNDEBUG")
 endif()
+# Programs that listen are hardened: position-independent (see the root file), read-only relocations,
+# stack protector, checked libc calls.
+add_compile_options("$<$<CONFIG:Release>:-fstack-protector-strong;-U_FORTIFY_SOURCE;-D_FORTIFY_SOURCE=3>")
+add_link_options("$<$<CONFIG:Release>:-pie;-Wl,-z,relro,-z,now>")
 if(PAGETIDE_SANITIZE)
   add_compile_options(-fsanitize=${PAGETIDE_SANITIZE} -fno-omit-frame-pointer -fno-sanitize-recover=all)
   add_link_options(-fsanitize=${PAGETIDE_SANITIZE})
