@@ -37,12 +37,15 @@ EXTERNALS = [
     ("test", ["gtest/*", "gmock/*", "benchmark/*", "rapidcheck*"]),
 ]
 
-# Parts of a folder that stand a layer higher than the rest of it: the worker's gRPC shells.
+# Parts of a folder that stand a layer higher than the rest of it: those that speak gRPC.
 SUBFOLDERS = [
+    ("kvstore-wire", ["kvstore/remote*", "kvstore/page_store_codec.*",
+                      "kvstore/retrying_page_store.*"]),
     ("worker-wire", ["worker/*_service.*", "worker/service_support.*", "worker/row_wire.*",
                      "worker/lent_frames.*", "worker/local_plane.*"]),
 ]
-BELOW_SERVICES = {"base", "core", "kernels", "decoder", "kvstore", "rpc", "worker", "worker-wire"}
+BELOW_SERVICES = {"base", "core", "kernels", "decoder", "kvstore", "rpc", "worker",
+                  "kvstore-wire", "worker-wire"}
 
 # (files or subfolder, what they may include of the project, what they may include of others). The first row whose
 # pattern matches a file decides. "std" and "absl" are allowed everywhere; "posix" means C headers.
@@ -55,7 +58,8 @@ RULES = [
     ("kernels/*", {"kernels"}, {"simd"}),
     ("decoder/pagetide_kv_backend.*", {"base", "core", "kernels", "decoder", "clients"}, set()),
     ("decoder/*", {"base", "core", "kernels", "decoder"}, set()),
-    ("kvstore/remote*", {"base", "core", "kvstore", "rpc"}, {"posix", "grpc", "protobuf", "proto"}),
+    ("kvstore-wire", {"base", "core", "kvstore", "kvstore-wire", "rpc"},
+     {"posix", "grpc", "protobuf", "proto"}),
     ("kvstore/*", {"base", "core", "kvstore"}, {"posix", "rocksdb", "codec", "xxhash"}),
     ("rpc/*", {"base", "core", "rpc"}, {"posix", "grpc", "protobuf", "proto", "prometheus"}),
     ("worker/cuda_*", {"base", "core", "kernels", "worker"}, {"posix", "cuda"}),

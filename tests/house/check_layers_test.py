@@ -51,6 +51,7 @@ class CheckLayersTest(unittest.TestCase):
             ("kernels/a_host.cc", '"base/mutex.h"'),
             ("kernels/a.h", "<cuda_runtime.h>"),
             ("kvstore/a.cc", '"rpc/channel.h"'),
+            ("kvstore/a.cc", '"kvstore/remote_page_store.h"'),
             ("kvstore/a.cc", '"pagetide/v1/types.pb.h"'),
             ("rpc/a.cc", '"worker/frame_pool.h"'),
             ("worker/a.cc", "<grpcpp/grpcpp.h>"),
