@@ -1,0 +1,338 @@
+// The same-host data plane over a real unix socket: descriptors, seals, clients that die or
+// misbehave.
+#include "worker/local_plane.h"
+
+#include <gtest/gtest.h>
+#include <sys/mman.h>
+#include <sys/socket.h>
+#include <sys/stat.h>
+#include <sys/un.h>
+#include <unistd.h>
+
+#include <cstring>
+#include <functional>
+#include <memory>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "base/error_info.h"
+#include "core/staging_layout.h"
+#include "kvstore/memory_page_store.h"
+#include "pagetide/v1/admin.grpc.pb.h"
+#include "pagetide/v1/local_plane.pb.h"
+#include "rpc/status_mapping.h"
+#include "services/worker_role.h"
+#include "tests/support/process.h"
+#include "tests/support/worker_client.h"
+
+namespace pagetide {
+namespace {
+
+using ::pagetide::testing::MakeTestModel;
+using ::pagetide::testing::RegisterTestModel;
+using ::pagetide::testing::TestContext;
+using ::pagetide::testing::TestRows;
+using ::pagetide::testing::TestTokens;
+using ::pagetide::testing::WorkerClient;
+
+// A client of the plane, as low as it goes.
+class PlaneClient {
+ public:
+  explicit PlaneClient(const std::string& path) {
+    fd_ = socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0);
+    sockaddr_un address{};
+    address.sun_family = AF_UNIX;
+    std::memcpy(address.sun_path, path.data(), path.size());
+    connected_ = connect(fd_, reinterpret_cast<sockaddr*>(&address), sizeof(address)) == 0;
+    timeval timeout{5, 0};
+    setsockopt(fd_, SOL_SOCKET, SO_RCVTIMEO, &timeout, sizeof(timeout));
+  }
+  ~PlaneClient() { Close(); }
+  void Close() {
+    for (int fd : fds_) close(fd);
+    fds_.clear();
+    if (fd_ >= 0) close(fd_);
+    fd_ = -1;
+  }
+  bool connected() const { return connected_; }
+  void Send(const std::string& bytes) { send(fd_, bytes.data(), bytes.size(), MSG_NOSIGNAL); }
+  static std::string Frame(const std::string& body) {
+    const uint32_t length = static_cast<uint32_t>(body.size());
+    std::string frame(4, '\0');
+    std::memcpy(frame.data(), &length, 4);  // tests run on little-endian machines only
+    return frame + body;
+  }
+  // False when the worker closed the connection instead.
+  bool Receive(v1::LocalWelcome* welcome) {
+    char buffer[4096];
+    alignas(cmsghdr) char control[CMSG_SPACE(8 * sizeof(int))];
+    iovec part{buffer, sizeof(buffer)};
+    msghdr message{};
+    message.msg_iov = &part;
+    message.msg_iovlen = 1;
+    message.msg_control = control;
+    message.msg_controllen = sizeof(control);
+    const ssize_t n = recvmsg(fd_, &message, MSG_CMSG_CLOEXEC);
+    if (n <= 4) return false;
+    for (cmsghdr* c = CMSG_FIRSTHDR(&message); c != nullptr; c = CMSG_NXTHDR(&message, c)) {
+      for (size_t i = 0; i < (c->cmsg_len - CMSG_LEN(0)) / sizeof(int); ++i) {
+        int fd;
+        std::memcpy(&fd, CMSG_DATA(c) + i * sizeof(int), sizeof(int));
+        fds_.push_back(fd);
+      }
+    }
+    return welcome->ParseFromArray(buffer + 4, static_cast<int>(n) - 4);
+  }
+  bool Hello(const v1::LocalHello& hello, v1::LocalWelcome* welcome) {
+    Send(Frame(hello.SerializeAsString()));
+    return Receive(welcome);
+  }
+  // True once the worker has closed the connection.
+  bool IsClosedByPeer() {
+    char byte;
+    return recv(fd_, &byte, 1, 0) <= 0;
+  }
+  int fd(size_t i) const { return fds_[i]; }
+  size_t num_fds() const { return fds_.size(); }
+
+ private:
+  int fd_ = -1;
+  bool connected_ = false;
+  std::vector<int> fds_;
+};
+
+class LocalPlaneTest : public ::testing::Test {
+ protected:
+  void SetUp() override {
+    ASSERT_TRUE(RegisterTestModel(*model_, &store_).ok());
+    WorkerRole::Options options;
+    options.worker.pool_bytes = 16 * model_->geometry().bytes_per_page_of_tokens();
+    options.local_plane.socket_path = dir_ / "plane.sock";
+    options.local_plane.max_staging_bytes = 1 << 20;
+    options.local_plane.max_clients = 2;
+    auto role = WorkerRole::Start(options, &store_, Clock::Real());
+    ASSERT_TRUE(role.ok()) << role.status();
+    role_ = *std::move(role);
+    client_ = std::make_unique<WorkerClient>(role_->address(), model_);
+  }
+  std::string path() const { return dir_ / "plane.sock"; }
+  v1::LocalHello Hello() const {
+    v1::LocalHello hello;
+    hello.set_version(1);
+    hello.set_staging_bytes(64 << 10);
+    hello.set_model_digest(model_->digest().ToHex());
+    return hello;
+  }
+  // Polls until `condition` holds; false after five seconds.
+  static bool Eventually(const std::function<bool()>& condition) {
+    for (int i = 0; i < 500; ++i) {
+      if (condition()) return true;
+      absl::SleepFor(absl::Milliseconds(10));
+    }
+    return false;
+  }
+  v1::GetMemoryBreakdownResponse Memory() {
+    TestContext context;
+    v1::GetMemoryBreakdownResponse response;
+    EXPECT_TRUE(v1::AdminService::NewStub(client_->channel())
+                    ->GetMemoryBreakdown(&context, {}, &response)
+                    .ok());
+    return response;
+  }
+  // A sequence with one reserved slot in the client's staging.
+  v1::ReserveSlotsResponse Reserve(const v1::SequenceState& state, uint64_t client_id,
+                                   uint32_t num_tokens) {
+    TestContext context;
+    v1::ReserveSlotsRequest request;
+    auto* item = request.add_items();
+    item->mutable_sequence()->set_sequence_id(state.sequence_id());
+    item->mutable_sequence()->set_epoch(state.epoch());
+    item->set_num_tokens(num_tokens);
+    request.set_local_client_id(client_id);
+    v1::ReserveSlotsResponse response;
+    status_ = FromGrpcStatus(client_->sequences().ReserveSlots(&context, request, &response));
+    return response;
+  }
+
+  testing::TempDir dir_;
+  MemoryPageStore store_;
+  std::shared_ptr<const Model> model_ = std::make_shared<const Model>(MakeTestModel());
+  std::unique_ptr<WorkerRole> role_;
+  std::unique_ptr<WorkerClient> client_;
+  absl::Status status_;
+};
+
+TEST_F(LocalPlaneTest, RowsWrittenIntoStagingAreCommittedAndReadInPlace) {
+  PlaneClient plane(path());
+  ASSERT_TRUE(plane.connected());
+  v1::LocalWelcome welcome;
+  ASSERT_TRUE(plane.Hello(Hello(), &welcome));
+  ASSERT_EQ(welcome.error(), "");
+  ASSERT_EQ(plane.num_fds(), 2);
+  ASSERT_GE(welcome.staging_bytes(), 64 << 10);
+  auto* staging = static_cast<char*>(
+      mmap(nullptr, welcome.staging_bytes(), PROT_READ | PROT_WRITE, MAP_SHARED, plane.fd(0), 0));
+  ASSERT_NE(staging, MAP_FAILED);
+
+  const auto tokens = TestTokens(1, 20);
+  auto open = client_->Open({});
+  ASSERT_TRUE(open.ok()) << open.status();
+  const v1::ReserveSlotsResponse slots =
+      Reserve(open->state(), welcome.client_id(), static_cast<uint32_t>(tokens.size()));
+  ASSERT_TRUE(status_.ok()) << status_;
+  const PageGeometry& geometry = model_->geometry();
+  ASSERT_EQ(slots.slots(0).staging_bytes(), StagedBytes(geometry, 20));
+  for (uint32_t layer = 0; layer < 2; ++layer) {
+    for (RowKind kind : {RowKind::kK, RowKind::kV}) {
+      const std::string rows = TestRows(geometry.group(0), tokens, 0, 20, layer, kind);
+      std::memcpy(
+          staging + slots.slots(0).staging_offset() + StagedOffset(geometry, 20, 0, layer, kind),
+          rows.data(), rows.size());
+    }
+  }
+  EXPECT_EQ(Memory().staging_bytes(), StagedBytes(geometry, 20));
+  TestContext context;
+  v1::CommitStepRequest step;
+  auto* item = step.add_items();
+  item->mutable_sequence()->set_sequence_id(open->state().sequence_id());
+  item->mutable_sequence()->set_epoch(open->state().epoch());
+  item->set_reservation_id(slots.slots(0).reservation_id());
+  item->mutable_tokens()->Add(tokens.begin(), tokens.begin() + 18);  // fewer than reserved
+  item->set_rows_in_staging(true);
+  v1::CommitStepResponse committed;
+  ASSERT_TRUE(client_->sequences().CommitStep(&context, step, &committed).ok());
+  ASSERT_EQ(committed.results(0).code(), 0) << committed.results(0).message();
+  EXPECT_EQ(committed.results(0).length(), 18);
+  EXPECT_EQ(Memory().staging_bytes(), 0);
+  EXPECT_GE(Memory().staging_high_water_bytes(), StagedBytes(geometry, 20));
+  ASSERT_TRUE(client_->Verify(open->state().sequence_id(), tokens, 0, 18).ok());
+
+  // In place, under a lease: the first K rows of the frame are what was staged.
+  v1::GetBlockTableRequest table_request;
+  table_request.set_sequence_id(open->state().sequence_id());
+  table_request.mutable_lease()->set_seconds(5);
+  v1::GetBlockTableResponse table;
+  TestContext table_context;
+  ASSERT_TRUE(client_->sequences().GetBlockTable(&table_context, table_request, &table).ok());
+  const void* pool =
+      mmap(nullptr, welcome.pools(0).size_bytes(), PROT_READ, MAP_SHARED, plane.fd(1), 0);
+  ASSERT_NE(pool, MAP_FAILED);
+  const std::string expected = TestRows(geometry.group(0), tokens, 0, 16, 0, RowKind::kK);
+  EXPECT_EQ(std::memcmp(static_cast<const char*>(pool) + table.extents(0).pool_offset(),
+                        expected.data(), expected.size()),
+            0);
+  munmap(const_cast<void*>(pool), welcome.pools(0).size_bytes());
+  munmap(staging, welcome.staging_bytes());
+}
+
+TEST_F(LocalPlaneTest, DescriptorsAreSealed) {
+  PlaneClient plane(path());
+  v1::LocalWelcome welcome;
+  ASSERT_TRUE(plane.Hello(Hello(), &welcome));
+  // The pool can be mapped for reading only, the staging cannot change its size.
+  EXPECT_EQ(mmap(nullptr, 4096, PROT_READ | PROT_WRITE, MAP_SHARED, plane.fd(1), 0), MAP_FAILED);
+  EXPECT_LT(pwrite(plane.fd(1), "x", 1, 0), 0);
+  EXPECT_NE(ftruncate(plane.fd(0), 0), 0);
+  EXPECT_NE(ftruncate(plane.fd(0), 1 << 30), 0);
+}
+
+TEST_F(LocalPlaneTest, GarbageClosesTheConnectionAndNothingElse) {
+  const std::string good = PlaneClient::Frame(Hello().SerializeAsString());
+  v1::LocalHello wrong_version = Hello();
+  wrong_version.set_version(9);
+  for (const std::string& bytes :
+       {std::string("\xff\xff\xff\xff", 4), std::string("\x00\x10\x01\x00more", 8),
+        PlaneClient::Frame("\xff\xff\xff garbage"), good + "more",
+        PlaneClient::Frame(wrong_version.SerializeAsString())}) {
+    PlaneClient plane(path());
+    plane.Send(bytes);
+    v1::LocalWelcome welcome;
+    if (plane.Receive(&welcome)) {
+      EXPECT_NE(welcome.error(), "");
+    }
+    EXPECT_TRUE(plane.IsClosedByPeer());
+  }
+  PlaneClient after(path());
+  v1::LocalWelcome welcome;
+  ASSERT_TRUE(after.Hello(Hello(), &welcome));
+  EXPECT_EQ(welcome.error(), "");
+  // Bytes after the welcome end the connection too.
+  after.Send("x");
+  EXPECT_TRUE(after.IsClosedByPeer());
+}
+
+TEST_F(LocalPlaneTest, AHelloInPiecesIsUnderstood) {
+  PlaneClient plane(path());
+  const std::string bytes = PlaneClient::Frame(Hello().SerializeAsString());
+  for (char byte : bytes) plane.Send(std::string(1, byte));
+  v1::LocalWelcome welcome;
+  ASSERT_TRUE(plane.Receive(&welcome));
+  EXPECT_EQ(welcome.error(), "");
+}
+
+TEST_F(LocalPlaneTest, AnUnknownModelIsRefusedWithItsReason) {
+  PlaneClient plane(path());
+  v1::LocalHello hello = Hello();
+  hello.set_model_digest(std::string(64, 'a'));
+  v1::LocalWelcome welcome;
+  ASSERT_TRUE(plane.Hello(hello, &welcome));
+  EXPECT_NE(welcome.error(), "");
+  EXPECT_EQ(plane.num_fds(), 0);
+}
+
+TEST_F(LocalPlaneTest, ClientsAreBounded) {
+  PlaneClient a(path()), b(path());
+  v1::LocalWelcome welcome;
+  ASSERT_TRUE(a.Hello(Hello(), &welcome));
+  ASSERT_TRUE(b.Hello(Hello(), &welcome));
+  PlaneClient c(path());
+  ASSERT_TRUE(c.Receive(&welcome));
+  EXPECT_NE(welcome.error(), "");
+  a.Close();
+  EXPECT_TRUE(Eventually([&] {
+    PlaneClient next(path());
+    v1::LocalWelcome answer;
+    return next.Hello(Hello(), &answer) && answer.error().empty();
+  }));
+}
+
+TEST_F(LocalPlaneTest, TheDeathOfAClientFreesStagingAndAbortsItsReservations) {
+  auto open = client_->Open({});
+  ASSERT_TRUE(open.ok());
+  uint64_t client_id = 0;
+  {
+    PlaneClient plane(path());
+    v1::LocalWelcome welcome;
+    ASSERT_TRUE(plane.Hello(Hello(), &welcome));
+    client_id = welcome.client_id();
+    Reserve(open->state(), client_id, 20);
+    ASSERT_TRUE(status_.ok()) << status_;
+    EXPECT_EQ(client_->Get(open->state().sequence_id())->pending_tokens(), 20);
+    EXPECT_GT(Memory().staging_bytes(), 0);
+  }
+  EXPECT_TRUE(Eventually([&] { return Memory().staging_bytes() == 0; }));
+  EXPECT_TRUE(
+      Eventually([&] { return client_->Get(open->state().sequence_id())->pending_tokens() == 0; }));
+  Reserve(open->state(), client_id, 1);
+  EXPECT_EQ(status_.code(), absl::StatusCode::kNotFound);
+  EXPECT_EQ(client_->Get(open->state().sequence_id())->pending_tokens(), 0);
+}
+
+TEST_F(LocalPlaneTest, StagingThatIsFullRefusesTheReservationWhole) {
+  PlaneClient plane(path());
+  v1::LocalWelcome welcome;
+  v1::LocalHello hello = Hello();
+  hello.set_staging_bytes(4096);  // 16 tokens of 256 bytes
+  ASSERT_TRUE(plane.Hello(hello, &welcome));
+  auto open = client_->Open({});
+  ASSERT_TRUE(open.ok());
+  Reserve(open->state(), welcome.client_id(), 17);
+  EXPECT_EQ(status_.code(), absl::StatusCode::kResourceExhausted) << status_;
+  EXPECT_EQ(client_->Get(open->state().sequence_id())->pending_tokens(), 0);
+  Reserve(open->state(), welcome.client_id(), 16);
+  EXPECT_TRUE(status_.ok()) << status_;
+}
+
+}  // namespace
+}  // namespace pagetide
