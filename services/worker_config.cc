@@ -1,0 +1,101 @@
+#include "services/worker_config.h"
+
+#include <string>
+#include <utility>
+
+#include "absl/strings/str_cat.h"
+#include "base/byte_size.h"
+#include "base/status_macros.h"
+#include "kvstore/remote_page_store.h"
+#include "kvstore/retrying_page_store.h"
+#include "kvstore/rocksdb_page_store.h"
+#include "rpc/channel.h"
+#include "services/tenant.h"
+
+namespace pagetide {
+namespace {
+
+absl::Status SetByteSize(absl::string_view field, const std::string& text, uint64_t* value) {
+  const absl::StatusOr<uint64_t> bytes = ParseByteSize(text);
+  if (!bytes.ok()) {
+    return absl::InvalidArgumentError(absl::StrCat(field, ": ", bytes.status().message()));
+  }
+  *value = *bytes;
+  return absl::OkStatus();
+}
+
+}  // namespace
+
+config::WorkerConfig MergeWorkerConfig(const config::WorkerConfig& file,
+                                       const config::WorkerConfig& flags) {
+  config::WorkerConfig merged = file;
+  if (flags.listen_size() > 0) merged.clear_listen();
+  if (flags.router_size() > 0) merged.clear_router();
+  // One of the two stores: a flag for one overrides the file's other.
+  if (flags.has_store() || flags.has_store_dir()) {
+    merged.clear_store();
+    merged.clear_store_dir();
+  }
+  merged.MergeFrom(flags);
+  return merged;
+}
+
+absl::StatusOr<WorkerRole::Options> WorkerOptionsFromConfig(const config::WorkerConfig& config) {
+  WorkerRole::Options options;
+  Worker::Options& worker = options.worker;
+  if (config.has_worker_id()) worker.id = config.worker_id();
+  if (config.has_pool_bytes()) {
+    PT_RETURN_IF_ERROR(SetByteSize("pool_bytes", config.pool_bytes(), &worker.pool_bytes));
+  }
+  if (config.has_model_pool_bytes()) {
+    PT_RETURN_IF_ERROR(
+        SetByteSize("model_pool_bytes", config.model_pool_bytes(), &worker.model_pool_bytes));
+  }
+  if (config.has_write_through()) worker.host.write_through = config.write_through();
+  if (config.has_spill_high_watermark()) {
+    worker.host.spill_high_watermark = config.spill_high_watermark();
+  }
+  if (config.has_spill_low_watermark()) {
+    worker.host.spill_low_watermark = config.spill_low_watermark();
+  }
+  worker.host.unsafe_skip_verify = config.unsafe_skip_verify();
+  PT_ASSIGN_OR_RETURN(worker.deployment_secret,
+                      LoadDeploymentSecret(config.deployment_secret_file()));
+
+  if (config.listen_size() > 0) {
+    options.server.addresses.assign(config.listen().begin(), config.listen().end());
+  }
+  options.server.allow_insecure = config.insecure();
+  if (config.has_metrics_listen()) options.server.metrics_address = config.metrics_listen();
+  options.advertise = config.advertise();
+  options.local_plane.socket_path = config.local_socket();
+  if (config.has_local_staging_bytes()) {
+    PT_RETURN_IF_ERROR(SetByteSize("local_staging_bytes", config.local_staging_bytes(),
+                                   &options.local_plane.max_staging_bytes));
+  }
+  options.routers.assign(config.router().begin(), config.router().end());
+  if (config.has_io_threads()) options.io_threads = static_cast<int>(config.io_threads());
+  PT_RETURN_IF_ERROR(worker.Validate());
+  return options;
+}
+
+absl::StatusOr<WorkerStore> OpenWorkerStore(const config::WorkerConfig& config) {
+  if (!config.store().empty() && !config.store_dir().empty()) {
+    return absl::InvalidArgumentError("store and store_dir are both set; a worker has one store");
+  }
+  WorkerStore store;
+  if (!config.store_dir().empty()) {
+    RocksdbPageStoreOptions options;
+    options.dir = config.store_dir();
+    PT_ASSIGN_OR_RETURN(store.engine, RocksdbPageStore::Open(options));
+  } else if (!config.store().empty()) {
+    // Pages in bulk must not stand in front of anyone else's calls.
+    ChannelOptions channel;
+    channel.own_connection = true;
+    store.engine = std::make_unique<RemotePageStore>(MakeChannel(config.store(), channel));
+    store.retrying = std::make_unique<RetryingPageStore>(store.engine.get(), RetryPolicy());
+  }
+  return store;
+}
+
+}  // namespace pagetide

@@ -1,0 +1,90 @@
+#include "services/worker_config.h"
+
+#include <gmock/gmock.h>
+#include <gtest/gtest.h>
+
+#include <CLI/CLI.hpp>
+#include <fstream>
+#include <map>
+#include <string>
+
+#include "services/config_flags.h"
+#include "services/text_config.h"
+#include "tests/support/process.h"
+
+namespace pagetide {
+namespace {
+
+using ::testing::ElementsAre;
+using ::testing::HasSubstr;
+
+TEST(WorkerConfigTest, TheExampleLoads) {
+  config::WorkerConfig config;
+  const absl::Status read =
+      ReadTextConfig(PAGETIDE_SOURCE_DIR "/deploy/config/worker.textproto", &config);
+  ASSERT_TRUE(read.ok()) << read;
+  const auto options = WorkerOptionsFromConfig(config);
+  ASSERT_TRUE(options.ok()) << options.status();
+  EXPECT_EQ(options->worker.id, "worker-1");
+  EXPECT_EQ(options->worker.pool_bytes, 4 * kGiB);
+  EXPECT_EQ(options->worker.model_pool_bytes, 2 * kGiB);
+  EXPECT_THAT(options->server.addresses, ElementsAre("127.0.0.1:7101"));
+  EXPECT_THAT(options->routers, ElementsAre("127.0.0.1:7000"));
+  EXPECT_EQ(options->local_plane.max_staging_bytes, 64 * kMiB);
+}
+
+TEST(WorkerConfigTest, AnUnknownKeyIsNamedWithItsPlace) {
+  testing::TempDir dir;
+  std::ofstream(dir / "c") << "# comment\nworker_id: \"a\"\n  frames: 3\n";
+  config::WorkerConfig config;
+  const absl::Status read = ReadTextConfig(dir / "c", &config);
+  EXPECT_EQ(read.code(), absl::StatusCode::kInvalidArgument);
+  EXPECT_THAT(std::string(read.message()), HasSubstr("/c:3:"));
+  EXPECT_THAT(std::string(read.message()), HasSubstr("frames"));
+}
+
+TEST(WorkerConfigTest, FlagsWinOverTheFile) {
+  config::WorkerConfig file;
+  file.set_worker_id("from-file");
+  file.set_pool_bytes("1GiB");
+  file.add_router("a:1");
+  file.add_router("b:1");
+  file.set_store("s:1");
+  file.set_write_through(true);
+  config::WorkerConfig flags;
+  flags.set_worker_id("from-flag");
+  flags.add_router("c:1");
+  flags.set_store_dir("/x");
+  flags.set_write_through(false);
+  const config::WorkerConfig merged = MergeWorkerConfig(file, flags);
+  EXPECT_EQ(merged.worker_id(), "from-flag");
+  EXPECT_EQ(merged.pool_bytes(), "1GiB");
+  EXPECT_THAT(merged.router(), ElementsAre("c:1"));
+  EXPECT_FALSE(merged.has_store());
+  EXPECT_EQ(merged.store_dir(), "/x");
+  EXPECT_FALSE(merged.write_through());
+}
+
+TEST(WorkerConfigTest, EveryFieldIsAFlag) {
+  config::WorkerConfig config;
+  std::map<std::string, std::string> help;
+  for (int i = 0; i < config::WorkerConfig::descriptor()->field_count(); ++i) {
+    help[config::WorkerConfig::descriptor()->field(i)->name()] = "help";
+  }
+  CLI::App app;
+  AddConfigFlags(&app, &config, help);
+  app.parse(
+      "--worker-id w --listen a:1 --listen b:2 --write-through=false --insecure "
+      "--spill-high-watermark 0.5 --io-threads 3");
+  EXPECT_EQ(config.worker_id(), "w");
+  EXPECT_THAT(config.listen(), ElementsAre("a:1", "b:2"));
+  EXPECT_TRUE(config.has_write_through());
+  EXPECT_FALSE(config.write_through());
+  EXPECT_TRUE(config.insecure());
+  EXPECT_EQ(config.spill_high_watermark(), 0.5);
+  EXPECT_EQ(config.io_threads(), 3);
+  EXPECT_FALSE(config.has_pool_bytes());
+}
+
+}  // namespace
+}  // namespace pagetide
