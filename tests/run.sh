@@ -55,11 +55,12 @@ stage_tsan() {
   done
 }
 stage_asan() {
-  say "ASan + UBSan: core, kvstore, and one integration test"
+  say "ASan + UBSan: base, core, kvstore, rpc, and the store over gRPC as a smoke test"
   configure asan
-  build asan tests/base/all tests/core/all tests/kvstore/all tests/rpc/all
+  build asan tests/base/all tests/core/all tests/kvstore/all tests/rpc/all page_store_service_test
   local part
   for part in base core kvstore rpc; do run_tests "build-asan/tests/$part" -L unit; done
+  run_tests build-asan/tests/services -R '^page_store_service_test'
 }
 stage_full() {
   say "full: optimised build, every test"
