@@ -31,6 +31,9 @@ inline constexpr absl::string_view kPoolTooSmall = "POOL_TOO_SMALL";
 // The pool is full for now; metadata: needed, free, evictable (frames).
 inline constexpr absl::string_view kPoolExhausted = "POOL_EXHAUSTED";
 inline constexpr absl::string_view kDraining = "DRAINING";
+inline constexpr absl::string_view kModelNotFound = "MODEL_NOT_FOUND";
+// No worker can take the sequence now.
+inline constexpr absl::string_view kNoWorker = "NO_WORKER";
 }  // namespace error_reason
 
 struct ErrorInfo {
