@@ -4,10 +4,12 @@
 #include <grpcpp/completion_queue.h>
 
 #include <algorithm>
+#include <optional>
 #include <utility>
 
 #include "absl/strings/str_cat.h"
 #include "base/error_info.h"
+#include "base/mutex.h"
 #include "base/status_macros.h"
 #include "kvstore/page_record.h"
 #include "kvstore/page_store_codec.h"
@@ -79,6 +81,84 @@ absl::Status StatusOfResult(const v1::PutPagesResponse::Result& result) {
   absl::Status status(static_cast<absl::StatusCode>(result.code()), result.message());
   return result.reason().empty() ? status : WithReason(status, result.reason());
 }
+
+// How often a watcher's callback is asked whether it wants to go on while nothing happens.
+constexpr absl::Duration kWatchPoll = absl::Milliseconds(200);
+
+absl::Status DecodeWatchedPages(const v1::WatchStoreResponse& message,
+                                std::vector<StoreEvent>* events) {
+  events->clear();
+  for (const bool removed : {false, true}) {
+    for (const auto& page : removed ? message.removed() : message.added()) {
+      StoreEvent event;
+      if (page.prefix_hint().size() != 16) {
+        return absl::InternalError(
+            absl::StrCat("watch store: prefix_hint has ", page.prefix_hint().size(), " bytes"));
+      }
+      std::copy(page.prefix_hint().begin(), page.prefix_hint().end(),
+                event.prefix.digest.bytes.begin());
+      event.group = page.group();
+      event.body_bytes = page.body_bytes();
+      event.removed = removed;
+      events->push_back(event);
+    }
+  }
+  return absl::OkStatus();
+}
+
+// Reads a watch one message at a time for a thread that waits with a timeout, which the blocking
+// reader cannot. WaitForEnd before destruction.
+class WatchReader final : public grpc::ClientReadReactor<v1::WatchStoreResponse> {
+ public:
+  enum class Outcome { kMessage, kTimeout, kEnded };
+
+  void Start() {
+    StartRead(&message_);
+    // Keeps the call alive between reads: it may have ended when the next one is started.
+    AddHold();
+    StartCall();
+  }
+  // *message is the reader's, until ReadNext.
+  Outcome WaitForMessage(absl::Duration timeout, const v1::WatchStoreResponse** message) {
+    MutexLock lock(&mu_);
+    if (!has_message_ && !has_ended_) changed_.WaitWithTimeout(&mu_, timeout);
+    *message = &message_;
+    if (has_message_) return Outcome::kMessage;
+    return has_ended_ ? Outcome::kEnded : Outcome::kTimeout;
+  }
+  void ReadNext() {
+    {
+      MutexLock lock(&mu_);
+      has_message_ = false;
+    }
+    StartRead(&message_);
+  }
+  absl::Status WaitForEnd() {
+    RemoveHold();
+    MutexLock lock(&mu_);
+    while (!status_.has_value()) changed_.Wait(&mu_);
+    return *status_;
+  }
+
+  void OnReadDone(bool ok) override {
+    MutexLock lock(&mu_);
+    (ok ? has_message_ : has_ended_) = true;
+    changed_.SignalAll();
+  }
+  void OnDone(const grpc::Status& status) override {
+    MutexLock lock(&mu_);
+    status_ = FromGrpcStatus(status);
+    changed_.SignalAll();
+  }
+
+ private:
+  v1::WatchStoreResponse message_;  // gRPC's while a read runs, else the watching thread's
+  Mutex mu_;
+  CondVar changed_;
+  bool has_message_ ABSL_GUARDED_BY(mu_) = false;
+  bool has_ended_ ABSL_GUARDED_BY(mu_) = false;  // no message follows
+  std::optional<absl::Status> status_ ABSL_GUARDED_BY(mu_);
+};
 
 }  // namespace
 
@@ -459,33 +539,28 @@ absl::Status RemotePageStore::ReleaseLease(const StoreLease& lease, MonotonicTim
 absl::Status RemotePageStore::Watch(const WatchCallback& on_events, MonotonicTime deadline) {
   grpc::ClientContext context;
   SetDeadline(deadline, &context);
-  const auto reader = stub_->WatchStore(&context, v1::WatchStoreRequest());
-  v1::WatchStoreResponse message;
+  const v1::WatchStoreRequest request;
+  WatchReader reader;
+  stub_->async()->WatchStore(&context, &request, &reader);
+  reader.Start();
+  absl::Status damage;
   std::vector<StoreEvent> events;
   bool wants_more = true;
-  while (wants_more && reader->Read(&message)) {
-    events.clear();
-    for (const bool removed : {false, true}) {
-      for (const auto& page : removed ? message.removed() : message.added()) {
-        StoreEvent event;
-        if (page.prefix_hint().size() != 16) {
-          context.TryCancel();
-          reader->Finish();
-          return absl::InternalError(
-              absl::StrCat("watch store: prefix_hint has ", page.prefix_hint().size(), " bytes"));
-        }
-        std::copy(page.prefix_hint().begin(), page.prefix_hint().end(),
-                  event.prefix.digest.bytes.begin());
-        event.group = page.group();
-        event.body_bytes = page.body_bytes();
-        event.removed = removed;
-        events.push_back(event);
-      }
+  while (wants_more) {
+    const v1::WatchStoreResponse* message = nullptr;
+    const WatchReader::Outcome outcome = reader.WaitForMessage(kWatchPoll, &message);
+    if (outcome == WatchReader::Outcome::kEnded) break;
+    if (outcome == WatchReader::Outcome::kTimeout) {
+      wants_more = on_events(false, false, {});
+      continue;
     }
-    wants_more = on_events(message.snapshot(), message.snapshot_end(), events);
+    damage = DecodeWatchedPages(*message, &events);
+    wants_more = damage.ok() && on_events(message->snapshot(), message->snapshot_end(), events);
+    if (wants_more) reader.ReadNext();
   }
   if (!wants_more) context.TryCancel();
-  const absl::Status status = FromGrpcStatus(reader->Finish());
+  const absl::Status status = reader.WaitForEnd();
+  if (!damage.ok()) return damage;
   return wants_more ? status : absl::OkStatus();
 }
 
