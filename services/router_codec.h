@@ -1,0 +1,45 @@
+// Between the messages of router.proto and worker_registry.proto and the router's domain.
+//
+// Stateless functions; thread-safe. Decoders check what the wire can get wrong: INVALID_ARGUMENT
+// names the field and the numbers, never a token.
+#ifndef PAGETIDE_SERVICES_ROUTER_CODEC_H_
+#define PAGETIDE_SERVICES_ROUTER_CODEC_H_
+
+#include <string>
+#include <vector>
+
+#include "absl/status/statusor.h"
+#include "absl/time/time.h"
+#include "core/keys.h"
+#include "core/model.h"
+#include "core/router.h"
+#include "google/protobuf/duration.pb.h"
+#include "pagetide/v1/router.pb.h"
+#include "pagetide/v1/worker_registry.pb.h"
+
+namespace pagetide {
+
+google::protobuf::Duration ToProto(absl::Duration duration);
+
+// Hashes the tokens into prefix keys under the tenant's salt, or takes the keys that the caller
+// gives.
+absl::StatusOr<RoutedPrompt> PromptFromProto(const v1::Prompt& proto, const Model& model,
+                                             const TenantSalt& salt);
+// Of all that decides the answer, for telling a retry from another request with the same id. Stable
+// within one process only.
+uint64_t HashOfRequest(const v1::AssignSequenceRequest& request);
+
+v1::Candidate ToProto(const RankedWorker& worker);
+v1::WorkerInfo ToProto(const WorkerSummary& worker);
+v1::RoutedSequence ToProto(const WorkerRegistry::SequencePlace& place);
+
+absl::StatusOr<WorkerHello> HelloFromProto(const v1::AttachHello& proto);
+WorkerLoad LoadFromProto(const v1::LoadReport& proto);
+absl::StatusOr<std::vector<SequenceChange>> SequencesFromProto(const v1::SequenceReport& proto);
+// `changes` takes the decoded changes, to which the report then points.
+absl::StatusOr<ResidencyReport> ResidencyFromProto(const v1::ResidencyReport& proto,
+                                                   std::vector<ResidencyDelta>& changes);
+
+}  // namespace pagetide
+
+#endif  // PAGETIDE_SERVICES_ROUTER_CODEC_H_
