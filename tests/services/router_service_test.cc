@@ -273,14 +273,15 @@ TEST_F(RouterServiceTest, StoredPagesCountForEveryWorker) {
   v1::ExplainPlacementResponse explained;
   EXPECT_TRUE(Eventually([&] {
     return CallWithDeadline(stub_.get(), &Stub::ExplainPlacement, explain, &explained).ok() &&
-           explained.candidates(0).eligible() && explained.candidates(0).store_tokens() == 64;
+           explained.candidates_size() == 1 && explained.candidates(0).eligible() &&
+           explained.candidates(0).store_tokens() == 64;
   })) << explained.ShortDebugString();
   EXPECT_EQ(Worker("store").role(), "store");
   const PageKey gone = MakePageKey(keys[1], core_model->geometry().group(0).fingerprint());
   ASSERT_TRUE(store_.DeletePages({&gone, 1}, MonotonicTime::InfiniteFuture()).ok());
   EXPECT_TRUE(Eventually([&] {
     return CallWithDeadline(stub_.get(), &Stub::ExplainPlacement, explain, &explained).ok() &&
-           explained.candidates(0).store_tokens() == 16;
+           explained.candidates_size() == 1 && explained.candidates(0).store_tokens() == 16;
   })) << explained.ShortDebugString();
 }
 
