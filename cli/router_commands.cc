@@ -1,0 +1,219 @@
+#include "cli/router_commands.h"
+
+#include <google/protobuf/util/json_util.h>
+#include <grpcpp/client_context.h>
+
+#include <CLI/CLI.hpp>
+#include <algorithm>
+#include <chrono>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "absl/strings/str_cat.h"
+#include "absl/strings/str_format.h"
+#include "absl/strings/str_join.h"
+#include "base/byte_size.h"
+#include "base/status_macros.h"
+#include "pagetide/v1/router.grpc.pb.h"
+#include "rpc/channel.h"
+#include "rpc/status_mapping.h"
+
+namespace pagetide {
+namespace {
+
+using Stub = v1::RouterService::Stub;
+
+// Flags of every subcommand here.
+struct RouterFlags {
+  std::string router = "127.0.0.1:7070";
+  bool is_json = false;
+  int timeout_seconds = 10;
+
+  void AddTo(CLI::App& command) {
+    command.add_option("--router", router, "Address of a router")->capture_default_str();
+    command.add_flag("--json", is_json, "Print the answer as JSON");
+    command.add_option("--timeout", timeout_seconds, "Seconds to wait for an answer")
+        ->check(CLI::Range(1, 3600))
+        ->capture_default_str();
+  }
+};
+
+template <typename Method, typename Request, typename Response>
+absl::Status Call(const RouterFlags& flags, Method method, const Request& request,
+                  Response* response) {
+  const auto stub = v1::RouterService::NewStub(MakeChannel(flags.router));
+  grpc::ClientContext context;
+  context.set_deadline(std::chrono::system_clock::now() +
+                       std::chrono::seconds(flags.timeout_seconds));
+  return FromGrpcStatus((stub.get()->*method)(&context, request, response));
+}
+
+absl::Status PrintJson(const google::protobuf::Message& message, std::ostream& out) {
+  google::protobuf::util::JsonPrintOptions options;
+  options.add_whitespace = true;
+  options.always_print_primitive_fields = true;
+  options.preserve_proto_field_names = true;
+  std::string json;
+  const auto status = google::protobuf::util::MessageToJsonString(message, &json, options);
+  if (!status.ok()) return absl::InternalError(status.ToString());
+  out << json;
+  return absl::OkStatus();
+}
+
+// Columns as wide as their widest cell; the first row is the heading.
+void PrintTable(const std::vector<std::vector<std::string>>& rows, std::ostream& out) {
+  std::vector<size_t> widths;
+  for (const auto& row : rows) {
+    widths.resize(std::max(widths.size(), row.size()), 0);
+    for (size_t i = 0; i < row.size(); ++i) widths[i] = std::max(widths[i], row[i].size());
+  }
+  for (const auto& row : rows) {
+    std::string line;
+    for (size_t i = 0; i < row.size(); ++i) {
+      absl::StrAppend(&line, row[i]);
+      if (i + 1 < row.size()) line.append(widths[i] + 2 - row[i].size(), ' ');
+    }
+    out << line << "\n";
+  }
+}
+
+std::string Seconds(const google::protobuf::Duration& duration) {
+  return absl::StrFormat("%.3f s",
+                         static_cast<double>(duration.seconds()) + duration.nanos() * 1e-9);
+}
+
+absl::Status RunWorkers(const RouterFlags& flags, std::ostream& out) {
+  v1::ListWorkersResponse response;
+  PT_RETURN_IF_ERROR(Call(flags, &Stub::ListWorkers, v1::ListWorkersRequest(), &response));
+  if (flags.is_json) return PrintJson(response, out);
+  std::vector<std::vector<std::string>> rows = {{"ID", "ROLE", "STATE", "ADDRESS", "FRAMES FREE",
+                                                 "SEQUENCES", "QUEUED TOKENS", "TOKENS/S",
+                                                 "RESIDENT PAGES", "HEARD"}};
+  for (const auto& worker : response.workers()) {
+    rows.push_back({worker.worker_id(), worker.role(), worker.state(), worker.address(),
+                    absl::StrCat(worker.free_frames(), "/", worker.total_frames()),
+                    absl::StrCat(worker.open_sequences()),
+                    absl::StrCat(worker.queued_prefill_tokens()),
+                    absl::StrFormat("%.0f", worker.prefill_tokens_per_second()),
+                    absl::StrCat(worker.resident_pages()),
+                    absl::StrCat(Seconds(worker.since_heartbeat()), " ago")});
+  }
+  PrintTable(rows, out);
+  return absl::OkStatus();
+}
+
+absl::Status RunSequences(const RouterFlags& flags, std::ostream& out) {
+  v1::ListSequencesResponse all, page;
+  v1::ListSequencesRequest request;
+  request.set_page_size(1000);
+  do {
+    page.Clear();
+    PT_RETURN_IF_ERROR(Call(flags, &Stub::ListSequences, request, &page));
+    all.mutable_sequences()->MergeFrom(page.sequences());
+    request.set_page_token(page.next_page_token());
+  } while (!page.next_page_token().empty());
+  if (flags.is_json) return PrintJson(all, out);
+  std::vector<std::vector<std::string>> rows = {
+      {"SEQUENCE", "TOKENS", "WORKER", "ADDRESS", "MODEL"}};
+  for (const auto& sequence : all.sequences()) {
+    rows.push_back({sequence.sequence_id(), absl::StrCat(sequence.length()), sequence.worker_id(),
+                    sequence.address(), sequence.model_digest().substr(0, 12)});
+  }
+  PrintTable(rows, out);
+  return absl::OkStatus();
+}
+
+absl::Status RunModels(const RouterFlags& flags, std::ostream& out) {
+  v1::ListModelsResponse response;
+  PT_RETURN_IF_ERROR(Call(flags, &Stub::ListModels, v1::ListModelsRequest(), &response));
+  if (flags.is_json) return PrintJson(response, out);
+  std::vector<std::vector<std::string>> rows = {
+      {"DIGEST", "NAME", "PAGE TOKENS", "GROUPS", "PAGE BYTES"}};
+  for (const auto& model : response.models()) {
+    rows.push_back(
+        {model.model_digest(), model.spec().name(),
+         absl::StrCat(model.spec().geometry().page_tokens()),
+         absl::StrCat(model.spec().geometry().groups_size()),
+         absl::StrJoin(model.group_page_bytes(), " + ", [](std::string* text, uint64_t bytes) {
+           absl::StrAppend(text, FormatByteSize(bytes));
+         })});
+  }
+  PrintTable(rows, out);
+  return absl::OkStatus();
+}
+
+struct ExplainFlags : RouterFlags {
+  std::string model;
+  std::vector<uint32_t> tokens;
+  std::string text;
+  std::string sticky_worker_id;
+};
+
+absl::Status RunExplain(const ExplainFlags& flags, std::ostream& out) {
+  v1::ExplainPlacementRequest request;
+  request.mutable_prompt()->set_model(flags.model);
+  for (uint32_t token : flags.tokens) request.mutable_prompt()->add_tokens(token);
+  for (char c : flags.text) request.mutable_prompt()->add_tokens(static_cast<uint8_t>(c));
+  request.set_sticky_worker_id(flags.sticky_worker_id);
+  v1::ExplainPlacementResponse response;
+  PT_RETURN_IF_ERROR(Call(flags, &Stub::ExplainPlacement, request, &response));
+  if (flags.is_json) return PrintJson(response, out);
+  std::vector<std::vector<std::string>> rows = {{"WORKER", "SCORE", "FIRST TOKEN IN", "QUEUE",
+                                                 "RESTORE", "PREFILL", "DEVICE", "HOST", "STORE",
+                                                 "COMPUTE", "NOTE"}};
+  for (const auto& candidate : response.candidates()) {
+    if (!candidate.eligible()) {
+      rows.push_back({candidate.worker_id(), "-", "-", "-", "-", "-", "-", "-", "-", "-",
+                      candidate.ineligible_because()});
+      continue;
+    }
+    rows.push_back({candidate.worker_id(), absl::StrFormat("%.6f", candidate.score()),
+                    Seconds(candidate.predicted_ttft()), Seconds(candidate.queue_wait()),
+                    Seconds(candidate.restore_time()), Seconds(candidate.prefill_time()),
+                    absl::StrCat(candidate.device_tokens()), absl::StrCat(candidate.host_tokens()),
+                    absl::StrCat(candidate.store_tokens()),
+                    absl::StrCat(candidate.compute_tokens()), ""});
+  }
+  PrintTable(rows, out);
+  out << response.policy() << ": " << response.explanation() << "\n";
+  return absl::OkStatus();
+}
+
+// The flags are shared by the parser, which CLI11 keeps by reference, and the runner.
+CommandRunner AddPlainCommand(CLI::App& app, const char* name, const char* description,
+                              absl::Status (*run)(const RouterFlags&, std::ostream&)) {
+  const auto flags = std::make_shared<RouterFlags>();
+  flags->AddTo(*app.add_subcommand(name, description));
+  return [flags, run](std::ostream& out) { return run(*flags, out); };
+}
+
+}  // namespace
+
+CommandRunner AddWorkersCommand(CLI::App& app) {
+  return AddPlainCommand(app, "workers", "Workers and stores that a router knows", RunWorkers);
+}
+
+CommandRunner AddSequencesCommand(CLI::App& app) {
+  return AddPlainCommand(app, "sequences", "Open sequences and their owners", RunSequences);
+}
+
+CommandRunner AddModelsCommand(CLI::App& app) {
+  return AddPlainCommand(app, "models", "Registered models", RunModels);
+}
+
+CommandRunner AddExplainCommand(CLI::App& app) {
+  const auto flags = std::make_shared<ExplainFlags>();
+  CLI::App& command =
+      *app.add_subcommand("explain", "Where a prompt would be placed, and why; without effect");
+  flags->AddTo(command);
+  command.add_option("--model", flags->model, "Name or digest of a registered model")->required();
+  auto* tokens = command.add_option("--tokens", flags->tokens, "Token ids of the prompt: 1,2,3")
+                     ->delimiter(',');
+  command.add_option("--text", flags->text, "Prompt of a byte-level model: one token a byte")
+      ->excludes(tokens);
+  command.add_option("--sticky", flags->sticky_worker_id, "Worker to stay with if it serves");
+  return [flags](std::ostream& out) { return RunExplain(*flags, out); };
+}
+
+}  // namespace pagetide
