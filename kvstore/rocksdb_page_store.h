@@ -143,6 +143,8 @@ class RocksdbPageStore final : public PageStore {
   uint64_t PhysicalBytes() const {
     return segments_->TotalBytes() + index_bytes_.load(std::memory_order_relaxed);
   }
+  uint64_t HighWater() const;
+  uint64_t LowWater() const;
   void RunUpkeep();
   // Brings physical bytes to at most `target`. Returns bytes given back; stops when nothing may go.
   absl::StatusOr<uint64_t> ReclaimTo(uint64_t target);

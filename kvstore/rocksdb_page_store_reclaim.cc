@@ -8,17 +8,16 @@
 #include "kvstore/store_errors.h"
 
 namespace pagetide {
-namespace {
 
-// Reclaim starts above 15/16 of the capacity and goes down to 14/16, so that puts rarely wait.
-uint64_t HighWater(uint64_t capacity) {
-  return capacity / 16 * 15;
+// Reclaim starts above the high water and goes down to the low one, so that puts rarely wait. A put
+// needs a segment's room beside its own (for the survivors of reclaim), hence the second terms.
+uint64_t RocksdbPageStore::HighWater() const {
+  return std::min(options_.capacity_bytes / 16 * 15,
+                  options_.capacity_bytes - segment_bytes_ - segment_bytes_ / 2);
 }
-uint64_t LowWater(uint64_t capacity) {
-  return capacity / 16 * 14;
+uint64_t RocksdbPageStore::LowWater() const {
+  return std::min(options_.capacity_bytes / 16 * 14, options_.capacity_bytes - 2 * segment_bytes_);
 }
-
-}  // namespace
 
 absl::Status RocksdbPageStore::WaitForRoom(uint64_t bytes, MonotonicTime deadline) {
   const auto free = options_.file_system->FreeBytes(options_.dir);
@@ -31,7 +30,7 @@ absl::Status RocksdbPageStore::WaitForRoom(uint64_t bytes, MonotonicTime deadlin
     full_.store(false, std::memory_order_relaxed);
     return absl::OkStatus();
   }
-  if (PhysicalBytes() + bytes > HighWater(options_.capacity_bytes)) {
+  if (PhysicalBytes() + bytes > HighWater()) {
     const MonotonicTime give_up =
         std::min(deadline, options_.clock->MonotonicNow() + options_.put_wait);
     MutexLock lock(&upkeep_mu_);
@@ -67,9 +66,9 @@ void RocksdbPageStore::RunUpkeep() {
       room_wanted_ = false;
     }
     index_bytes_.store(db_->PhysicalBytes(), std::memory_order_relaxed);
-    if (!stop && options_.capacity_bytes != 0 &&
-        PhysicalBytes() > LowWater(options_.capacity_bytes) && CheckNotFailed().ok()) {
-      const auto reclaimed = ReclaimTo(LowWater(options_.capacity_bytes));
+    if (!stop && options_.capacity_bytes != 0 && PhysicalBytes() > LowWater() &&
+        CheckNotFailed().ok()) {
+      const auto reclaimed = ReclaimTo(LowWater());
       if (!reclaimed.ok()) LogWarning("store", "reclaim: ", reclaimed.status().ToString());
     }
     {
@@ -225,14 +224,13 @@ absl::StatusOr<uint64_t> RocksdbPageStore::Compact(MonotonicTime deadline) {
   MutexLock lock(&reclaim_mu_);
   const uint64_t before = segments_->TotalBytes();
   segments_->SealHead(/*min_dead_bytes=*/1);
-  // Each segment is emptied at most once, so that this ends under concurrent writes.
-  for (const std::shared_ptr<Segment>& segment : segments_->All()) {
+  // As many steps as there are segments now, so that this ends under concurrent writes. What is
+  // nine tenths live is not worth its copying.
+  for (size_t left = segments_->All().size(); left > 0; --left) {
     if (deadline <= options_.clock->MonotonicNow()) break;
-    const uint64_t size = segments_->SizeOf(segment->id);
-    if (segment->live_bytes.load(std::memory_order_relaxed) * 10 >= size * 9) continue;
     uint64_t dead = 0;
     const std::shared_ptr<Segment> best = segments_->MostDead(&dead);
-    if (best == nullptr || dead == 0) break;
+    if (best == nullptr || dead * 10 < segments_->SizeOf(best->id)) break;
     PT_RETURN_IF_ERROR(EmptySegment(best));
   }
   const uint64_t after = segments_->TotalBytes();

@@ -1,0 +1,182 @@
+// The page record's format: golden bytes (docs/store_format.md), round trip, and every kind of
+// damage.
+#include "kvstore/page_record.h"
+
+#include <gtest/gtest.h>
+
+#include <random>
+
+#include "absl/strings/escaping.h"
+#include "kvstore/manifest_record.h"
+#include "tests/contract/test_page.h"
+
+namespace pagetide {
+namespace {
+
+PageRecordMeta GoldenMeta(const std::vector<std::byte>& body) {
+  PageRecordMeta meta;
+  meta.key = PageKey{Sha256Of("page")};
+  meta.checksum = ChecksumOf(body);
+  meta.body_bytes = body.size();
+  meta.fingerprint = Sha256Of("fingerprint");
+  meta.prefix = PrefixKey{Sha256Of("prefix")};
+  meta.parent = PrefixKey{Sha256Of("parent")};
+  meta.numerics_id = "cpu/1";
+  meta.group = 2;
+  meta.depth = 3;
+  return meta;
+}
+
+std::vector<std::byte> GoldenBody() {
+  std::vector<std::byte> body(16);
+  for (size_t i = 0; i < body.size(); ++i) body[i] = static_cast<std::byte>(i);
+  return body;
+}
+
+// Also printed, field by field, in docs/store_format.md. These bytes are on disks: they never
+// change.
+constexpr char kGoldenHex[] =
+    "505450470100c5001000000000000000e2ca0d87cc122884e207768231069572"
+    "3660315a9af3df255d8f19ab077e4797822b41488a0e2a04bc6af71213c23274"
+    "44863b03e9909b7100e05b02526909a346fd7455183f6619e0fe6198c89981e0"
+    "e7a2e8b216e5aec3facf743962d3997f2e7d70088ef257de472d6a258049832e"
+    "e47125968b3b71049fbc4802d1e40a71ea1359decfabacf70b34588037d4ff0c"
+    "020000000300000000000300050000001000000000000000374183186606d36f"
+    "6370752f31";
+
+TEST(PageRecordTest, GoldenBytes) {
+  EXPECT_EQ(absl::BytesToHexString(EncodePageRecordHeader(GoldenMeta(GoldenBody()))), kGoldenHex);
+}
+
+TEST(PageRecordTest, RoundTrip) {
+  const std::vector<std::byte> body = GoldenBody();
+  const PageRecordMeta meta = GoldenMeta(body);
+  const std::string bytes = EncodePageRecordHeader(meta);
+  EXPECT_EQ(bytes.size(), PageRecordHeaderBytes(meta));
+  const auto parsed = ParsePageRecordHeader(bytes + "what follows is not the header's");
+  ASSERT_TRUE(parsed.ok()) << parsed.status();
+  EXPECT_EQ(parsed->meta.key, meta.key);
+  EXPECT_EQ(parsed->meta.checksum, meta.checksum);
+  EXPECT_EQ(parsed->meta.body_bytes, 16u);
+  EXPECT_EQ(parsed->stored_bytes, 16u);
+  EXPECT_EQ(parsed->meta.fingerprint, meta.fingerprint);
+  EXPECT_EQ(parsed->meta.prefix, meta.prefix);
+  EXPECT_EQ(parsed->meta.parent, meta.parent);
+  EXPECT_EQ(parsed->meta.numerics_id, "cpu/1");
+  EXPECT_EQ(parsed->meta.group, 2u);
+  EXPECT_EQ(parsed->meta.depth, 3u);
+  EXPECT_TRUE(VerifyPageRecord(bytes, body, meta.key, meta.checksum).ok());
+
+  PageRecordMeta lone = meta;
+  lone.prefix.reset();
+  lone.parent.reset();
+  lone.numerics_id.clear();
+  const auto parsed_lone = ParsePageRecordHeader(EncodePageRecordHeader(lone));
+  ASSERT_TRUE(parsed_lone.ok()) << parsed_lone.status();
+  EXPECT_FALSE(parsed_lone->meta.prefix.has_value());
+  EXPECT_FALSE(parsed_lone->meta.parent.has_value());
+}
+
+TEST(PageRecordTest, OneFlippedBitAnywhereIsFound) {
+  const std::vector<std::byte> body = GoldenBody();
+  const PageRecordMeta meta = GoldenMeta(body);
+  const std::string header = EncodePageRecordHeader(meta);
+  for (size_t bit = 0; bit < header.size() * 8; ++bit) {
+    std::string damaged = header;
+    damaged[bit / 8] = static_cast<char>(damaged[bit / 8] ^ (1 << (bit % 8)));
+    EXPECT_FALSE(VerifyPageRecord(damaged, body, meta.key, meta.checksum).ok()) << "bit " << bit;
+  }
+  for (size_t bit = 0; bit < body.size() * 8; ++bit) {
+    std::vector<std::byte> damaged = body;
+    damaged[bit / 8] ^= std::byte{1} << (bit % 8);
+    EXPECT_TRUE(absl::IsDataLoss(VerifyPageRecord(header, damaged, meta.key, meta.checksum)))
+        << "body bit " << bit;
+  }
+}
+
+TEST(PageRecordTest, ASwappedValidRecordIsFound) {
+  const TestPage a = MakeTestPage(1), b = MakeTestPage(2);
+  const std::string header_b = EncodePageRecordHeader(b.meta);
+  ASSERT_TRUE(VerifyPageRecord(header_b, b.body, b.meta.key, b.meta.checksum).ok());
+  EXPECT_TRUE(absl::IsDataLoss(VerifyPageRecord(header_b, b.body, a.meta.key, a.meta.checksum)));
+}
+
+TEST(PageRecordTest, ATruncatedHeaderIsFound) {
+  const std::string header = EncodePageRecordHeader(GoldenMeta(GoldenBody()));
+  for (size_t n = 0; n < header.size(); ++n) {
+    EXPECT_TRUE(absl::IsDataLoss(ParsePageRecordHeader(header.substr(0, n)).status())) << n;
+  }
+}
+
+TEST(PageRecordTest, AnUnknownVersionIsSaidSo) {
+  std::string header = EncodePageRecordHeader(GoldenMeta(GoldenBody()));
+  header[4] = 2;
+  EXPECT_TRUE(absl::IsUnimplemented(ParsePageRecordHeader(header).status()));
+}
+
+TEST(PageRecordTest, RandomBytesNeverParse) {
+  std::mt19937_64 rng(7);
+  for (int i = 0; i < 20000; ++i) {
+    std::string bytes(rng() % 300, '\0');
+    for (char& c : bytes) c = static_cast<char>(rng());
+    // Half of them get past the magic and the version.
+    if (i % 2 == 0 && bytes.size() > 8) bytes.replace(0, 6, std::string("PTPG\1\0", 6));
+    EXPECT_FALSE(ParsePageRecordHeader(bytes).ok());
+  }
+}
+
+TEST(PageRecordTest, ValidatesWhatItWillStore) {
+  PageRecordMeta meta = GoldenMeta(GoldenBody());
+  EXPECT_TRUE(ValidatePageMeta(meta).ok());
+  meta.body_bytes = 0;
+  EXPECT_TRUE(absl::IsInvalidArgument(ValidatePageMeta(meta)));
+  meta.body_bytes = kMaxPageBodyBytes + 1;
+  EXPECT_TRUE(absl::IsInvalidArgument(ValidatePageMeta(meta)));
+}
+
+ManifestRecord GoldenManifest() {
+  ManifestRecord manifest;
+  manifest.name = "s";
+  manifest.version = 7;
+  manifest.request_id = "r";
+  manifest.payload = std::string("p\0q", 3);
+  manifest.saved_at = absl::FromUnixNanos(1234567890);
+  manifest.pages.push_back({PageKey{Sha256Of("page")}, {1, 2}});
+  return manifest;
+}
+
+constexpr char kGoldenManifestHex[] =
+    "50544d4601000700000000000000d20296490000000001000000000000007301"
+    "0000000000000072030000000000000070007101000000000000003660315a9a"
+    "f3df255d8f19ab077e4797822b41488a0e2a04bc6af71213c232740100000000"
+    "000000020000000000000054d05d36ff2a3a820d000ecca6576e2a";
+
+TEST(ManifestRecordTest, GoldenBytes) {
+  EXPECT_EQ(absl::BytesToHexString(EncodeManifest(GoldenManifest())), kGoldenManifestHex);
+}
+
+TEST(ManifestRecordTest, RoundTrip) {
+  const ManifestRecord manifest = GoldenManifest();
+  const auto parsed = ParseManifest(EncodeManifest(manifest));
+  ASSERT_TRUE(parsed.ok()) << parsed.status();
+  EXPECT_EQ(parsed->name, manifest.name);
+  EXPECT_EQ(parsed->version, 7u);
+  EXPECT_EQ(parsed->request_id, "r");
+  EXPECT_EQ(parsed->payload, manifest.payload);
+  EXPECT_EQ(parsed->saved_at, manifest.saved_at);
+  ASSERT_EQ(parsed->pages.size(), 1u);
+  EXPECT_EQ(parsed->pages[0].checksum, (Checksum128{1, 2}));
+}
+
+TEST(ManifestRecordTest, OneFlippedBitOrMissingByteIsFound) {
+  const std::string bytes = EncodeManifest(GoldenManifest());
+  for (size_t bit = 0; bit < bytes.size() * 8; ++bit) {
+    std::string damaged = bytes;
+    damaged[bit / 8] = static_cast<char>(damaged[bit / 8] ^ (1 << (bit % 8)));
+    EXPECT_FALSE(ParseManifest(damaged).ok()) << "bit " << bit;
+  }
+  for (size_t n = 0; n < bytes.size(); ++n) EXPECT_FALSE(ParseManifest(bytes.substr(0, n)).ok());
+}
+
+}  // namespace
+}  // namespace pagetide

@@ -1,0 +1,500 @@
+// What only the embedded store promises: restarts, space, failing disks, damage at rest.
+#include "kvstore/rocksdb_page_store.h"
+
+#include <gmock/gmock.h>
+#include <gtest/gtest.h>
+#include <rocksdb/db.h>
+
+#include <filesystem>
+#include <thread>
+
+#include "base/byte_size.h"
+#include "base/error_info.h"
+#include "kvstore/page_record.h"
+#include "tests/contract/test_page.h"
+#include "tests/fault/faulty_disk.h"
+#include "tests/kvstore/store_test_util.h"
+
+namespace pagetide {
+namespace {
+
+const MonotonicTime kForEver = MonotonicTime::InfiniteFuture();
+
+class RocksdbPageStoreTest : public ::testing::Test {
+ protected:
+  RocksdbPageStoreOptions Options() {
+    RocksdbPageStoreOptions options;
+    options.dir = dir_.path();
+    options.segment_bytes = kMiB;
+    options.file_system = &disk_;
+    options.index_env = disk_.env();
+    options.clock = &clock_;
+    return options;
+  }
+  void Open(RocksdbPageStoreOptions options) {
+    store_.reset();
+    auto store = RocksdbPageStore::Open(std::move(options));
+    ASSERT_TRUE(store.ok()) << store.status();
+    store_ = *std::move(store);
+  }
+  void Open() { Open(Options()); }
+
+  PutPageResult Put(const TestPage& page, Durability level = Durability::kLocal) {
+    const PutPage put = page.put();
+    return store_->PutPages({&put, 1}, level, kForEver)[0];
+  }
+  GetOutcome Get(const TestPage& page) {
+    std::vector<std::byte> body(page.body.size());
+    const GetPage get{page.meta.key, body, {}};
+    const GetPageResult result = store_->GetPages({&get, 1}, kForEver)[0];
+    EXPECT_TRUE(result.status.ok()) << result.status;
+    EXPECT_TRUE(result.outcome != GetOutcome::kHit || body == page.body) << "wrong bytes";
+    return result.outcome;
+  }
+  bool Holds(const TestPage& page) {
+    return (*store_->LookupPages({&page.meta.key, 1}, kForEver))[0].present;
+  }
+  absl::StatusOr<PutManifestResult> Save(const std::string& name,
+                                         const std::vector<TestPage>& pages, uint64_t version = 0) {
+    ManifestRecord manifest;
+    manifest.name = name;
+    for (const TestPage& page : pages) manifest.pages.push_back(page.ref());
+    return store_->PutManifest(manifest, version, std::nullopt, kForEver);
+  }
+  StoreStats Stats() { return *store_->GetStats(kForEver); }
+
+  TempDir dir_;
+  FaultyDisk disk_;
+  FakeClock clock_;
+  std::unique_ptr<RocksdbPageStore> store_;
+};
+
+TEST_F(RocksdbPageStoreTest, KeepsEverythingOverARestart) {
+  Open();
+  std::vector<TestPage> pages;
+  for (uint64_t i = 0; i < 200; ++i) {
+    pages.push_back(MakeTestPage(i, 30000 + i, i % 2 == 0));
+    ASSERT_TRUE(Put(pages.back(), Durability::kProcess).status.ok());
+  }
+  ASSERT_TRUE(Save("s", {pages[3], pages[4]})->committed);
+  ASSERT_TRUE(store_->CompareAndSetRecord("owner", "q", 0, "me", kForEver).ok());
+  ASSERT_TRUE(store_->CompareAndSetRecord("owner", "q", 1, "you", kForEver).ok());
+  Open();
+  EXPECT_EQ(store_->recovery().pages, 200u);
+  EXPECT_EQ(store_->recovery().dropped_entries, 0u);
+  for (const TestPage& page : pages) EXPECT_EQ(Get(page), GetOutcome::kHit);
+  EXPECT_EQ(store_->GetManifest("s", kForEver)->pages.size(), 2u);
+  EXPECT_EQ(store_->GetRecord("owner", "q", kForEver)->version, 2u);
+  EXPECT_EQ(Stats().manifests, 1u);
+  EXPECT_EQ(*store_->DeletePages(std::vector<PageKey>{pages[3].meta.key}, kForEver), 0u)
+      << "protection survives a restart";
+}
+
+TEST_F(RocksdbPageStoreTest, VerifiesOnlyWhatNoBarrierCovered) {
+  Open();
+  for (uint64_t i = 0; i < 50; ++i)
+    ASSERT_TRUE(Put(MakeTestPage(i), Durability::kLocal).status.ok());
+  for (uint64_t i = 50; i < 60; ++i) {
+    ASSERT_TRUE(Put(MakeTestPage(i), Durability::kProcess).status.ok());
+  }
+  Open();
+  EXPECT_EQ(store_->recovery().pages, 60u);
+  EXPECT_EQ(store_->recovery().verified_records, 10u);
+  Open();
+  EXPECT_EQ(store_->recovery().verified_records, 0u) << "opening makes all of it durable";
+}
+
+TEST_F(RocksdbPageStoreTest, KnownLeasesGetAFullTimeToLiveAfterARestart) {
+  Open();
+  const auto lease = store_->AcquireLease("worker/a", 1, absl::Seconds(5), kForEver);
+  ASSERT_TRUE(lease.ok()) << lease.status();
+  clock_.Advance(absl::Seconds(4));
+  Open();
+  clock_.Advance(absl::Seconds(4));
+  EXPECT_TRUE(store_->RenewLease(*lease, absl::Seconds(5), kForEver).ok());
+  clock_.Advance(absl::Seconds(6));
+  Open();  // long expired, but the holder may not know: a full time to live again
+  EXPECT_FALSE(store_->AcquireLease("worker/a", 2, absl::Seconds(5), kForEver).ok());
+  clock_.Advance(absl::Seconds(6));
+  EXPECT_EQ(store_->AcquireLease("worker/a", 2, absl::Seconds(5), kForEver)->epoch, 2u);
+}
+
+// ---- damage at rest ----------------------------------------------------------------------------
+
+TEST_F(RocksdbPageStoreTest, TwoSwappedValidRecordsAreTwoMisses) {
+  Open();
+  const TestPage a = MakeTestPage(1), b = MakeTestPage(2);
+  ASSERT_TRUE(Put(a).status.ok());
+  ASSERT_TRUE(Put(b).status.ok());
+  const FoundRecord at_a = FindStoredRecord(dir_.path(), a.meta.key);
+  const FoundRecord at_b = FindStoredRecord(dir_.path(), b.meta.key);
+  ASSERT_EQ(at_a.file, at_b.file);
+  const size_t bytes = PageRecordHeaderBytes(a.meta) + a.body.size();
+  std::string record_a(bytes, '\0'), record_b(bytes, '\0');
+  std::fstream f(at_a.file, std::ios::in | std::ios::out | std::ios::binary);
+  f.seekg(static_cast<std::streamoff>(at_a.offset));
+  f.read(record_a.data(), static_cast<std::streamsize>(bytes));
+  f.seekg(static_cast<std::streamoff>(at_b.offset));
+  f.read(record_b.data(), static_cast<std::streamsize>(bytes));
+  f.seekp(static_cast<std::streamoff>(at_a.offset));
+  f.write(record_b.data(), static_cast<std::streamsize>(bytes));
+  f.seekp(static_cast<std::streamoff>(at_b.offset));
+  f.write(record_a.data(), static_cast<std::streamsize>(bytes));
+  f.close();
+  EXPECT_EQ(Get(a), GetOutcome::kQuarantined);
+  EXPECT_EQ(Get(b), GetOutcome::kQuarantined);
+  EXPECT_EQ(Stats().pages_quarantined, 2u);
+}
+
+TEST_F(RocksdbPageStoreTest, AnyFlippedBitOfARecordIsFound) {
+  Open();
+  const TestPage page = MakeTestPage(1, 1000);
+  const uint64_t bits = (PageRecordHeaderBytes(page.meta) + page.body.size()) * 8;
+  for (uint64_t i = 0; i < 200; ++i) {
+    ASSERT_TRUE(Put(page).status.ok());
+    const FoundRecord record = FindStoredRecord(dir_.path(), page.meta.key);
+    // Not the key itself: the helper finds the record by it. PageRecordTest flips every bit.
+    uint64_t bit = i * 7919 % bits;
+    if (bit / 8 >= 32 && bit / 8 < 64) bit += 64 * 8;
+    FlipFileBit(record.file, record.offset * 8 + bit);
+    EXPECT_EQ(Get(page), GetOutcome::kQuarantined) << "bit " << bit;
+    ASSERT_EQ(*store_->DeletePages({&page.meta.key, 1}, kForEver), 1u);
+    ASSERT_TRUE(store_->Compact(kForEver).ok());
+  }
+}
+
+TEST_F(RocksdbPageStoreTest, ARecordOfAnUnknownVersionIsAMiss) {
+  Open();
+  const TestPage page = MakeTestPage(1);
+  ASSERT_TRUE(Put(page).status.ok());
+  const FoundRecord record = FindStoredRecord(dir_.path(), page.meta.key);
+  FlipFileBit(record.file, (record.offset + 4) * 8 + 1);  // version 1 → 3
+  EXPECT_EQ(Get(page), GetOutcome::kQuarantined);
+  EXPECT_EQ(Get(page), GetOutcome::kQuarantined);
+}
+
+TEST_F(RocksdbPageStoreTest, QuarantineSurvivesARestart) {
+  Open();
+  const TestPage page = MakeTestPage(1);
+  ASSERT_TRUE(Put(page).status.ok());
+  FlipFileBit(FindStoredRecord(dir_.path(), page.meta.key).file, 8 * 1000);
+  EXPECT_EQ(Get(page), GetOutcome::kQuarantined);
+  Open();
+  EXPECT_FALSE(Holds(page));
+  ASSERT_TRUE(Put(page).status.ok());
+  EXPECT_EQ(Get(page), GetOutcome::kHit);
+  Open();
+  EXPECT_EQ(Get(page), GetOutcome::kHit);
+}
+
+TEST_F(RocksdbPageStoreTest, AMissingSegmentFileIsMissesNotACrash) {
+  Open();
+  const TestPage page = MakeTestPage(1);
+  ASSERT_TRUE(Put(page).status.ok());
+  ASSERT_TRUE(Save("s", {page})->committed);
+  store_.reset();
+  std::filesystem::remove_all(dir_.path() + "/segments");
+  Open();
+  EXPECT_EQ(Get(page), GetOutcome::kMiss);
+  EXPECT_EQ(store_->recovery().lost_manifest_pages, 1u) << "and it is said aloud";
+}
+
+TEST_F(RocksdbPageStoreTest, RefusesAStoreOfANewerProgram) {
+  Open();
+  store_.reset();
+  {
+    // Schema version 2, written behind the store's back.
+    rocksdb::DBOptions options;
+    std::vector<std::string> names;
+    ASSERT_TRUE(rocksdb::DB::ListColumnFamilies(options, dir_.path() + "/index", &names).ok());
+    std::vector<rocksdb::ColumnFamilyDescriptor> families;
+    for (const std::string& name : names)
+      families.emplace_back(name, rocksdb::ColumnFamilyOptions());
+    std::vector<rocksdb::ColumnFamilyHandle*> handles;
+    rocksdb::DB* db = nullptr;
+    ASSERT_TRUE(rocksdb::DB::Open(options, dir_.path() + "/index", families, &handles, &db).ok());
+    for (rocksdb::ColumnFamilyHandle* handle : handles) {
+      if (handle->GetName() == "meta") {
+        ASSERT_TRUE(db->Put({}, handle, "schema", std::string("\2\0\0\0", 4)).ok());
+      }
+      db->DestroyColumnFamilyHandle(handle);
+    }
+    delete db;
+  }
+  const auto store = RocksdbPageStore::Open(Options());
+  EXPECT_EQ(store.status().code(), absl::StatusCode::kFailedPrecondition);
+  EXPECT_THAT(std::string(store.status().message()), ::testing::HasSubstr("schema version 2"));
+}
+
+// ---- space -------------------------------------------------------------------------------------
+
+TEST_F(RocksdbPageStoreTest, StaysWithinItsCapacityWithAFifthPinned) {
+  RocksdbPageStoreOptions options = Options();
+  options.capacity_bytes = 32 * kMiB;
+  options.clock = Clock::Real();
+  Open(options);
+  constexpr size_t kPage = 128 * kKiB;
+  std::vector<TestPage> pinned;
+  uint64_t peak = 0;
+  for (uint64_t i = 0; i < 5 * 32 * 8; ++i) {  // five capacities
+    const TestPage page = MakeTestPage(i, kPage);
+    const PutPageResult put = Put(page, Durability::kProcess);
+    ASSERT_TRUE(put.status.ok()) << i << ": " << put.status;
+    if (i % 5 == 0 && pinned.size() < 51) {  // a fifth of the capacity
+      ASSERT_TRUE(Save(absl::StrCat("pin", i), {page})->committed);
+      pinned.push_back(page);
+    }
+    uint64_t on_disk = 0;
+    if (i % 16 == 0) {
+      for (const auto& entry : std::filesystem::recursive_directory_iterator(dir_.path())) {
+        std::error_code gone;
+        const auto size = entry.is_regular_file(gone) ? entry.file_size(gone) : 0;
+        if (!gone) on_disk += size;
+      }
+    }
+    peak = std::max(peak, on_disk);
+  }
+  EXPECT_LE(peak, options.capacity_bytes) << "physical bytes, as the disk sees them";
+  EXPECT_GE(peak, options.capacity_bytes / 2);
+  for (const TestPage& page : pinned) EXPECT_EQ(Get(page), GetOutcome::kHit);
+  const StoreStats stats = Stats();
+  EXPECT_GT(stats.pages_evicted, 500u);
+  EXPECT_GT(stats.pages * kPage, options.capacity_bytes / 2) << "and the room is used";
+  Open(options);
+  EXPECT_EQ(store_->recovery().lost_manifest_pages, 0u);
+  for (const TestPage& page : pinned) EXPECT_EQ(Get(page), GetOutcome::kHit);
+}
+
+TEST_F(RocksdbPageStoreTest, EvictsByRecencyAndKeepsTheOrderOverARestart) {
+  RocksdbPageStoreOptions options = Options();
+  options.capacity_bytes = 16 * kMiB;
+  options.clock = Clock::Real();
+  Open(options);
+  std::vector<TestPage> first;
+  for (uint64_t i = 0; i < 40; ++i) {
+    first.push_back(MakeTestPage(i, 128 * kKiB));
+    ASSERT_TRUE(Put(first.back()).status.ok());
+  }
+  // The first ten are read again, so that they are the most recent ones.
+  for (uint64_t i = 0; i < 10; ++i) EXPECT_EQ(Get(first[i]), GetOutcome::kHit);
+  Open(options);
+  for (uint64_t i = 100; i < 180; ++i) {
+    ASSERT_TRUE(Put(MakeTestPage(i, 128 * kKiB)).status.ok());
+  }
+  int read_kept = 0, unread_kept = 0;
+  for (uint64_t i = 0; i < 40; ++i) (i < 10 ? read_kept : unread_kept) += Holds(first[i]) ? 1 : 0;
+  EXPECT_LT(unread_kept, 30);
+  EXPECT_TRUE(read_kept == 10 || unread_kept == 0)
+      << read_kept << " of the read pages kept with " << unread_kept << " of the others";
+}
+
+TEST_F(RocksdbPageStoreTest, APrefixOutlivesWhatContinuesIt) {
+  RocksdbPageStoreOptions options = Options();
+  options.capacity_bytes = 16 * kMiB;
+  options.clock = Clock::Real();
+  Open(options);
+  // A chain of four, put parent first: by plain recency the root would go first.
+  std::vector<TestPage> chain;
+  for (uint64_t i = 0; i < 4; ++i) {
+    chain.push_back(MakeTestPage(i, 128 * kKiB, true, i == 0 ? nullptr : &chain.back()));
+    ASSERT_TRUE(Put(chain.back()).status.ok());
+  }
+  bool was_cut = false;
+  for (uint64_t i = 100; i < 300; ++i) {
+    ASSERT_TRUE(Put(MakeTestPage(i, 128 * kKiB, false)).status.ok());
+    for (size_t c = 1; c < chain.size(); ++c) {
+      EXPECT_TRUE(!Holds(chain[c]) || Holds(chain[c - 1])) << "page " << c << " without its parent";
+      was_cut = was_cut || !Holds(chain[c]);
+    }
+  }
+  EXPECT_TRUE(was_cut) << "nothing was evicted: the test did nothing";
+}
+
+TEST_F(RocksdbPageStoreTest, AFullStoreOfProtectedPagesRefusesPutsAndServesReads) {
+  RocksdbPageStoreOptions options = Options();
+  options.capacity_bytes = 8 * kMiB;
+  options.clock = Clock::Real();
+  options.put_wait = absl::Milliseconds(500);
+  Open(options);
+  std::vector<TestPage> pages;
+  absl::Status refused;
+  for (uint64_t i = 0; i < 100 && refused.ok(); ++i) {
+    const TestPage page = MakeTestPage(i, 128 * kKiB);
+    refused = Put(page).status;
+    if (!refused.ok()) break;
+    ASSERT_TRUE(Save(absl::StrCat("m", i), {page})->committed);
+    pages.push_back(page);
+  }
+  EXPECT_EQ(refused.code(), absl::StatusCode::kResourceExhausted) << refused;
+  EXPECT_EQ(GetReason(refused), "STORE_FULL");
+  EXPECT_TRUE(GetRetryDelay(refused).has_value());
+  EXPECT_EQ(Stats().state, "full");
+  EXPECT_GT(pages.size(), 30u);
+  for (const TestPage& page : pages) EXPECT_EQ(Get(page), GetOutcome::kHit);
+  for (size_t i = 0; i < 20; ++i) {
+    ASSERT_TRUE(store_->DeleteManifest(absl::StrCat("m", i), 1, std::nullopt, kForEver).ok());
+  }
+  EXPECT_TRUE(Put(MakeTestPage(1000, 128 * kKiB)).status.ok()) << "room was made";
+  EXPECT_EQ(Stats().state, "serving");
+}
+
+TEST_F(RocksdbPageStoreTest, CompactGivesBackDeadBytes) {
+  Open();
+  std::vector<TestPage> pages;
+  std::vector<PageKey> gone;
+  for (uint64_t i = 0; i < 64; ++i) {
+    pages.push_back(MakeTestPage(i, 128 * kKiB));
+    ASSERT_TRUE(Put(pages.back()).status.ok());
+    if (i % 2 == 0) gone.push_back(pages.back().meta.key);
+  }
+  ASSERT_EQ(*store_->DeletePages(gone, kForEver), 32u);
+  const auto reclaimed = store_->Compact(kForEver);
+  ASSERT_TRUE(reclaimed.ok()) << reclaimed.status();
+  EXPECT_GE(*reclaimed, 3 * kMiB);
+  for (uint64_t i = 0; i < 64; ++i) {
+    EXPECT_EQ(Get(pages[i]), i % 2 == 0 ? GetOutcome::kMiss : GetOutcome::kHit);
+  }
+  Open();
+  for (uint64_t i = 1; i < 64; i += 2) EXPECT_EQ(Get(pages[i]), GetOutcome::kHit);
+}
+
+TEST_F(RocksdbPageStoreTest, APowerCutDuringReclaimLosesNothingProtected) {
+  RocksdbPageStoreOptions options = Options();
+  options.capacity_bytes = 8 * kMiB;
+  options.clock = Clock::Real();
+  std::vector<TestPage> pinned;
+  for (uint64_t round = 0; round < 10; ++round) {
+    Open(options);
+    EXPECT_EQ(store_->recovery().lost_manifest_pages, 0u) << "round " << round;
+    for (uint64_t i = 0; i < 60; ++i) {
+      const TestPage page = MakeTestPage(round * 1000 + i, 128 * kKiB);
+      if (!Put(page).status.ok()) break;
+      if (i % 30 == 0) {
+        const auto saved = Save(absl::StrCat("m", round, ".", i), {page});
+        ASSERT_TRUE(saved.ok() && saved->committed) << saved.status();
+        pinned.push_back(page);
+      }
+    }
+    disk_.CutPower();
+    store_.reset();
+    disk_.DropUnsynced(round);
+  }
+  Open(options);
+  EXPECT_GE(pinned.size(), 15u);
+  for (const TestPage& page : pinned) EXPECT_EQ(Get(page), GetOutcome::kHit);
+}
+
+// ---- failing disks -----------------------------------------------------------------------------
+
+TEST_F(RocksdbPageStoreTest, AFailedFsyncIsNeverFollowedByAnAcknowledgement) {
+  Open();
+  const TestPage before = MakeTestPage(1), during = MakeTestPage(2), after = MakeTestPage(3);
+  ASSERT_TRUE(Put(before).status.ok());
+  disk_.set_fail_syncs(true);
+  const absl::Status failed = Put(during).status;
+  EXPECT_EQ(failed.code(), absl::StatusCode::kUnavailable);
+  EXPECT_EQ(GetReason(failed), "STORE_FAILED");
+  disk_.set_fail_syncs(false);  // the disk seems well again: the lost pages are not
+  EXPECT_EQ(GetReason(Put(after).status), "STORE_FAILED");
+  EXPECT_EQ(GetReason(Put(after, Durability::kCache).status), "STORE_FAILED");
+  EXPECT_EQ(GetReason(Save("s", {before}).status()), "STORE_FAILED");
+  EXPECT_EQ(GetReason(store_->CompareAndSetRecord("k", "k", 0, "v", kForEver).status()),
+            "STORE_FAILED");
+  EXPECT_EQ(GetReason(store_->AcquireLease("l", 1, absl::Seconds(1), kForEver).status()),
+            "STORE_FAILED");
+  EXPECT_EQ(GetReason(store_->Barrier(Durability::kLocal, kForEver)), "STORE_FAILED");
+  EXPECT_EQ(Stats().state, "failed");
+  EXPECT_EQ(Get(before), GetOutcome::kHit) << "reads go on";
+  Open();
+  EXPECT_EQ(Get(before), GetOutcome::kHit);
+  EXPECT_TRUE(Put(after).status.ok());
+}
+
+TEST_F(RocksdbPageStoreTest, AFullDiskRefusesPutsServesReadsAndRecovers) {
+  Open();
+  const TestPage before = MakeTestPage(1), more = MakeTestPage(2);
+  ASSERT_TRUE(Put(before).status.ok());
+  disk_.set_free_bytes(kMiB);  // below the guard: nothing is even tried
+  const absl::Status guarded = Put(more).status;
+  EXPECT_EQ(guarded.code(), absl::StatusCode::kResourceExhausted) << guarded;
+  EXPECT_EQ(GetReason(guarded), "STORE_FULL");
+  EXPECT_EQ(Stats().state, "full");
+  EXPECT_EQ(Get(before), GetOutcome::kHit);
+  EXPECT_TRUE(Save("s", {before})->committed) << "small records still fit";
+  disk_.set_free_bytes(0);
+  disk_.set_full(true);  // the guard saw room, the write did not
+  EXPECT_EQ(Put(more).status.code(), absl::StatusCode::kResourceExhausted);
+  EXPECT_EQ(Get(more), GetOutcome::kMiss);
+  disk_.set_full(false);
+  EXPECT_TRUE(Put(more).status.ok());
+  EXPECT_EQ(Get(more), GetOutcome::kHit);
+  EXPECT_EQ(Stats().state, "serving");
+}
+
+TEST_F(RocksdbPageStoreTest, LocalIsFsyncedAndTheWeakerLevelsAreNot) {
+  Open();
+  const uint64_t start = disk_.num_syncs();
+  ASSERT_TRUE(Put(MakeTestPage(1), Durability::kCache).status.ok());
+  ASSERT_TRUE(Put(MakeTestPage(2), Durability::kProcess).status.ok());
+  EXPECT_EQ(disk_.num_syncs(), start);
+  ASSERT_TRUE(Put(MakeTestPage(3), Durability::kLocal).status.ok());
+  const uint64_t one = disk_.num_syncs() - start;
+  EXPECT_GE(one, 2u) << "the body, then the index";
+  // A page that is there already, but not yet durable, is made so before it is acknowledged.
+  ASSERT_TRUE(Put(MakeTestPage(4), Durability::kProcess).status.ok());
+  const uint64_t before = disk_.num_syncs();
+  const PutPageResult again = Put(MakeTestPage(4), Durability::kLocal);
+  EXPECT_TRUE(again.already_present);
+  EXPECT_GT(disk_.num_syncs(), before);
+}
+
+TEST_F(RocksdbPageStoreTest, BarriersAreGrouped) {
+  Open();
+  constexpr int kThreads = 8, kPuts = 20;
+  const uint64_t start = disk_.num_syncs();
+  std::vector<std::thread> threads;
+  for (int t = 0; t < kThreads; ++t) {
+    threads.emplace_back([&, t] {
+      for (int i = 0; i < kPuts; ++i) {
+        EXPECT_TRUE(Put(MakeTestPage(static_cast<uint64_t>(t) * 1000 + i)).status.ok());
+      }
+    });
+  }
+  for (std::thread& thread : threads) thread.join();
+  EXPECT_LT(disk_.num_syncs() - start, uint64_t{2} * kThreads * kPuts)
+      << "fewer than two syncs a put: waiters share them";
+}
+
+TEST_F(RocksdbPageStoreTest, ReadsDoNotWaitForAWriterOfTheSameStore) {
+  Open();
+  const TestPage page = MakeTestPage(1, 2 * kMiB);
+  ASSERT_TRUE(Put(page).status.ok());
+  std::atomic<bool> stop{false};
+  std::thread writer([&] {
+    for (uint64_t i = 10; !stop; ++i) Put(MakeTestPage(i, 64 * kKiB));
+  });
+  std::vector<std::thread> readers;
+  for (int r = 0; r < 4; ++r) {
+    readers.emplace_back([&] {
+      for (int i = 0; i < 50; ++i) EXPECT_EQ(Get(page), GetOutcome::kHit);
+    });
+  }
+  for (std::thread& reader : readers) reader.join();
+  stop = true;
+  writer.join();
+  EXPECT_EQ(Stats().pages_got, 200u);
+}
+
+TEST_F(RocksdbPageStoreTest, NamesTheFieldOfABadOption) {
+  RocksdbPageStoreOptions options = Options();
+  options.capacity_bytes = kMiB;
+  const auto store = RocksdbPageStore::Open(options);
+  EXPECT_EQ(store.status().code(), absl::StatusCode::kInvalidArgument);
+  EXPECT_THAT(std::string(store.status().message()),
+              ::testing::HasSubstr("capacity_bytes is 1048576"));
+  options.dir.clear();
+  EXPECT_FALSE(RocksdbPageStore::Open(options).ok());
+}
+
+}  // namespace
+}  // namespace pagetide
