@@ -2,6 +2,9 @@
 //
 // Prints "pagetide-worker ready grpc=ADDRESS metrics=ADDRESS" on stdout once it serves. SIGTERM or
 // SIGINT drains and ends it with exit code 0; a second one ends it at once.
+#include <signal.h>
+#include <unistd.h>
+
 #include <CLI/CLI.hpp>
 #include <cstdio>
 #include <memory>
@@ -28,7 +31,9 @@ absl::Status Run(const std::string& config_path, const config::WorkerConfig& fla
   config::WorkerConfig file;
   if (!config_path.empty()) PT_RETURN_IF_ERROR(ReadTextConfig(config_path, &file));
   const config::WorkerConfig config = MergeWorkerConfig(file, flags);
-  PT_ASSIGN_OR_RETURN(const WorkerRole::Options options, WorkerOptionsFromConfig(config));
+  PT_ASSIGN_OR_RETURN(WorkerRole::Options options, WorkerOptionsFromConfig(config));
+  // A router that drains this worker ends it the way an operator does.
+  options.on_drain_asked = [] { kill(getpid(), SIGTERM); };
   PT_ASSIGN_OR_RETURN(const WorkerStore store, OpenWorkerStore(config));
   PT_ASSIGN_OR_RETURN(const std::unique_ptr<WorkerRole> role,
                       WorkerRole::Start(options, store.get(), Clock::Real()));

@@ -1,18 +1,27 @@
 #include "services/worker_role.h"
 
 #include <sys/random.h>
+#include <unistd.h>
 
+#include <algorithm>
+#include <atomic>
+#include <fstream>
 #include <utility>
+#include <vector>
 
 #include "absl/strings/str_cat.h"
 #include "base/executor.h"
 #include "base/log.h"
 #include "base/status_macros.h"
+#include "core/residency_digest.h"
+#include "rpc/channel.h"
 #include "rpc/metrics.h"
 #include "rpc/model_codec.h"
 #include "worker/cpu_device.h"
 #include "worker/prefix_service.h"
+#include "worker/report_journal.h"
 #include "worker/request_memos.h"
+#include "worker/router_link.h"
 #include "worker/sequence_edit_service.h"
 #include "worker/sequence_service.h"
 #include "worker/store_lease.h"
@@ -28,12 +37,56 @@ uint64_t RandomIncarnation() {
   return number;
 }
 
+namespace {
+
+// Equal for processes of one running machine: its name and the id of this boot.
+std::string HostName() {
+  char name[256] = {};
+  gethostname(name, sizeof(name) - 1);
+  std::string boot;
+  std::ifstream("/proc/sys/kernel/random/boot_id") >> boot;
+  return absl::StrCat(name, "/", boot);
+}
+
+v1::LoadReport MakeLoadReport(const Worker& worker, bool is_draining, bool has_store) {
+  v1::LoadReport report;
+  for (ModelHost* host : worker.Hosts()) {
+    const HostLoad load = host->Load();
+    report.set_free_frames(report.free_frames() + load.free_frames);
+    report.set_evictable_frames(report.evictable_frames() + load.evictable_frames);
+    report.set_total_frames(report.total_frames() + load.total_frames);
+    report.set_open_sequences(report.open_sequences() + load.open_sequences);
+    report.set_running_calls(report.running_calls() + load.running_calls);
+    report.set_queued_prefill_tokens(report.queued_prefill_tokens() + load.queued_prefill_tokens);
+    // The hosts share one processor and one store: the best that was measured is what it can do.
+    report.set_prefill_tokens_per_second(
+        std::max(report.prefill_tokens_per_second(), load.prefill_tokens_per_second));
+    report.set_store_bytes_per_second(
+        std::max(report.store_bytes_per_second(), load.store_bytes_per_second));
+    report.add_model_digests(host->model().digest().ToHex());
+  }
+  report.set_draining(is_draining);
+  report.set_loads_models_on_demand(has_store);
+  return report;
+}
+
+void Journal(const std::vector<ResidencyChange>& changes, ReportJournal* journal) {
+  for (const ResidencyChange& change : changes) {
+    journal->OnResidencyChange(PrefixHint::Of(change.prefix), change.group, change.tier,
+                               change.removed, change.page_bytes);
+  }
+}
+
+}  // namespace
+
 // Members are destroyed in reverse order: first what calls, last what is called.
 struct WorkerRole::Parts {
   std::string metrics_host;
   std::string advertise;
   CpuDevice device;
   std::shared_ptr<PrometheusMetrics> metrics = std::make_shared<PrometheusMetrics>();
+  ReportJournal journal;
+  std::atomic<bool> is_draining{false};  // set once; read by the links' heartbeats
   std::unique_ptr<ThreadPoolExecutor> io;
   std::unique_ptr<Worker> worker;
   std::unique_ptr<StoreLeaseKeeper> store_lease;
@@ -44,6 +97,7 @@ struct WorkerRole::Parts {
   std::unique_ptr<SequenceEditServiceImpl> sequence_edit_service;
   std::unique_ptr<WorkerAdminService> admin_service;
   std::unique_ptr<RpcServer> server;
+  std::vector<std::unique_ptr<RouterLink>> links;
 };
 
 absl::StatusOr<std::unique_ptr<WorkerRole>> WorkerRole::Start(Options options, PageStore* store,
@@ -95,6 +149,22 @@ absl::StatusOr<std::unique_ptr<WorkerRole>> WorkerRole::Start(Options options, P
       options.advertise.empty() ? parts->server->addresses().front() : options.advertise;
   const std::string& metrics_listen = options.server.metrics_address;
   parts->metrics_host = metrics_listen.substr(0, metrics_listen.rfind(':'));
+  for (const std::string& router : options.routers) {
+    RouterLink::Options link;
+    link.router_address = router;
+    link.hello.set_worker_id(worker->id());
+    link.hello.set_incarnation(worker->incarnation());
+    link.hello.set_address(parts->advertise);
+    link.hello.set_local_socket(options.local_plane.socket_path);
+    link.hello.set_role("worker");
+    link.hello.set_host(HostName());
+    parts->links.push_back(std::make_unique<RouterLink>(
+        std::move(link), MakeChannel(router), journal,
+        [worker, has_store = store != nullptr, draining = &parts->is_draining] {
+          return MakeLoadReport(*worker, draining->load(), has_store);
+        },
+        options.on_drain_asked));
+  }
   LogInfo("worker", "worker ", worker->id(), " serves at ", parts->advertise, ", incarnation ",
           absl::Hex(worker->incarnation(), absl::kZeroPad16));
   return std::unique_ptr<WorkerRole>(new WorkerRole(std::move(parts)));
@@ -104,6 +174,7 @@ WorkerRole::WorkerRole(std::unique_ptr<Parts> parts) : parts_(std::move(parts)) 
 
 WorkerRole::~WorkerRole() {
   Drain(absl::ZeroDuration());
+  parts_->links.clear();
   parts_->server.reset();
   parts_->local_plane.reset();
   parts_->sequence_service.reset();

@@ -6,6 +6,7 @@
 #ifndef PAGETIDE_SERVICES_WORKER_ROLE_H_
 #define PAGETIDE_SERVICES_WORKER_ROLE_H_
 
+#include <functional>
 #include <memory>
 #include <string>
 #include <vector>
@@ -29,7 +30,10 @@ class WorkerRole {
     std::string advertise;
     // No local data plane when local_plane.socket_path is empty.
     LocalPlane::Options local_plane;
+    // Addresses of routers to attach to.
     std::vector<std::string> routers;
+    // A router asks this worker to drain and end; from a thread of the link. May be null.
+    std::function<void()> on_drain_asked;
     // Threads that spill and restore, and how many such tasks may wait.
     int io_threads = 4;
     size_t io_queue = 4096;
@@ -53,6 +57,8 @@ class WorkerRole {
   // "host:port" of /metrics; empty when there is none.
   std::string metrics_address() const;
   Worker& worker();
+  // Routers that have welcomed this worker and have not lost it since.
+  size_t num_attached_routers() const;
 
  private:
   struct Parts;

@@ -16,6 +16,7 @@ grpc::Status SequenceEditServiceImpl::Rewind(grpc::ServerContext* context,
     PT_ASSIGN_OR_RETURN(const HandleTarget target, FindSequence(*worker_, request->sequence()));
     PT_ASSIGN_OR_RETURN(const RewindResult result,
                         target.host->Rewind(call.tenant, target.handle, request->length()));
+    worker_->NoteSequence(*target.host, result.info);
     v1::RewindResponse answer;
     *answer.mutable_state() = StateToProto(*worker_, *target.host, result.info);
     answer.set_removed_tokens(result.removed_tokens);

@@ -114,6 +114,7 @@ grpc::Status SequenceServiceImpl::OpenSequence(grpc::ServerContext* context,
                                 .no_reuse = request->no_reuse()};
     PT_ASSIGN_OR_RETURN(const OpenResult result,
                         host->Open(call.tenant, TokensOf(request->tokens()), inputs, options));
+    worker_->NoteSequence(*host, result.info);
     v1::OpenSequenceResponse answer;
     *answer.mutable_state() = StateToProto(*worker_, *host, result.info);
     *answer.mutable_reuse() = ReuseToProto(result.reuse);
@@ -226,6 +227,7 @@ absl::StatusOr<v1::AppendTokensResponse> SequenceServiceImpl::Append(const CallC
     }
     return result.status();
   }
+  worker_->NoteSequence(*host, result->info);
   v1::AppendTokensResponse response;
   *response.mutable_state() = StateToProto(*worker_, *host, result->info);
   response.set_appended_tokens(result->appended_tokens);
@@ -462,6 +464,7 @@ absl::StatusOr<v1::CommitStepResponse::Result> SequenceServiceImpl::CommitItem(
   PT_ASSIGN_OR_RETURN(const CommitResult commit,
                       target.host->Commit(call.tenant, target.handle, item.reservation_id(),
                                           TokensOf(item.tokens())));
+  worker_->NoteSequence(*target.host, commit.info);
   if (local_plane_ != nullptr) local_plane_->Release(item.reservation_id());
   v1::CommitStepResponse::Result result;
   result.set_sequence_id(item.sequence().sequence_id());
@@ -616,6 +619,7 @@ grpc::Status SequenceServiceImpl::ForkSequence(grpc::ServerContext* context,
     if (request->has_length()) length = request->length();
     PT_ASSIGN_OR_RETURN(const ForkResult result,
                         target.host->Fork(call.tenant, target.handle, length, call.deadline));
+    worker_->NoteSequence(*target.host, result.info);
     v1::ForkSequenceResponse answer;
     *answer.mutable_state() = StateToProto(*worker_, *target.host, result.info);
     answer.set_shared_pages(result.shared_pages);
@@ -734,6 +738,7 @@ grpc::Status SequenceServiceImpl::CloseSequence(grpc::ServerContext* context,
     PT_RETURN_IF_ERROR(target.status());
     PT_RETURN_IF_ERROR(target->host->Close(call.tenant, target->id, request->epoch()));
     memos_->ForgetSequence(request->sequence_id());
+    worker_->NoteClosed(target->id);
     return absl::OkStatus();
   };
   return ToGrpcStatus(close());

@@ -185,17 +185,12 @@ absl::StatusOr<ModelHost*> Worker::MakeHost(absl::StatusOr<Model> model, const D
     return ModelHost::Create(options, std::make_shared<const Model>(*std::move(model)),
                              ports_.device, ports_.store, ports_.io, ports_.clock);
   }();
-  std::function<void(ModelHost&)> listener;
-  {
-    MutexLock lock(&mu_);
-    listener = host_listener_;
-  }
   uint64_t used = 0;
   if (host.ok()) {
     // What the frames do not need goes back: a budget is rarely a whole number of pages.
     for (const PoolUsage& usage : (*host)->Usage()) used += usage.num_frames * usage.page_bytes;
     used = std::min(used, budget);
-    if (listener) listener(**host);
+    if (ports_.on_host) ports_.on_host(**host);
   }
   ModelHost* made = nullptr;
   {
@@ -231,9 +226,12 @@ std::vector<ModelHost*> Worker::Hosts() const {
   return hosts;
 }
 
-void Worker::SetHostListener(std::function<void(ModelHost&)> listener) {
-  MutexLock lock(&mu_);
-  host_listener_ = std::move(listener);
+void Worker::NoteSequence(const ModelHost& host, const SequenceInfo& info) const {
+  if (ports_.on_sequence) ports_.on_sequence(host, info);
+}
+
+void Worker::NoteClosed(SequenceId id) const {
+  if (ports_.on_sequence_closed) ports_.on_sequence_closed(id);
 }
 
 Tenant Worker::TenantNamed(absl::string_view name) const {

@@ -65,6 +65,10 @@ class Worker {
     Metrics* metrics = nullptr;
     // Makes a model of the store's record (serialized by whoever registered it).
     std::function<absl::StatusOr<Model>(absl::string_view record)> parse_model;
+    // Observers; may be null. Called without locks, from the thread that caused the change.
+    std::function<void(ModelHost&)> on_host;  // once a host, before its first use
+    std::function<void(const ModelHost&, const SequenceInfo&)> on_sequence;  // opened or changed
+    std::function<void(SequenceId)> on_sequence_closed;
   };
 
   static absl::StatusOr<std::unique_ptr<Worker>> Create(Options options, Ports ports);
@@ -89,9 +93,9 @@ class Worker {
   absl::StatusOr<ModelHost*> HostOfSequence(SequenceId id) const;
   std::vector<ModelHost*> Hosts() const;
 
-  // Called once for each host, before its first use, from the thread that made it: to listen to its
-  // residency. Set before the first model.
-  void SetHostListener(std::function<void(ModelHost&)> listener);
+  // The services tell what they did to a sequence, for those who report it to routers.
+  void NoteSequence(const ModelHost& host, const SequenceInfo& info) const;
+  void NoteClosed(SequenceId id) const;
 
   Tenant TenantNamed(absl::string_view name) const;
   const std::string& id() const { return options_.id; }
@@ -124,7 +128,6 @@ class Worker {
   std::map<Digest, std::unique_ptr<ModelHost>> hosts_ ABSL_GUARDED_BY(mu_);
   std::set<Digest> in_making_ ABSL_GUARDED_BY(mu_);
   uint64_t free_bytes_ ABSL_GUARDED_BY(mu_);
-  std::function<void(ModelHost&)> host_listener_ ABSL_GUARDED_BY(mu_);
   bool stopping_ ABSL_GUARDED_BY(mu_) = false;
 };
 

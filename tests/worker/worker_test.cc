@@ -50,7 +50,8 @@ class WorkerTest : public ::testing::Test {
                                            .io = &io_,
                                            .clock = Clock::Real(),
                                            .metrics = &metrics_,
-                                           .parse_model = ParseName});
+                                           .parse_model = ParseName,
+                                           .on_host = [this](ModelHost&) { ++hosts_made_; }});
     EXPECT_TRUE(worker.ok()) << worker.status();
     return *std::move(worker);
   }
@@ -65,12 +66,11 @@ class WorkerTest : public ::testing::Test {
   MemoryPageStore store_;
   ThreadPoolExecutor io_{{.name = "io"}};
   InMemoryMetrics metrics_;
+  std::atomic<int> hosts_made_{0};  // a count, read after the joins
 };
 
 TEST_F(WorkerTest, LoadsARegisteredModelOnceThoughManyAsk) {
   auto worker = Make(64 * kPageBytes, 0);
-  std::atomic<int> made{0};  // relaxed: a count, read after the joins
-  worker->SetHostListener([&](ModelHost&) { ++made; });
   const std::string digest = Register("a");
   std::vector<std::thread> threads;
   std::vector<ModelHost*> hosts(8);
@@ -78,7 +78,7 @@ TEST_F(WorkerTest, LoadsARegisteredModelOnceThoughManyAsk) {
     threads.emplace_back([&, i] { hosts[i] = worker->HostOfModel(digest, Soon()).value(); });
   }
   for (std::thread& thread : threads) thread.join();
-  EXPECT_EQ(made, 1);
+  EXPECT_EQ(hosts_made_, 1);
   for (ModelHost* host : hosts) EXPECT_EQ(host, hosts[0]);
   EXPECT_EQ(worker->FindHost(digest), hosts[0]);
 }
