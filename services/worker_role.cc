@@ -111,13 +111,23 @@ absl::StatusOr<std::unique_ptr<WorkerRole>> WorkerRole::Start(Options options, P
   parts->io = std::make_unique<ThreadPoolExecutor>(ThreadPoolExecutor::Options{
       .name = "worker-io", .num_threads = options.io_threads, .max_queue = options.io_queue});
   const std::string worker_id = options.worker.id;
-  PT_ASSIGN_OR_RETURN(parts->worker,
-                      Worker::Create(std::move(options.worker), {.device = &parts->device,
-                                                                 .store = store,
-                                                                 .io = parts->io.get(),
-                                                                 .clock = clock,
-                                                                 .metrics = parts->metrics.get(),
-                                                                 .parse_model = ParseModelSpec}));
+  ReportJournal* const journal = &parts->journal;
+  Worker::Ports ports{.device = &parts->device,
+                      .store = store,
+                      .io = parts->io.get(),
+                      .clock = clock,
+                      .metrics = parts->metrics.get(),
+                      .parse_model = ParseModelSpec};
+  ports.on_host = [journal](ModelHost& host) {
+    host.SetResidencyListener(
+        [journal](const std::vector<ResidencyChange>& changes) { Journal(changes, journal); });
+    Journal(host.ResidencySnapshot(), journal);
+  };
+  ports.on_sequence = [journal](const ModelHost& host, const SequenceInfo& info) {
+    journal->OnSequence(info.id, host.model().digest().ToHex(), info.length);
+  };
+  ports.on_sequence_closed = [journal](SequenceId id) { journal->OnSequenceClosed(id); };
+  PT_ASSIGN_OR_RETURN(parts->worker, Worker::Create(std::move(options.worker), std::move(ports)));
   Worker* const worker = parts->worker.get();
   if (!options.local_plane.socket_path.empty()) {
     PT_ASSIGN_OR_RETURN(parts->local_plane, LocalPlane::Create(options.local_plane, worker));
@@ -182,7 +192,15 @@ WorkerRole::~WorkerRole() {
 }
 
 void WorkerRole::Drain(absl::Duration timeout) {
+  parts_->is_draining = true;
+  parts_->journal.Wake();
   parts_->server->Drain(timeout);
+}
+
+size_t WorkerRole::num_attached_routers() const {
+  return static_cast<size_t>(
+      std::count_if(parts_->links.begin(), parts_->links.end(),
+                    [](const std::unique_ptr<RouterLink>& link) { return link->is_attached(); }));
 }
 
 std::string WorkerRole::address() const {

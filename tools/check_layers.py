@@ -43,9 +43,11 @@ SUBFOLDERS = [
                       "kvstore/retrying_page_store.*"]),
     ("worker-wire", ["worker/*_service.*", "worker/service_support.*", "worker/row_wire.*",
                      "worker/lent_frames.*", "worker/local_plane.*", "worker/router_link.*"]),
+    # What every program's services share; lower than the rest of services/.
+    ("services-common", ["services/admin_common.*", "services/tenant.*"]),
 ]
 BELOW_SERVICES = {"base", "core", "kernels", "decoder", "kvstore", "rpc", "worker",
-                  "kvstore-wire", "worker-wire"}
+                  "kvstore-wire", "worker-wire", "services-common"}
 
 # (files or subfolder, what they may include of the project, what they may include of others). The first row whose
 # pattern matches a file decides. "std" and "absl" are allowed everywhere; "posix" means C headers.
@@ -64,7 +66,10 @@ RULES = [
     ("rpc/*", {"base", "core", "rpc"}, {"posix", "grpc", "protobuf", "proto", "prometheus"}),
     ("worker/cuda_*", {"base", "core", "kernels", "worker"}, {"posix", "cuda"}),
     ("worker/nccl_*", {"base", "core", "kernels", "worker"}, {"posix", "cuda"}),
-    ("worker-wire", {"base", "core", "kernels", "kvstore", "rpc", "worker", "worker-wire"},
+    ("services-common", {"base", "core", "rpc", "services-common"},
+     {"posix", "grpc", "protobuf", "proto"}),
+    ("worker-wire", {"base", "core", "kernels", "kvstore", "rpc", "worker", "worker-wire",
+                     "services-common"},
      {"posix", "grpc", "protobuf", "proto"}),
     ("worker/*", {"base", "core", "kernels", "worker"}, {"posix", "simd"}),
     ("services/*_main.cc", BELOW_SERVICES | {"services"},

@@ -9,14 +9,9 @@
 
 #include "absl/strings/str_cat.h"
 #include "base/status_macros.h"
+#include "services/tenant.h"
 
 namespace pagetide {
-namespace {
-
-// The tenant of calls that carry no authenticated identity.
-constexpr char kDefaultTenant[] = "default";
-
-}  // namespace
 
 CallContext MakeCallContext(const grpc::ServerContextBase& context, const Worker& worker) {
   const std::chrono::system_clock::time_point end = context.deadline();
@@ -27,7 +22,7 @@ CallContext MakeCallContext(const grpc::ServerContextBase& context, const Worker
     if (left > absl::Hours(24 * 365)) left = kDefaultCallTime;
   }
   left = std::clamp(left, absl::ZeroDuration(), kMaxCallTime);
-  return CallContext{worker.TenantNamed(kDefaultTenant), worker.clock().MonotonicNow() + left};
+  return CallContext{worker.TenantNamed(TenantOf(context)), worker.clock().MonotonicNow() + left};
 }
 
 absl::StatusOr<SequenceTarget> FindSequence(const Worker& worker, absl::string_view sequence_id) {

@@ -3,20 +3,12 @@
 #include <unistd.h>
 
 #include <cstdio>
+#include <utility>
 
 #include "absl/strings/str_cat.h"
 #include "base/error_info.h"
-#include "base/log.h"
 #include "base/status_macros.h"
 #include "rpc/status_mapping.h"
-#include "worker/service_support.h"
-
-#ifndef PAGETIDE_VERSION
-#define PAGETIDE_VERSION "unknown"
-#endif
-#ifndef PAGETIDE_REVISION
-#define PAGETIDE_REVISION "unknown"
-#endif
 
 namespace pagetide {
 namespace {
@@ -32,7 +24,63 @@ uint64_t ResidentSetBytes() {
   return fields == 2 ? resident * static_cast<uint64_t>(sysconf(_SC_PAGESIZE)) : 0;
 }
 
+std::vector<std::string> Capabilities(const LocalPlane* local_plane) {
+  std::vector<std::string> capabilities = {"attend", "fork", "rewind"};
+  if (local_plane != nullptr) capabilities.push_back("local_plane");
+  return capabilities;
+}
+
 }  // namespace
+
+WorkerAdminService::WorkerAdminService(Worker* worker, const LocalPlane* local_plane)
+    : AdminServiceCommon("worker", Capabilities(local_plane), &worker->metrics()),
+      worker_(worker),
+      local_plane_(local_plane),
+      executor_({.name = "admin", .num_threads = 1, .max_queue = 64}) {}
+
+grpc::ServerUnaryReactor* WorkerAdminService::Run(grpc::CallbackServerContext* context,
+                                                  std::function<absl::Status()> call) {
+  grpc::ServerUnaryReactor* const reactor = context->DefaultReactor();
+  const absl::Status scheduled = executor_.Schedule(
+      [reactor, call = std::move(call)] { reactor->Finish(ToGrpcStatus(call())); });
+  if (!scheduled.ok()) reactor->Finish(ToGrpcStatus(scheduled));
+  return reactor;
+}
+
+grpc::ServerUnaryReactor* WorkerAdminService::GetMemoryBreakdown(
+    grpc::CallbackServerContext* context, const v1::GetMemoryBreakdownRequest*,
+    v1::GetMemoryBreakdownResponse* response) {
+  return Run(context, [this, response] {
+    Breakdown(response);
+    return absl::OkStatus();
+  });
+}
+
+grpc::ServerUnaryReactor* WorkerAdminService::DumpFrames(grpc::CallbackServerContext* context,
+                                                         const v1::DumpFramesRequest* request,
+                                                         v1::DumpFramesResponse* response) {
+  return Run(context, [this, request, response] { return Dump(*request, response); });
+}
+
+grpc::ServerUnaryReactor* WorkerAdminService::EvictPages(grpc::CallbackServerContext* context,
+                                                         const v1::EvictPagesRequest* request,
+                                                         v1::EvictPagesResponse* response) {
+  return Run(context, [this, call = MakeCallContext(*context, *worker_), request, response] {
+    return Evict(call, *request, response);
+  });
+}
+
+grpc::ServerUnaryReactor* WorkerAdminService::ClearCache(grpc::CallbackServerContext* context,
+                                                         const v1::ClearCacheRequest* request,
+                                                         v1::ClearCacheResponse* response) {
+  return Run(context, [this, request, response]() -> absl::Status {
+    PT_ASSIGN_OR_RETURN(const std::vector<ModelHost*> hosts, HostsOf(request->model_digest()));
+    uint64_t dropped = 0;
+    for (ModelHost* host : hosts) dropped += host->ClearCache();
+    response->set_dropped_pages(dropped);
+    return absl::OkStatus();
+  });
+}
 
 absl::StatusOr<std::vector<ModelHost*>> WorkerAdminService::HostsOf(
     const std::string& model_digest) const {
@@ -44,33 +92,7 @@ absl::StatusOr<std::vector<ModelHost*>> WorkerAdminService::HostsOf(
       "MODEL_NOT_FOUND");
 }
 
-grpc::Status WorkerAdminService::GetBuildInfo(grpc::ServerContext*, const v1::GetBuildInfoRequest*,
-                                              v1::GetBuildInfoResponse* response) {
-  response->set_version(PAGETIDE_VERSION);
-  response->set_revision(PAGETIDE_REVISION);
-#ifdef NDEBUG
-  response->set_build_type("optimized");
-#else
-  response->set_build_type("debug");
-#endif
-  response->set_compiler(__VERSION__);
-  return grpc::Status::OK;
-}
-
-grpc::Status WorkerAdminService::GetCapabilities(grpc::ServerContext*,
-                                                 const v1::GetCapabilitiesRequest*,
-                                                 v1::GetCapabilitiesResponse* response) {
-  response->set_role("worker");
-  response->add_capabilities("attend");
-  response->add_capabilities("fork");
-  response->add_capabilities("rewind");
-  if (local_plane_ != nullptr) response->add_capabilities("local_plane");
-  return grpc::Status::OK;
-}
-
-grpc::Status WorkerAdminService::GetMemoryBreakdown(grpc::ServerContext*,
-                                                    const v1::GetMemoryBreakdownRequest*,
-                                                    v1::GetMemoryBreakdownResponse* response) {
+void WorkerAdminService::Breakdown(v1::GetMemoryBreakdownResponse* response) const {
   for (ModelHost* host : worker_->Hosts()) {
     for (const PoolUsage& usage : host->Usage()) {
       v1::GetMemoryBreakdownResponse::Pool* pool = response->add_pools();
@@ -90,82 +112,47 @@ grpc::Status WorkerAdminService::GetMemoryBreakdown(grpc::ServerContext*,
     response->set_staging_high_water_bytes(local_plane_->staging_high_water_bytes());
   }
   response->set_resident_set_bytes(ResidentSetBytes());
-  return grpc::Status::OK;
 }
 
-grpc::Status WorkerAdminService::GetStats(grpc::ServerContext*, const v1::GetStatsRequest*,
-                                          v1::GetStatsResponse* response) {
-  for (const MetricSample& sample : worker_->metrics().Snapshot()) {
-    (*response->mutable_values())[FormatMetricName(sample.name, sample.labels)] = sample.value;
+absl::Status WorkerAdminService::Dump(const v1::DumpFramesRequest& request,
+                                      v1::DumpFramesResponse* response) const {
+  if (request.model_digest().empty()) {
+    return absl::InvalidArgumentError("model_digest is empty, must name one model");
   }
-  return grpc::Status::OK;
+  PT_ASSIGN_OR_RETURN(const std::vector<ModelHost*> hosts, HostsOf(request.model_digest()));
+  const uint32_t num_groups = hosts[0]->model().geometry().num_groups();
+  if (request.group() >= num_groups) {
+    return absl::InvalidArgumentError(
+        absl::StrCat("group is ", request.group(), ", the model has ", num_groups));
+  }
+  for (const FrameEntry& entry : hosts[0]->DumpFrames(request.group())) {
+    v1::DumpFramesResponse::Frame* frame = response->add_frames();
+    frame->set_frame(entry.frame.value());
+    frame->set_state(entry.state);
+    frame->set_page_id(entry.page.value());
+    frame->set_rows(entry.rows);
+    frame->set_references(entry.references);
+    frame->set_pins(entry.pins);
+    if (entry.key.has_value()) frame->set_page_key(entry.key->digest.ToBytes());
+    frame->set_stored(entry.is_stored);
+  }
+  return absl::OkStatus();
 }
 
-grpc::Status WorkerAdminService::DumpFrames(grpc::ServerContext*,
-                                            const v1::DumpFramesRequest* request,
-                                            v1::DumpFramesResponse* response) {
-  const auto dump = [&]() -> absl::Status {
-    if (request->model_digest().empty()) {
-      return absl::InvalidArgumentError("model_digest is empty, must name one model");
-    }
-    PT_ASSIGN_OR_RETURN(const std::vector<ModelHost*> hosts, HostsOf(request->model_digest()));
-    const uint32_t num_groups = hosts[0]->model().geometry().num_groups();
-    if (request->group() >= num_groups) {
-      return absl::InvalidArgumentError(
-          absl::StrCat("group is ", request->group(), ", the model has ", num_groups));
-    }
-    for (const FrameEntry& entry : hosts[0]->DumpFrames(request->group())) {
-      v1::DumpFramesResponse::Frame* frame = response->add_frames();
-      frame->set_frame(entry.frame.value());
-      frame->set_state(entry.state);
-      frame->set_page_id(entry.page.value());
-      frame->set_rows(entry.rows);
-      frame->set_references(entry.references);
-      frame->set_pins(entry.pins);
-      if (entry.key.has_value()) frame->set_page_key(entry.key->digest.ToBytes());
-      frame->set_stored(entry.is_stored);
-    }
-    return absl::OkStatus();
-  };
-  return ToGrpcStatus(dump());
-}
-
-grpc::Status WorkerAdminService::EvictPages(grpc::ServerContext* context,
-                                            const v1::EvictPagesRequest* request,
-                                            v1::EvictPagesResponse* response) {
-  const CallContext call = MakeCallContext(*context, *worker_);
-  const auto evict = [&]() -> absl::Status {
-    PT_ASSIGN_OR_RETURN(const std::vector<ModelHost*> hosts, HostsOf(request->model_digest()));
-    uint64_t left = request->max_pages();
-    for (ModelHost* host : hosts) {
-      PT_ASSIGN_OR_RETURN(const ModelHost::EvictResult result,
-                          host->EvictPages(left, call.deadline));
-      response->set_spilled_pages(response->spilled_pages() + result.spilled_pages);
-      response->set_evicted_pages(response->evicted_pages() + result.evicted_pages);
-      if (request->max_pages() == 0) continue;
-      if (result.evicted_pages >= left) break;
-      left -= result.evicted_pages;
-    }
-    return absl::OkStatus();
-  };
-  return ToGrpcStatus(evict());
-}
-
-grpc::Status WorkerAdminService::ClearCache(grpc::ServerContext*,
-                                            const v1::ClearCacheRequest* request,
-                                            v1::ClearCacheResponse* response) {
-  const auto hosts = HostsOf(request->model_digest());
-  if (!hosts.ok()) return ToGrpcStatus(hosts.status());
-  uint64_t dropped = 0;
-  for (ModelHost* host : *hosts) dropped += host->ClearCache();
-  response->set_dropped_pages(dropped);
-  return grpc::Status::OK;
-}
-
-grpc::Status WorkerAdminService::SetLogLevel(grpc::ServerContext*,
-                                             const v1::SetLogLevelRequest* request,
-                                             v1::SetLogLevelResponse*) {
-  return ToGrpcStatus(pagetide::SetLogLevel(request->level()));
+absl::Status WorkerAdminService::Evict(const CallContext& call,
+                                       const v1::EvictPagesRequest& request,
+                                       v1::EvictPagesResponse* response) const {
+  PT_ASSIGN_OR_RETURN(const std::vector<ModelHost*> hosts, HostsOf(request.model_digest()));
+  uint64_t left = request.max_pages();
+  for (ModelHost* host : hosts) {
+    PT_ASSIGN_OR_RETURN(const ModelHost::EvictResult result, host->EvictPages(left, call.deadline));
+    response->set_spilled_pages(response->spilled_pages() + result.spilled_pages);
+    response->set_evicted_pages(response->evicted_pages() + result.evicted_pages);
+    if (request.max_pages() == 0) continue;
+    if (result.evicted_pages >= left) break;
+    left -= result.evicted_pages;
+  }
+  return absl::OkStatus();
 }
 
 }  // namespace pagetide

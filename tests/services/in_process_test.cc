@@ -1,0 +1,143 @@
+// Router, workers and store in one process: what a newcomer's `pagetide up` runs.
+#include "services/in_process.h"
+
+#include <gmock/gmock.h>
+#include <gtest/gtest.h>
+
+#include <memory>
+#include <string>
+
+#include "pagetide/v1/router.grpc.pb.h"
+#include "rpc/channel.h"
+#include "rpc/model_codec.h"
+#include "rpc/status_mapping.h"
+#include "tests/support/process.h"
+#include "tests/support/worker_client.h"
+
+namespace pagetide {
+namespace {
+
+using ::pagetide::testing::MakeTestModel;
+using ::pagetide::testing::TestContext;
+using ::pagetide::testing::TestTokens;
+using ::pagetide::testing::WorkerClient;
+
+class InProcessTest : public ::testing::Test {
+ protected:
+  void SetUp() override {
+    auto started =
+        InProcess::Start({.dir = dir_.path(),
+                          .num_workers = 2,
+                          .pool_bytes = 64 * model_->geometry().bytes_per_page_of_tokens()});
+    ASSERT_TRUE(started.ok()) << started.status();
+    deployment_ = *std::move(started);
+    router_ = v1::RouterService::NewStub(MakeChannel(deployment_->router_address()));
+    TestContext context;
+    v1::RegisterModelRequest request;
+    *request.mutable_spec() = ToProto(model_->spec());
+    v1::RegisterModelResponse response;
+    const absl::Status registered =
+        FromGrpcStatus(router_->RegisterModel(&context, request, &response));
+    ASSERT_TRUE(registered.ok()) << registered;
+  }
+  v1::AssignSequenceResponse Assign(const std::vector<uint32_t>& tokens) {
+    TestContext context;
+    v1::AssignSequenceRequest request;
+    request.mutable_prompt()->set_model(model_->digest().ToHex());
+    request.mutable_prompt()->mutable_tokens()->Add(tokens.begin(), tokens.end());
+    v1::AssignSequenceResponse response;
+    const absl::Status assigned =
+        FromGrpcStatus(router_->AssignSequence(&context, request, &response));
+    EXPECT_TRUE(assigned.ok()) << assigned;
+    return response;
+  }
+
+  testing::TempDir dir_;
+  std::shared_ptr<const Model> model_ = std::make_shared<const Model>(MakeTestModel());
+  std::unique_ptr<InProcess> deployment_;
+  std::unique_ptr<v1::RouterService::Stub> router_;
+};
+
+TEST_F(InProcessTest, TheRouterLearnsOfThePagesOfAnAssignedSequence) {
+  const auto tokens = TestTokens(1, 100);
+  const v1::AssignSequenceResponse first = Assign(tokens);
+  ASSERT_THAT(deployment_->worker_addresses(), ::testing::Contains(first.address()));
+  WorkerClient client(first.address(), model_);
+  auto open = client.Open(tokens);
+  ASSERT_TRUE(open.ok()) << open.status();
+  auto appended = client.Append(open->state(), tokens, tokens.size());
+  ASSERT_TRUE(appended.ok()) << appended.status();
+  ASSERT_TRUE(client.Verify(open->state().sequence_id(), tokens, 0, 100).ok());
+  // The router hears of the pages a moment later.
+  v1::ScoreWorkersRequest request;
+  request.mutable_prompt()->set_model(model_->digest().ToHex());
+  request.mutable_prompt()->mutable_tokens()->Add(tokens.begin(), tokens.end());
+  v1::ScoreWorkersResponse scores;
+  for (int i = 0; i < 500; ++i) {
+    TestContext context;
+    scores.Clear();
+    ASSERT_TRUE(router_->ScoreWorkers(&context, request, &scores).ok());
+    ASSERT_EQ(scores.candidates_size(), 2);
+    if (scores.candidates(0).device_tokens() == 96) break;
+    absl::SleepFor(absl::Milliseconds(10));
+  }
+  EXPECT_EQ(scores.candidates(0).address(), first.address());
+  EXPECT_EQ(scores.candidates(0).device_tokens(), 96);
+  EXPECT_EQ(scores.candidates(1).device_tokens(), 0);
+}
+
+TEST_F(InProcessTest, ThePagesOfOneWorkerAreRestoredByTheOther) {
+  const auto tokens = TestTokens(2, 100);
+  const std::vector<std::string> workers = deployment_->worker_addresses();
+  WorkerClient writer(workers[0], model_);
+  auto open = writer.Open(tokens);
+  ASSERT_TRUE(open.ok()) << open.status();
+  ASSERT_TRUE(writer.Append(open->state(), tokens, tokens.size()).ok());
+  WorkerClient reader(workers[1], model_);
+  uint64_t length = 0;
+  for (int i = 0; i < 500 && length < 96; ++i) {  // write-through is asynchronous
+    auto other = reader.Open(tokens);
+    ASSERT_TRUE(other.ok()) << other.status();
+    auto ready = reader.WaitReady(other->state().sequence_id());
+    ASSERT_TRUE(ready.ok()) << ready.status();
+    length = *ready;
+    if (length == 96) {
+      auto verified = reader.Verify(other->state().sequence_id(), tokens, 0, 96);
+      EXPECT_TRUE(verified.ok()) << verified.status();
+    }
+    absl::SleepFor(absl::Milliseconds(10));
+  }
+  EXPECT_EQ(length, 96);
+}
+
+TEST_F(InProcessTest, WhatWasServedIsThereAfterARestart) {
+  const auto tokens = TestTokens(3, 100);
+  {
+    WorkerClient writer(deployment_->worker_addresses()[0], model_);
+    auto open = writer.Open(tokens);
+    ASSERT_TRUE(open.ok()) << open.status();
+    ASSERT_TRUE(writer.Append(open->state(), tokens, tokens.size()).ok());
+  }
+  deployment_->Drain(absl::Seconds(10));
+  deployment_.reset();
+  SetUp();
+  WorkerClient reader(deployment_->worker_addresses()[1], model_);
+  auto open = reader.Open(tokens);
+  ASSERT_TRUE(open.ok()) << open.status();
+  EXPECT_EQ(open->reuse().store_tokens(), 96);
+  auto ready = reader.WaitReady(open->state().sequence_id());
+  ASSERT_TRUE(ready.ok()) << ready.status();
+  EXPECT_TRUE(reader.Verify(open->state().sequence_id(), tokens, 0, *ready).ok());
+}
+
+TEST(InProcessOptionsTest, NameWhatIsWrong) {
+  EXPECT_EQ(InProcess::Start({}).status().code(), absl::StatusCode::kInvalidArgument);
+  testing::TempDir dir;
+  EXPECT_EQ(InProcess::Start({.dir = dir.path(), .num_workers = 0}).status().code(),
+            absl::StatusCode::kInvalidArgument);
+  EXPECT_EQ(InProcess::Start({.dir = dir.path(), .router_port = 70000}).status().code(),
+            absl::StatusCode::kInvalidArgument);
+}
+
+}  // namespace
+}  // namespace pagetide
