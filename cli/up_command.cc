@@ -59,8 +59,8 @@ absl::Status Up(const UpFlags& flags, std::ostream& out) {
   } else {
     out << "pagetide up ready router=" << deployment->router_address()
         << " workers=" << absl::StrJoin(deployment->worker_addresses(), ",")
-        << " store=" << deployment->store_address()
-        << " metrics=" << deployment->metrics_address() << std::endl;
+        << " store=" << deployment->store_address() << " metrics=" << deployment->metrics_address()
+        << std::endl;
   }
   termination.Wait();
   termination.RestoreDefault();

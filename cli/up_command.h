@@ -1,4 +1,5 @@
-// `pagetide up`: router, workers and an embedded store in one process on loopback, until SIGTERM or SIGINT.
+// `pagetide up`: router, workers and an embedded store in one process on loopback, until SIGTERM or
+// SIGINT.
 #ifndef PAGETIDE_CLI_UP_COMMAND_H_
 #define PAGETIDE_CLI_UP_COMMAND_H_
 
@@ -8,8 +9,9 @@
 
 namespace pagetide {
 
-// Prints "pagetide up ready router=ADDRESS workers=ADDRESS,… store=ADDRESS metrics=ADDRESS" (with --json one
-// object of the same keys) once all roles serve, then runs until it is told to stop, and drains.
+// Prints "pagetide up ready router=ADDRESS workers=ADDRESS,… store=ADDRESS metrics=ADDRESS" (with
+// --json one object of the same keys) once all roles serve, then runs until it is told to stop, and
+// drains.
 CommandRunner AddUpCommand(CLI::App& app);
 
 }  // namespace pagetide
