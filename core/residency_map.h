@@ -4,7 +4,7 @@
 // A page is named by (16-byte hint of its prefix key, layer group). Pages sit in dense slots; a
 // slot has one bit a source and tier, so that a page on 64 workers costs no more than a page on
 // one, and a prompt is matched against all workers at once, 64 to a machine word. At 1 M pages and
-// up to 102 sources: 68 bytes a page and 5 to 10 for the index.
+// up to 96 sources: 68 bytes a page and 5 to 10 for the index.
 //
 // A source owns a bit. A source that goes away (or replaces its report by a snapshot) loses its bit
 // at once, by a mask over all look-ups; the bits in the slots are cleared later, a bounded number

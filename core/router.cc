@@ -165,7 +165,9 @@ absl::StatusOr<PlacementTable> Router::Rank(const RoutedPrompt& prompt,
     MutexLock lock(&mu_);
     request.tie_seed = ++next_tie_seed_;
     const MonotonicTime now = clock_->MonotonicNow();
+    workers.reserve(registry_.workers().size());
     std::vector<const WorkerRecord*> records;
+    records.reserve(registry_.workers().size());
     std::vector<ResidencySourceId> sources;
     MeasuredRate prefill, store, host;
     bool is_model_loaded = false;
@@ -184,12 +186,13 @@ absl::StatusOr<PlacementTable> Router::Rank(const RoutedPrompt& prompt,
       is_model_loaded |= worker.ineligible_because.empty() &&
                          Contains(record.load->model_digests, prompt.model_digest);
     }
+    const WorkerLoad no_load;
     std::vector<PageRuns> runs = residency_.LeadingRuns(prompt.hints, prompt.num_groups, sources);
 
     snapshots.resize(workers.size());
     for (size_t i = 0; i < workers.size(); ++i) {
       WorkerSnapshot& snapshot = snapshots[i];
-      const WorkerLoad load = records[i]->load.value_or(WorkerLoad{});
+      const WorkerLoad& load = records[i]->load.has_value() ? *records[i]->load : no_load;
       // A model that nobody has loaded yet may go to anybody: the worker opens a pool or refuses.
       if (workers[i].ineligible_because.empty() && is_model_loaded &&
           !load.loads_models_on_demand && !Contains(load.model_digests, prompt.model_digest)) {
