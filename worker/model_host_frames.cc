@@ -278,9 +278,8 @@ void ModelHostImpl::StartSpills(const std::vector<PageId>& ids, Durability level
     item.page = id;
     item.group = page.group();
     item.offset = FrameOffset(page.group(), page.frame());
-    item.key = page.is_keyed()
-                   ? *page.page_key()
-                   : MakePrivatePageKey(options_.incarnation, id.value(), ++spill_number_);
+    item.key = page.is_keyed() ? *page.page_key()
+                               : MakePrivatePageKey(options_.incarnation, id.value(), NextNumber());
     if (page.is_full()) item.expected = *page.checksum();
     item.meta.key = item.key;
     item.meta.body_bytes = Geometry(item.group).page_bytes();

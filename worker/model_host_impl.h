@@ -268,7 +268,6 @@ class ModelHostImpl final : public ModelHost {
   std::vector<uint32_t> num_spilling_ ABSL_GUARDED_BY(mu_);  // [group]
   uint64_t jobs_in_flight_ ABSL_GUARDED_BY(mu_) = 0;
   uint64_t running_calls_ ABSL_GUARDED_BY(mu_) = 0;
-  uint64_t spill_number_ ABSL_GUARDED_BY(mu_) = 0;
   MonotonicTime spill_again_at_ ABSL_GUARDED_BY(mu_) = {absl::ZeroDuration()};
   absl::Status last_store_error_ ABSL_GUARDED_BY(mu_);
   HostCounters counters_ ABSL_GUARDED_BY(mu_);

@@ -3,6 +3,7 @@
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 
+#include <algorithm>
 #include <atomic>
 #include <thread>
 #include <vector>
@@ -121,6 +122,49 @@ TEST_F(WorkerTest, SequencesOfTwoModelsNeverShareAnId) {
     EXPECT_EQ(worker->HostOfSequence(in_b).value(), b);
   }
   EXPECT_EQ(GetReason(worker->HostOfSequence({5, 999}).status()), "SEQUENCE_NOT_FOUND");
+}
+
+// Two hosts number their pages alike; their private pages must still have different names.
+TEST_F(WorkerTest, SpilledTailsOfTwoModelsDoNotMeetInTheStore) {
+  constexpr int kSequences = 12;  // of one tail page each, through 4 frames a model
+  auto worker = Make(8 * kPageBytes, 4 * kPageBytes);
+  ModelHost* hosts[2] = {worker->HostOfModel(Register("a"), Soon()).value(),
+                         worker->HostOfModel(Register("b"), Soon()).value()};
+  const Tenant tenant = worker->TenantNamed("default");
+  const auto byte_of = [](int model, int sequence) { return std::byte(100 * model + sequence); };
+  std::vector<SequenceId> ids[2];
+  for (int i = 0; i < kSequences; ++i) {
+    for (int m = 0; m < 2; ++m) {
+      const SequenceInfo info = hosts[m]->Open(tenant, {}, {}, {}).value().info;
+      const std::vector<uint32_t> tokens = {static_cast<uint32_t>(i), 7};
+      const SequenceHandle handle{.id = info.id, .epoch = info.epoch};
+      const auto slot = hosts[m]->BeginAppend(tenant, handle, "x", 0, tokens, {}, false, Soon());
+      ASSERT_TRUE(slot.ok()) << slot.status();
+      for (RowKind kind : {RowKind::kK, RowKind::kV}) {
+        const absl::Status written =
+            hosts[m]->WriteRows(tenant, info.id, slot->pending_id, RowRun{0, 0, kind, 0, 2}, 8,
+                                [&](uint64_t, std::span<std::byte> dst) {
+                                  std::fill(dst.begin(), dst.end(), byte_of(m, i));
+                                });
+        ASSERT_TRUE(written.ok()) << written;
+      }
+      const auto committed = hosts[m]->Commit(tenant, handle, slot->pending_id, {});
+      ASSERT_TRUE(committed.ok()) << committed.status();
+      ids[m].push_back(info.id);
+    }
+  }
+  for (int i = 0; i < kSequences; ++i) {
+    for (int m = 0; m < 2; ++m) {
+      const auto rows = hosts[m]->PinRows(tenant, ids[m][i], 0, 0, 0, Soon());
+      ASSERT_TRUE(rows.ok()) << rows.status();
+      for (const ModelHost::PinnedRows::Run& run : (*rows)->Runs(0, RowKind::kK)) {
+        std::vector<std::byte> bytes(run.num_bytes);
+        ASSERT_TRUE(hosts[m]->pool().Read(run.offset, bytes).ok());
+        for (std::byte b : bytes) ASSERT_EQ(b, byte_of(m, i)) << "model " << m << " tail " << i;
+      }
+    }
+  }
+  EXPECT_GT(hosts[0]->Counters().pages_restored, 0);
 }
 
 TEST_F(WorkerTest, OptionsNameWhatIsWrong) {
