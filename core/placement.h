@@ -144,10 +144,11 @@ struct PlacementPolicyOptions {
 };
 
 // Names for MakePlacementPolicy, the default first:
-//   predicted_ttft   queue wait + load + prefill_weight × own prefill + balance, in seconds
-//   outstanding_sum  outstanding prefill + own prefill + active tokens, in tokens (the cost Dynamo
-//   uses) least_loaded     queue wait only two_choices      none: every worker ties, so that the
-//   less loaded of two random ones gets it
+// - predicted_ttft: queue wait + load + prefill_weight × own prefill + balance, in seconds;
+// - outstanding_sum: outstanding prefill + own prefill + active tokens, in tokens; the kind of cost
+//   that NVIDIA Dynamo's router minimises;
+// - least_loaded: queue wait only;
+// - two_choices: none, so that all tie and the less loaded of two random workers gets the sequence.
 absl::Span<const absl::string_view> PlacementPolicyNames();
 
 // INVALID_ARGUMENT for an unknown name, prefill_weight not finite and > 0, or a balance_* not

@@ -77,12 +77,14 @@ RULES = [
     ("services/config_flags.*", {"services"}, {"protobuf", "proto", "cli11"}),
     ("services/*", BELOW_SERVICES | {"services"}, {"posix", "grpc", "protobuf", "proto"}),
     ("clients/*", {"base", "core", "rpc", "clients"}, {"posix", "grpc", "protobuf", "proto"}),
-    ("cli/*", BELOW_SERVICES | {"services", "clients", "cli"},
+    ("replay/replay_command.cc", {"base", "core", "replay"}, {"cli11"}),
+    ("replay/*", {"base", "core", "replay"}, {"json"}),
+    ("cli/*", BELOW_SERVICES | {"services", "clients", "replay", "cli"},
      {"posix", "grpc", "protobuf", "proto", "cli11", "json"}),
 ]
 ALWAYS = {"std", "absl"}
 PROJECT = {"base", "core", "kernels", "decoder", "kvstore", "rpc", "worker", "services", "clients",
-           "cli", "bench", "tests"}
+           "replay", "cli", "bench", "tests"}
 
 
 def subfolder_of(path):
