@@ -44,9 +44,9 @@ std::string FormatByteSize(uint64_t bytes) {
     ++unit;
   }
   if (unit == 0) return absl::StrCat(bytes, " B");
-  return absl::StrFormat(
-      value == static_cast<double>(static_cast<uint64_t>(value)) ? "%.0f %s" : "%.1f %s", value,
-      kUnits[unit]);
+  return absl::StrFormat("%.*f %s",
+                         value == static_cast<double>(static_cast<uint64_t>(value)) ? 0 : 1, value,
+                         kUnits[unit]);
 }
 
 }  // namespace pagetide

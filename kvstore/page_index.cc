@@ -68,7 +68,8 @@ void PageIndex::Touch(std::span<const PageKey> keys, bool read) {
   }
 }
 
-void PageIndex::Publish(const PageRecordMeta& meta, const PagePlace& place, bool quarantined) {
+void PageIndex::Publish(const PageRecordMeta& meta, const PagePlace& place, bool quarantined,
+                        MonotonicTime now) {
   MutexLock lock(&mu_);
   const auto [it, inserted] = pages_.try_emplace(meta.key);
   Entry& entry = it->second;
@@ -85,6 +86,9 @@ void PageIndex::Publish(const PageRecordMeta& meta, const PagePlace& place, bool
   entry.parent = meta.parent;
   entry.group = meta.group;
   entry.quarantined = quarantined;
+  put_bytes_ += SegmentFiles::Footprint(place.record_bytes());
+  entry.put_bytes_before = put_bytes_;
+  entry.put_at = now;
   keys_in_[place.segment->id].push_back(meta.key);
   LinkNewest(&entry);
   if (!quarantined) CountIn(entry);
@@ -174,7 +178,8 @@ void PageIndex::Unprotect(std::span<const ManifestPageRef> pages) {
   }
 }
 
-std::vector<PageKey> PageIndex::PickVictims(uint64_t bytes) const {
+std::vector<PageKey> PageIndex::PickVictims(uint64_t bytes, const Grace& grace,
+                                            MonotonicTime now) const {
   std::vector<PageKey> victims;
   absl::flat_hash_set<const Entry*> picked;
   absl::flat_hash_map<ChildKey, uint32_t> children_picked;
@@ -187,6 +192,9 @@ std::vector<PageKey> PageIndex::PickVictims(uint64_t bytes) const {
     const size_t before = victims.size();
     for (const Entry* e = oldest_; e != nullptr && found < bytes; e = e->newer) {
       if (protects_.contains(e->key) || picked.contains(e)) continue;
+      if (put_bytes_ - e->put_bytes_before < grace.put_bytes && now - e->put_at < grace.time) {
+        continue;
+      }
       if (HasChildren(*e)) {
         const ChildKey self(e->prefix->digest, e->group);
         const auto it = children_picked.find(self);

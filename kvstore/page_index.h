@@ -59,7 +59,8 @@ class PageIndex {
   void Touch(std::span<const PageKey> keys, bool read);
   // Inserts the page as the most recent, or replaces the one under the same key (which was
   // quarantined); protection belongs to the key.
-  void Publish(const PageRecordMeta& meta, const PagePlace& place, bool quarantined);
+  void Publish(const PageRecordMeta& meta, const PagePlace& place, bool quarantined,
+               MonotonicTime now);
   // The page is damaged: it counts as absent until it is put again. False if it is at another place
   // now.
   bool Quarantine(const PageKey& key, const PagePlace& place);
@@ -80,8 +81,14 @@ class PageIndex {
   // Those that are absent, quarantined or of another checksum now.
   std::vector<PageKey> Missing(std::span<const ManifestPageRef> pages) const;
 
+  // A page that was just put may be about to be named by a manifest: it is kept until `put_bytes`
+  // more have been put after it, or for `time`, whichever is shorter.
+  struct Grace {
+    uint64_t put_bytes = 0;
+    absl::Duration time;
+  };
   // Pages to drop next, oldest first, about `bytes` of them; empty when nothing may be dropped.
-  std::vector<PageKey> PickVictims(uint64_t bytes) const;
+  std::vector<PageKey> PickVictims(uint64_t bytes, const Grace& grace, MonotonicTime now) const;
   // Keys of the pages that were put into the segment and may still be there.
   std::vector<PageKey> KeysIn(uint64_t segment) const;
   void ForgetSegment(uint64_t segment);
@@ -105,6 +112,8 @@ class PageIndex {
     std::optional<PrefixKey> prefix, parent;
     uint32_t group = 0;
     uint64_t access_number = 0;
+    uint64_t put_bytes_before = 0;  // of all pages put so far, when this one was
+    MonotonicTime put_at;
     bool quarantined = false;
     bool ever_read = false;
     Entry* older = nullptr;
@@ -133,6 +142,7 @@ class PageIndex {
   Entry* oldest_ ABSL_GUARDED_BY(mu_) = nullptr;
   Entry* newest_ ABSL_GUARDED_BY(mu_) = nullptr;
   Totals totals_ ABSL_GUARDED_BY(mu_);
+  uint64_t put_bytes_ ABSL_GUARDED_BY(mu_) = 0;
   uint64_t last_access_number_ ABSL_GUARDED_BY(mu_) = 0;
   ResidencyFeed feed_;  // appended to under mu_
 };

@@ -167,7 +167,7 @@ PutPageResult RocksdbPageStore::PutOne(const PutPage& page, MonotonicTime deadli
     result.status = Fail(indexed);
     return result;
   }
-  index_.Publish(meta, place, /*quarantined=*/false);
+  index_.Publish(meta, place, /*quarantined=*/false, options_.clock->MonotonicNow());
   counters_.pages_put.fetch_add(1, std::memory_order_relaxed);
   counters_.bytes_put.fetch_add(page.body.size(), std::memory_order_relaxed);
   result.checksum = meta.checksum;

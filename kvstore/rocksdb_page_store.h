@@ -42,6 +42,9 @@ struct RocksdbPageStoreOptions {
   uint64_t min_free_bytes = uint64_t{128} << 20;
   // How long a put waits for reclaim when the store is at its capacity.
   absl::Duration put_wait = absl::Seconds(2);
+  // A page is not evicted before an eighth of the capacity was put after it, or before this time
+  // has passed: its writer may be about to name it in a manifest.
+  absl::Duration put_grace = absl::Seconds(30);
   // How often access order is written. What is newer is lost in a crash: recency only.
   absl::Duration access_period = absl::Seconds(10);
   const Clock* clock = Clock::Real();

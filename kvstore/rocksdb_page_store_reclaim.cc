@@ -98,7 +98,8 @@ void RocksdbPageStore::WriteAccessOrder() {
 
 uint64_t RocksdbPageStore::EvictPages(uint64_t bytes) {
   uint64_t freed = 0;
-  for (const PageKey& key : index_.PickVictims(bytes)) {
+  const PageIndex::Grace grace{options_.capacity_bytes / 8, options_.put_grace};
+  for (const PageKey& key : index_.PickVictims(bytes, grace, options_.clock->MonotonicNow())) {
     const KeyedLock::Hold hold(&keys_, {absl::StrCat("p", key.digest.view())});
     const std::optional<PagePlace> place = index_.Erase(key);
     if (!place.has_value()) continue;  // protected or gone in the meantime

@@ -125,7 +125,7 @@ absl::Status RocksdbPageStore::RecoverPages() {
   for (const Found& f : found) {
     f.place.segment->live_bytes.fetch_add(SegmentFiles::Footprint(f.place.record_bytes()),
                                           std::memory_order_relaxed);
-    index_.Publish(f.meta, f.place, f.quarantined);
+    index_.Publish(f.meta, f.place, f.quarantined, options_.clock->MonotonicNow());
   }
   if (!found.empty()) {
     access_written_ = found.back().access_number + found.size();

@@ -338,6 +338,28 @@ TEST_F(RocksdbPageStoreTest, AFullStoreOfProtectedPagesRefusesPutsAndServesReads
   EXPECT_EQ(Stats().state, "serving");
 }
 
+TEST_F(RocksdbPageStoreTest, APagePutForAManifestIsNotEvictedBeforeItIsNamed) {
+  // Everything else is protected, so that a fresh page is the only one that could go.
+  RocksdbPageStoreOptions options = Options();
+  options.capacity_bytes = 8 * kMiB;
+  options.put_wait = absl::Milliseconds(100);
+  options.clock = Clock::Real();
+  Open(options);
+  int saved = 0;
+  for (uint64_t i = 0; i < 100; ++i) {
+    const TestPage page = MakeTestPage(i, 128 * kKiB);
+    if (!Put(page).status.ok()) break;
+    // Time for reclaim, which wakes at once when a put finds the store above its high water.
+    if (i > 30) std::this_thread::sleep_for(std::chrono::milliseconds(20));
+    const auto put = Save(absl::StrCat("m", i), {page});
+    ASSERT_TRUE(put.ok()) << put.status();
+    ASSERT_TRUE(put->committed) << "page " << i << " was evicted between put and save";
+    ++saved;
+  }
+  EXPECT_GT(saved, 30);
+  EXPECT_LT(saved, 100);
+}
+
 TEST_F(RocksdbPageStoreTest, CompactGivesBackDeadBytes) {
   Open();
   std::vector<TestPage> pages;
