@@ -301,6 +301,34 @@ TEST_F(WorkerProcessTest, KilledInTheMiddleOfAppendsItLosesNothingThatWasStored)
       static_cast<unsigned long long>(verified_bytes));
 }
 
+TEST_F(WorkerProcessTest, AnotherWorkerGoesOnWhereAKilledOneStood) {
+  StartStore();
+  RegisterInRemoteStore();
+  auto first = StartWithRemoteStore("worker-1");
+  auto second = StartWithRemoteStore("worker-2");
+  ASSERT_NE(first, nullptr);
+  ASSERT_NE(second, nullptr);
+  const auto tokens = TestTokens(1, 150);
+  WorkerClient writer(first->Address("grpc"), model_);
+  auto state = OpenAndFill(writer, {tokens.begin(), tokens.begin() + 100});
+  ASSERT_TRUE(state.ok()) << state.status();
+  for (int i = 0; i < 500; ++i) {  // the six full pages are on their way to the store
+    if (Stat(writer, "pagetide_worker_pages_written_through_total") == 6) break;
+    absl::SleepFor(absl::Milliseconds(10));
+  }
+  first->Kill();
+  EXPECT_EQ(writer.Get(state->sequence_id()).status().code(), absl::StatusCode::kUnavailable);
+  WorkerClient reader(second->Address("grpc"), model_);
+  uint64_t reused = 0;
+  auto resumed = OpenAndFill(reader, tokens, &reused);
+  ASSERT_TRUE(resumed.ok()) << resumed.status();
+  EXPECT_EQ(reused, 96);
+  auto verified = reader.Verify(resumed->sequence_id(), tokens, 0, tokens.size());
+  EXPECT_TRUE(verified.ok()) << verified.status();
+  // The dead worker's sequence is unknown here, whoever asks.
+  EXPECT_EQ(reader.Get(state->sequence_id()).status().code(), absl::StatusCode::kNotFound);
+}
+
 TEST_F(WorkerProcessTest, AStoreThatIsDownIsASlowdown) {
   StartStore();
   RegisterInRemoteStore();
