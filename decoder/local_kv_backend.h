@@ -23,6 +23,14 @@ class LocalKvBackend final : public KvBackend {
   absl::Status Commit() override;
   void Abort() override;
 
+  // Committed rows of a layer: [length, row_bytes]. Valid until the next append.
+  std::span<const std::byte> k_rows(int layer) const {
+    return std::span(layers_[layer].k).first(CommittedBytes());
+  }
+  std::span<const std::byte> v_rows(int layer) const {
+    return std::span(layers_[layer].v).first(CommittedBytes());
+  }
+
  private:
   struct Layer {
     std::vector<std::byte> k;  // [length + pending, row_bytes]
