@@ -84,7 +84,7 @@ absl::Status FlipOnDisk(const std::string& dir, absl::string_view needle) {
 }
 
 absl::Status ReplaceInStore(const std::string& store_address, const std::string& page_key,
-                            uint64_t offset) {
+                            const GroupGeometry& group, uint64_t offset) {
   const auto store = v1::PageStoreService::NewStub(MakeChannel(store_address));
   PT_ASSIGN_OR_RETURN(auto page, FetchPage(store.get(), page_key));
   auto& [header, body] = page;
@@ -94,6 +94,10 @@ absl::Status ReplaceInStore(const std::string& store_address, const std::string&
   }
   body[offset] = static_cast<char>(body[offset] ^ kFlippedBit);
   const Checksum128 checksum = ChecksumOf(std::as_bytes(std::span(body)));
+  // Whoever answers a fetch need not repeat what the caller knows; a put states all of it. Without
+  // its prefix the record is a private page, which a restore by key finds just the same.
+  header.set_page_key(page_key);
+  header.set_fingerprint(group.fingerprint().ToBytes());
   header.mutable_checksum()->set_low(checksum.low);
   header.mutable_checksum()->set_high(checksum.high);
 

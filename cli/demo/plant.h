@@ -9,6 +9,7 @@
 #include "absl/status/status.h"
 #include "absl/strings/string_view.h"
 #include "clients/cpp/sequence.h"
+#include "core/geometry.h"
 
 namespace pagetide::demo {
 
@@ -19,10 +20,10 @@ absl::StatusOr<std::string> PageKeyOf(const Sequence& sequence, size_t index);
 // as a failing disk would. NOT_FOUND when it occurs nowhere.
 absl::Status FlipOnDisk(const std::string& dir, absl::string_view needle);
 
-// Replaces the page in the store by one that differs in one bit of body[offset] and has the
-// checksum of that body: a wrong record which the store itself cannot tell from a right one.
+// Replaces the page of `group` in the store by one that differs in one bit of body[offset] and has
+// the checksum of that body: a wrong record which the store itself cannot tell from a right one.
 absl::Status ReplaceInStore(const std::string& store_address, const std::string& page_key,
-                            uint64_t offset);
+                            const GroupGeometry& group, uint64_t offset);
 
 }  // namespace pagetide::demo
 

@@ -56,6 +56,7 @@ absl::StatusOr<SceneReport> PlaySharedPrefix(Stage& stage) {
                         "400 + 200 shared tokens and suffixes of 80, 81, 82; all frames evicted "
                         "between requests"));
   PT_ASSIGN_OR_RETURN(const std::string shared, stage.texts->Cut("Apache-2.0", 0, 600));
+  std::string worker;  // a page that matches only partly is known where it was made
   for (int i = 0; i < 3; ++i) {
     // The first token of each suffix differs.
     PT_ASSIGN_OR_RETURN(const std::string suffix,
@@ -66,7 +67,9 @@ absl::StatusOr<SceneReport> PlaySharedPrefix(Stage& stage) {
         RequestReport request,
         stage.player->Play(*conversation, {.name = absl::StrCat("400 + 200 + ", 80 + i),
                                            .new_tokens = 300,
-                                           .measure_cold = i > 0}));
+                                           .measure_cold = i > 0,
+                                           .sticky_worker_id = worker}));
+    worker = request.worker_id;
     PT_RETURN_IF_ERROR(conversation->sequence->Close());
     PT_RETURN_IF_ERROR(stage.player->EvictAll());
     meter.report().requests.push_back(std::move(request));
@@ -245,12 +248,12 @@ absl::StatusOr<SceneReport> PlayPlantedFlip(Stage& stage) {
   PT_ASSIGN_OR_RETURN(RequestReport before,
                       stage.player->Play(*conversation, {.name = "before", .new_tokens = 4}));
   PT_ASSIGN_OR_RETURN(const std::string key, PageKeyOf(*conversation->sequence, 0));
-  const GroupGeometry& group = conversation->sequence->model().geometry().group(0);
+  const GroupGeometry group = conversation->sequence->model().geometry().group(0);
   PT_RETURN_IF_ERROR(conversation->sequence->Close());
   PT_RETURN_IF_ERROR(stage.player->EvictAll());
   // The high byte of an element of token 17's K in layer 0 (little-endian f16).
   const uint64_t offset = group.RowOffset(0, RowKind::kK, 17) + 5;
-  PT_RETURN_IF_ERROR(ReplaceInStore(stage.fleet->store_address(), key, offset));
+  PT_RETURN_IF_ERROR(ReplaceInStore(stage.fleet->store_address(), key, group, offset));
   Append(conversation->tokens, "\nIn short: ");
   PT_ASSIGN_OR_RETURN(
       RequestReport after,
