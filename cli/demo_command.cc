@@ -76,33 +76,30 @@ void CheckScene(const SceneReport& scene, DemoReport& report) {
   }
 }
 
-absl::Status RunScenes(const DemoFlags& flags, DemoReport* report) {
-  PT_ASSIGN_OR_RETURN(const demo::Texts texts, demo::Texts::Load(flags.texts));
-  // Two decoders of the same weights: one is counted, the other is the oracle.
-  PT_ASSIGN_OR_RETURN(const std::unique_ptr<Decoder> decoder, Decoder::Create(DecoderConfig()));
-  PT_ASSIGN_OR_RETURN(const std::unique_ptr<Decoder> oracle_decoder,
-                      Decoder::Create(DecoderConfig()));
-  const ModelSpec spec = ModelSpecOf(*decoder, "reference-decoder", demo::kPageTokens);
-  PT_ASSIGN_OR_RETURN(const Model own_model, Model::Create(spec));
-  report->model_parameters = decoder->num_parameters();
-  report->page_tokens = demo::kPageTokens;
-  report->page_bytes = own_model.geometry().bytes_per_page_of_tokens();
-  report->frames_per_worker = demo::kFramesPerWorker;
+void CheckPlantedFlip(const SceneReport& scene, DemoReport& report) {
+  AddCheck(report, scene.Reused() > 0 && scene.pages_restored > 0,
+           "planted flip: the page came back from the store");
+  AddCheck(report, scene.requests.back().logits_differing > 0,
+           "planted flip: the logits differ, so the comparison can fail");
+  AddCheck(report, scene.WrongBytes() > 0, "planted flip: the bytes differ");
+}
 
-  demo::FleetOptions fleet_options;
-  fleet_options.program_dir = flags.programs;
-  fleet_options.pool_bytes = demo::kFramesPerWorker * report->page_bytes;
-  fleet_options.unsafe_skip_verify = flags.plant_flip;
-  std::cerr << "starting a store, a router and " << fleet_options.num_workers << " workers\n";
-  PT_ASSIGN_OR_RETURN(const std::unique_ptr<demo::Fleet> fleet, demo::Fleet::Start(fleet_options));
+// The two decoders have the same weights: one is counted, the other is the oracle.
+struct Decoders {
+  std::unique_ptr<Decoder> service;
+  std::unique_ptr<Decoder> oracle;
+};
 
+absl::Status PlayScenes(const DemoFlags& flags, const demo::Texts& texts, const ModelSpec& spec,
+                        const Decoders& decoders, demo::Fleet& fleet, DemoReport* report) {
   ClientOptions client_options;
-  client_options.router_address = fleet->router_address();
+  client_options.router_address = fleet.router_address();
   client_options.call.retry.max_attempts = 3;  // a killed worker is noticed soon
   PT_ASSIGN_OR_RETURN(const std::unique_ptr<Client> client, Client::Create(client_options));
   PT_ASSIGN_OR_RETURN(std::shared_ptr<const Model> model, client->RegisterModel(spec));
-  demo::Player player(client.get(), std::move(model), decoder.get(), oracle_decoder.get());
-  Stage stage{&player, &texts, fleet.get()};
+  demo::Player player(client.get(), std::move(model), decoders.service.get(),
+                      decoders.oracle.get());
+  Stage stage{&player, &texts, &fleet};
 
   const std::vector<Scene> scenes =
       flags.plant_flip ? std::vector<Scene>{demo::PlayPlantedFlip}
@@ -114,17 +111,37 @@ absl::Status RunScenes(const DemoFlags& flags, DemoReport* report) {
     PT_ASSIGN_OR_RETURN(SceneReport scene, scenes[i](stage));
     std::cerr << ": " << scene.name << "\n";
     if (flags.plant_flip) {
-      AddCheck(*report, scene.Reused() > 0 && scene.pages_restored > 0,
-               "planted flip: the page came back from the store");
-      AddCheck(*report, scene.requests.back().logits_differing > 0,
-               "planted flip: the logits differ, so the comparison can fail");
-      AddCheck(*report, scene.WrongBytes() > 0, "planted flip: the bytes differ");
+      CheckPlantedFlip(scene, *report);
     } else {
       if (i == 0) CheckSharedPrefix(scene, *report);
       CheckScene(scene, *report);
     }
     report->scenes.push_back(std::move(scene));
   }
+  return absl::OkStatus();
+}
+
+absl::Status RunScenes(const DemoFlags& flags, DemoReport* report) {
+  PT_ASSIGN_OR_RETURN(const demo::Texts texts, demo::Texts::Load(flags.texts));
+  Decoders decoders;
+  PT_ASSIGN_OR_RETURN(decoders.service, Decoder::Create(DecoderConfig()));
+  PT_ASSIGN_OR_RETURN(decoders.oracle, Decoder::Create(DecoderConfig()));
+  const ModelSpec spec = ModelSpecOf(*decoders.service, "reference-decoder", demo::kPageTokens);
+  PT_ASSIGN_OR_RETURN(const Model model, Model::Create(spec));
+  report->model_parameters = decoders.service->num_parameters();
+  report->page_tokens = demo::kPageTokens;
+  report->page_bytes = model.geometry().bytes_per_page_of_tokens();
+  report->frames_per_worker = demo::kFramesPerWorker;
+
+  demo::FleetOptions options;
+  options.program_dir = flags.programs;
+  options.pool_bytes = demo::kFramesPerWorker * report->page_bytes;
+  options.unsafe_skip_verify = flags.plant_flip;
+  std::cerr << "starting a store, a router and " << options.num_workers << " workers\n";
+  PT_ASSIGN_OR_RETURN(const std::unique_ptr<demo::Fleet> fleet, demo::Fleet::Start(options));
+  // The client is gone before the programs stop: an idle gRPC channel reads a server's goodbye only
+  // every five seconds, and each program would wait for that.
+  PT_RETURN_IF_ERROR(PlayScenes(flags, texts, spec, decoders, *fleet, report));
   const absl::Status stopped = fleet->Stop();
   AddCheck(*report, stopped.ok(),
            stopped.ok() ? "all programs ended with exit code 0 after SIGTERM"
