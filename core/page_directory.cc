@@ -26,6 +26,8 @@ Page& PageDirectory::CreateTail(uint32_t group, absl::string_view tenant, FrameI
   Page& page =
       Add(Page::NewTail(PageId(next_id_++), group, std::string(tenant), frame, depth, parent));
   page.Ref();
+  // The caller has zeroed it if another tenant had it last.
+  groups_[group].frames.MarkClean(frame);
   EnterFrame(page);
   return page;
 }
@@ -138,6 +140,7 @@ void PageDirectory::BeginRestore(Page& page, FrameId frame) {
 
 void PageDirectory::FinishRestore(Page& page) {
   page.FinishRestore();
+  groups_[page.group()].frames.MarkClean(page.frame());  // a restore overwrites the whole frame
   if (page.refs() == 0 && page.pins() == 0 && !page.is_keyed()) {
     Forget(page);
     return;

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# From a fresh clone to a running fleet: installs what is missing, builds release, starts the store, a
-# router and two workers on loopback, runs the demo on them, prints its result, and stops everything.
+# From a fresh clone to a running fleet: installs what is missing, builds release, runs the demo (which
+# starts router, two workers and the store on loopback and stops them), and prints its result.
 #
 #   deploy/quickstart.sh [--keep] [--no-setup] [-- demo arguments]
 #     --keep      leaves the service up after the demo and prints grpcurl lines to try; Ctrl-C stops it
@@ -75,8 +75,7 @@ stop_all() {
     kill -TERM "${pid_of[$name]}" 2> /dev/null || true
     status=0
     wait "${pid_of[$name]}" || status=$?
-    # 137: the demo killed this worker on purpose.
-    if [ "$status" -ne 0 ] && [ "$status" -ne 137 ]; then
+    if [ "$status" -ne 0 ]; then
       echo "quickstart: $name ended with $status" >&2
       tail -n 20 "$run_dir/$name.log" >&2
       code=1
@@ -89,22 +88,20 @@ stop_all() {
 trap 'code=$?; trap - EXIT INT TERM; stop_all || code=1; rm -rf "$run_dir"; exit $code' EXIT
 trap 'exit 130' INT TERM
 
-# ---- the programs and their flags -------------------------------------------------------------------
-start store "$bin/pagetide-store" --listen 127.0.0.1:0 --data-dir "$run_dir/store"
-start router "$bin/pagetide-router" --listen 127.0.0.1:0 --store "${grpc_of[store]}"
-for n in 0 1; do
-  start "worker-$n" "$bin/pagetide-worker" --worker-id "worker-$n" --listen 127.0.0.1:0 \
-    --local-socket "$run_dir/worker-$n.sock" --pool-bytes 256MiB \
-    --store "${grpc_of[store]}" --router "${grpc_of[router]}"
-done
-demo=("$bin/pagetide" demo --router "${grpc_of[router]}")
-# -----------------------------------------------------------------------------------------------------
-
-say "demo"
+# The demo starts a fleet of its own (router, two workers, store) on free ports of loopback, because it
+# kills one of the workers on the way, and stops it.
+say "demo: router, two workers and the store on loopback"
 demo_code=0
-"${demo[@]}" "$@" || demo_code=$?
+"$bin/pagetide" demo "$@" || demo_code=$?
 
 if $keep; then
+  start store "$bin/pagetide-store" --listen 127.0.0.1:0 --data-dir "$run_dir/store"
+  start router "$bin/pagetide-router" --listen 127.0.0.1:0 --store "${grpc_of[store]}"
+  for n in 0 1; do
+    start "worker-$n" "$bin/pagetide-worker" --worker-id "worker-$n" --listen 127.0.0.1:0 \
+      --local-socket "$run_dir/worker-$n.sock" --pool-bytes 256MiB \
+      --store "${grpc_of[store]}" --router "${grpc_of[router]}"
+  done
   grpcurl=$(command -v grpcurl || echo build/tools/grpcurl)
   say "the service stays up; Ctrl-C stops it. Things to try:"
   cat << LINES

@@ -326,8 +326,15 @@ void ModelHostImpl::RunSpills(const std::vector<SpillItem>& items, Durability le
     MutexLock lock(&mu_);
     std::vector<std::optional<Page::StoredAs>> stored(items.size());
     for (size_t p = 0; p < puts.size(); ++p) {
-      const absl::Status status =
+      absl::Status status =
           p < results.size() ? results[p].status : absl::InternalError("store gave no result");
+      // Two honest writers of one keyed page may differ in bits; of a private page there is one
+      // writer.
+      if (status.ok() && !puts[p].meta.prefix && results[p].checksum != puts[p].meta.checksum) {
+        status = absl::InternalError(
+            absl::StrCat("spill a private page: the store holds ", results[p].checksum.ToHex(),
+                         " under its key, not ", puts[p].meta.checksum.ToHex()));
+      }
       if (!status.ok()) {
         ++counters_.store_errors;
         last_store_error_ = status;

@@ -178,6 +178,17 @@ absl::StatusOr<ModelHostImpl::Match> ModelHostImpl::MatchPrompt(
       is_tail = is_tail || !pages_.Get(found->page).is_full();
       match.partial.push_back(found->page);
     }
+    // One tail among them means that all are copied now, so all must be in frames now: a layer
+    // group's own best page may be a full one that only the store has.
+    const bool is_copyable =
+        std::all_of(match.partial.begin(), match.partial.end(), [this](PageId id) {
+          mu_.AssertHeld();
+          return pages_.Get(id).is_readable();
+        });
+    if (common >= 2 && is_tail && !is_copyable) {
+      common = 0;
+      reuse.limit = ReuseLimit::kNoFrame;
+    }
     if (common >= 2) {
       match.is_partial_tail = is_tail;
       reuse.partial_rows = common;

@@ -59,7 +59,7 @@ TEST(ModelHostRandomTest, EveryRowIsAlwaysWhatItsTokensSay) {
       auto next = rng() % 2 == 0 ? t.Append(info, tokens) : t.Step(info, tokens);
       ASSERT_TRUE(next.ok()) << step << ": " << next.status();
       info = *next;
-    } else if (what < 52) {
+    } else if (what < 50 && open.size() < 20) {
       const auto& [info, tokens] = pick()->second;
       const uint64_t length = rng() % (tokens.size() + 1);
       auto fork = t.host->Fork(t.tenant, {info.id, info.epoch, std::nullopt}, length, t.Soon());
