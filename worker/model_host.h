@@ -330,7 +330,8 @@ class ModelHost {
                                                            std::span<const ReserveItem> items,
                                                            absl::Duration lease, bool pin_prefix,
                                                            MonotonicTime deadline) = 0;
-  // Pending id of an open append. NOT_FOUND otherwise.
+  // Pending id of an open append. Waits (bounded) while the append is in line for its frames.
+  // NOT_FOUND (APPEND_NOT_FOUND) when there is none.
   virtual absl::StatusOr<uint64_t> FindAppend(const Tenant& tenant, SequenceId id,
                                               absl::string_view append_id) = 0;
   // INVALID_ARGUMENT when the run lies outside the pending write or `num_bytes` is not what it

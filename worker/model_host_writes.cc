@@ -14,6 +14,8 @@ constexpr uint32_t kMaxReservedTokens = 1024;
 constexpr absl::Duration kMaxLease = absl::Minutes(5);
 // Shorter appends say more about latency than about prefill speed.
 constexpr uint32_t kMinMeasuredTokens = 32;
+// How long a call under an append waits for the append to get its frames.
+constexpr absl::Duration kMaxAppendWait = absl::Seconds(30);
 
 }  // namespace
 
@@ -325,15 +327,24 @@ absl::StatusOr<std::vector<PendingSlot>> ModelHostImpl::Reserve(const Tenant& te
 absl::StatusOr<uint64_t> ModelHostImpl::FindAppend(const Tenant& tenant, SequenceId id,
                                                    absl::string_view append_id) {
   MutexLock lock(&mu_);
-  PT_ASSIGN_OR_RETURN(SequencePtr sequence, FindSequence(tenant, id));
-  const Pending* pending = sequence->pending.get();
-  if (append_id.empty() || pending == nullptr || pending->append_id != append_id ||
-      pending->aborted) {
-    return WithReason(absl::NotFoundError(absl::StrCat("sequence ", id.ToString(),
-                                                       ": no append with this append_id is open")),
-                      "APPEND_NOT_FOUND");
+  const MonotonicTime give_up = clock_->MonotonicNow() + kMaxAppendWait;
+  for (;;) {
+    PT_ASSIGN_OR_RETURN(SequencePtr sequence, FindSequence(tenant, id));
+    const Pending* pending = sequence->pending.get();
+    if (append_id.empty() || pending == nullptr || pending->append_id != append_id ||
+        pending->aborted) {
+      return WithReason(absl::NotFoundError(absl::StrCat(
+                            "sequence ", id.ToString(), ": no append with this append_id is open")),
+                        "APPEND_NOT_FOUND");
+    }
+    // Still in line for its frames: the append is known, and nothing can be done under it yet.
+    if (pending->state != Pending::State::kAcquiring) return pending->id;
+    if (clock_->MonotonicNow() >= give_up) {
+      return absl::DeadlineExceededError(
+          absl::StrCat("sequence ", id.ToString(), ": the append still waits for frames"));
+    }
+    changed_.WaitWithTimeout(&mu_, absl::Milliseconds(100));
   }
-  return pending->id;
 }
 
 absl::Status ModelHostImpl::WriteRows(const Tenant& tenant, SequenceId id, uint64_t pending_id,

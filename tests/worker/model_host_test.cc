@@ -4,6 +4,8 @@
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 
+#include <thread>
+
 #include "tests/worker/model_host_fixture.h"
 
 namespace pagetide {
@@ -270,6 +272,33 @@ TEST(ModelHostTest, WhenFramesAreHeldTheRefusalStatesTheNumbers) {
   EXPECT_EQ(GetReasonMetadata(status, "needed"), "2");
   EXPECT_TRUE(GetRetryDelay(status).has_value());
   EXPECT_EQ(t.host->Get(t.tenant, b->info.id)->pending_tokens, 0u);
+}
+
+TEST(ModelHostTest, ACallUnderAnAppendWaitsUntilTheAppendHasItsFrames) {
+  HostUnderTest t({.num_frames = 2});
+  auto a = t.OpenAndFill(Tokens(0, 16));
+  ASSERT_TRUE(a.ok());
+  auto b = t.host->Open(t.tenant, Tokens(500, 32), {}, {});
+  ASSERT_TRUE(b.ok());
+  auto rows = t.host->PinRows(t.tenant, a->id, 0, 0, 0, t.Soon());  // one of the two frames
+  ASSERT_TRUE(rows.ok());
+  const std::vector<uint32_t> two_pages = Tokens(500, 32);
+  absl::StatusOr<PendingSlot> slot;
+  std::thread append([&] {
+    slot = t.host->BeginAppend(t.tenant, {b->info.id, b->info.epoch, std::nullopt}, "b", 0,
+                               two_pages, {}, true, t.Soon());
+  });
+  while (t.host->Get(t.tenant, b->info.id)->pending_tokens == 0) std::this_thread::yield();
+  // The append is in line now. A call under it must find it open, not refused.
+  absl::StatusOr<uint64_t> found;
+  std::thread find([&] { found = t.host->FindAppend(t.tenant, b->info.id, "b"); });
+  rows->reset();  // the append gets its frames
+  append.join();
+  find.join();
+  ASSERT_TRUE(slot.ok()) << slot.status();
+  ASSERT_TRUE(found.ok()) << found.status();
+  EXPECT_EQ(*found, slot->pending_id);
+  EXPECT_TRUE(t.WriteAll(*slot, two_pages).ok());
 }
 
 TEST(ModelHostTest, AFlippedByteInTheStoreIsAMissNeverWrongBytes) {
