@@ -5,7 +5,7 @@
 
 #include "absl/strings/str_cat.h"
 #include "base/checksum.h"
-#include "kvstore/little_endian.h"
+#include "base/little_endian.h"
 
 namespace pagetide {
 namespace {

@@ -3,8 +3,8 @@
 #include <utility>
 
 #include "absl/strings/str_cat.h"
+#include "base/little_endian.h"
 #include "base/status_macros.h"
-#include "kvstore/little_endian.h"
 
 namespace pagetide {
 namespace {

@@ -5,8 +5,8 @@
 
 #include "absl/strings/str_cat.h"
 #include "base/byte_size.h"
+#include "base/little_endian.h"
 #include "base/log.h"
-#include "kvstore/little_endian.h"
 #include "kvstore/manifest_record.h"
 #include "kvstore/page_record.h"
 #include "kvstore/store_errors.h"

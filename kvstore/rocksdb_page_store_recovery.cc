@@ -6,8 +6,8 @@
 #include "absl/container/flat_hash_map.h"
 #include "absl/container/flat_hash_set.h"
 #include "absl/strings/str_cat.h"
+#include "base/little_endian.h"
 #include "base/log.h"
-#include "kvstore/little_endian.h"
 #include "kvstore/manifest_record.h"
 #include "kvstore/rocksdb_page_store.h"
 

@@ -10,8 +10,8 @@
 
 #include "absl/strings/match.h"
 #include "absl/strings/str_cat.h"
+#include "base/little_endian.h"
 #include "base/status_macros.h"
-#include "kvstore/little_endian.h"
 
 namespace pagetide {
 namespace {

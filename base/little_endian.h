@@ -1,6 +1,6 @@
-// Little-endian integers in byte strings, for the formats of kvstore/.
-#ifndef PAGETIDE_KVSTORE_LITTLE_ENDIAN_H_
-#define PAGETIDE_KVSTORE_LITTLE_ENDIAN_H_
+// Little-endian integers in byte strings, for stored and saved formats.
+#ifndef PAGETIDE_BASE_LITTLE_ENDIAN_H_
+#define PAGETIDE_BASE_LITTLE_ENDIAN_H_
 
 #include <cstddef>
 #include <cstdint>
@@ -64,4 +64,4 @@ class LittleEndianReader {
 
 }  // namespace pagetide
 
-#endif  // PAGETIDE_KVSTORE_LITTLE_ENDIAN_H_
+#endif  // PAGETIDE_BASE_LITTLE_ENDIAN_H_
