@@ -47,7 +47,9 @@ declare -A pid_of grpc_of metrics_of
 start() {
   local name=$1
   shift
-  "$@" > "$run_dir/$name.out" 2> "$run_dir/$name.log" &
+  # Outside the terminal's process group: Ctrl-C reaches this script alone, which then asks each
+  # program once. A second signal would end it without a drain.
+  setsid "$@" > "$run_dir/$name.out" 2> "$run_dir/$name.log" &
   pid_of[$name]=$!
   names+=("$name")
   local waited=0
