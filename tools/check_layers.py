@@ -46,7 +46,7 @@ SUBFOLDERS = [
     # What every program's services share; lower than the rest of services/.
     ("services-common", ["services/admin_common.*", "services/tenant.*"]),
 ]
-BELOW_SERVICES = {"base", "core", "kernels", "decoder", "kvstore", "rpc", "worker",
+BELOW_SERVICES = {"base", "core", "formats", "kernels", "decoder", "kvstore", "rpc", "worker",
                   "kvstore-wire", "worker-wire", "services-common"}
 
 # (files or subfolder, what they may include of the project, what they may include of others). The first row whose
@@ -55,6 +55,7 @@ RULES = [
     ("base/*.h", {"base"}, set()),
     ("base/*.cc", {"base"}, {"posix", "openssl", "spdlog", "xxhash"}),
     ("core/*", {"base", "core"}, set()),
+    ("formats/*", {"base", "core", "formats"}, {"json"}),
     ("kernels/*.cu", {"kernels"}, {"cuda"}),
     ("kernels/*.cuh", {"kernels"}, {"cuda"}),
     ("kernels/*", {"kernels"}, {"simd"}),
@@ -83,8 +84,8 @@ RULES = [
      {"posix", "grpc", "protobuf", "proto", "cli11", "json"}),
 ]
 ALWAYS = {"std", "absl"}
-PROJECT = {"base", "core", "kernels", "decoder", "kvstore", "rpc", "worker", "services", "clients",
-           "replay", "cli", "bench", "tests"}
+PROJECT = {"base", "core", "formats", "kernels", "decoder", "kvstore", "rpc", "worker", "services",
+           "clients", "replay", "cli", "bench", "tests"}
 
 
 def subfolder_of(path):
