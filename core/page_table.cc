@@ -6,24 +6,35 @@
 
 namespace pagetide {
 
-void PageTable::Append(const Extent& extent) {
-  PT_CHECK(extent.count > 0 && extent.first_position == num_rows());
+bool PageTable::Append(const Extent& extent) {
+  PT_CHECK(extent.count > 0 && extent.first_row >= num_rows());
+  if (!extents_.empty()) {
+    Extent& last = extents_.back();
+    if (last.page == extent.page && last.end_slot() == extent.first_slot &&
+        last.end_row() == extent.first_row && last.shift == extent.shift) {
+      last.count += extent.count;
+      return false;
+    }
+  }
   extents_.push_back(extent);
+  return true;
 }
 
-uint64_t PageTable::num_rows() const {
-  return extents_.empty() ? 0 : extents_.back().first_position + extents_.back().count;
+uint32_t PageTable::NumExtentsOf(PageId page) const {
+  return static_cast<uint32_t>(
+      std::count_if(extents_.begin(), extents_.end(),
+                    [page](const Extent& extent) { return extent.page == page; }));
 }
 
 std::vector<PageId> PageTable::Truncate(uint64_t rows) {
   auto first_gone =
       std::partition_point(extents_.begin(), extents_.end(),
-                           [rows](const Extent& extent) { return extent.first_position < rows; });
+                           [rows](const Extent& extent) { return extent.first_row < rows; });
   std::vector<PageId> gone;
   for (auto it = first_gone; it != extents_.end(); ++it) gone.push_back(it->page);
   extents_.erase(first_gone, extents_.end());
   if (num_rows() > rows) {
-    extents_.back().count = static_cast<uint32_t>(rows - extents_.back().first_position);
+    extents_.back().count = static_cast<uint32_t>(rows - extents_.back().first_row);
   }
   return gone;
 }
@@ -32,17 +43,17 @@ std::vector<Extent> PageTable::Cover(uint64_t begin, uint64_t end) const {
   std::vector<Extent> out;
   if (begin >= end) return out;
   auto it = std::partition_point(extents_.begin(), extents_.end(), [begin](const Extent& extent) {
-    return extent.first_position + extent.count <= begin;
+    return extent.first_row + extent.count <= begin;
   });
-  for (; it != extents_.end() && it->first_position < end; ++it) {
+  for (; it != extents_.end() && it->first_row < end; ++it) {
     Extent cut = *it;
-    if (cut.first_position < begin) {
-      const uint32_t skip = static_cast<uint32_t>(begin - cut.first_position);
-      cut.first_position = begin;
+    if (cut.first_row < begin) {
+      const uint32_t skip = static_cast<uint32_t>(begin - cut.first_row);
+      cut.first_row = begin;
       cut.first_slot += skip;
       cut.count -= skip;
     }
-    cut.count = static_cast<uint32_t>(std::min<uint64_t>(cut.count, end - cut.first_position));
+    cut.count = static_cast<uint32_t>(std::min<uint64_t>(cut.count, end - cut.first_row));
     out.push_back(cut);
   }
   return out;

@@ -1,6 +1,7 @@
-// PageTable: which rows of which pages make up a sequence, in one layer group. Ordered extents
-// without gaps; positions are implicit (row n is at position n) until an edit makes them explicit.
-// Holds page ids, not references: the owner counts. Not thread-safe.
+// PageTable: which rows of which pages make up a sequence, in one layer group. Extents in the order
+// of the sequence's rows; a row's position is the sequence's business (core/sequence_rows.h). Rows
+// that the group no longer needs (behind a window) are gaps. Holds page ids, not references: the
+// owner counts one for each extent. Not thread-safe.
 #ifndef PAGETIDE_CORE_PAGE_TABLE_H_
 #define PAGETIDE_CORE_PAGE_TABLE_H_
 
@@ -16,21 +17,27 @@ struct Extent {
   PageId page;
   uint32_t first_slot = 0;
   uint32_t count = 0;
-  uint64_t first_position = 0;
-  int32_t shift = 0;  // pending K rotation in positions; 0 = rows are as written
+  uint64_t first_row = 0;  // of the sequence
+  int32_t shift = 0;       // K is still to be rotated by so many positions; 0 = as written
+  uint64_t end_row() const { return first_row + count; }
+  uint32_t end_slot() const { return first_slot + count; }
   friend bool operator==(const Extent&, const Extent&) = default;
 };
 
 class PageTable {
  public:
-  // `extent` must begin where the last one ends, and hold at least one row.
-  void Append(const Extent& extent);
+  // `extent` begins where the last one ends or behind it, and holds at least one row. It is joined
+  // to the last one if it carries on in the same page with the same shift: false then, and true if
+  // the table holds one extent more.
+  bool Append(const Extent& extent);
   const Extent& back() const { return extents_.back(); }
   // For growing the last extent or exchanging its page for a copy.
   Extent& mutable_back() { return extents_.back(); }
   std::span<const Extent> extents() const { return extents_; }
   bool empty() const { return extents_.empty(); }
-  uint64_t num_rows() const;
+  // One past the last row.
+  uint64_t num_rows() const { return extents_.empty() ? 0 : extents_.back().end_row(); }
+  uint32_t NumExtentsOf(PageId page) const;
 
   // Cuts to the first `rows` rows. Returns the pages whose extents went, in order; the last extent
   // that stays may become shorter.

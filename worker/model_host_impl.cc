@@ -263,7 +263,7 @@ uint64_t ModelHostImpl::ValidLength(const Sequence& sequence) const {
   for (const PageTable& table : sequence.tables) {
     for (const Extent& extent : table.extents()) {
       if (pages_.Find(extent.page)->state() == PageState::kQuarantined) {
-        valid = std::min(valid, extent.first_position);
+        valid = std::min(valid, extent.first_row);
         break;
       }
     }
@@ -290,7 +290,7 @@ uint64_t ModelHostImpl::ResidentTokens(const Sequence& sequence) const {
   for (const PageTable& table : sequence.tables) {
     for (const Extent& extent : table.extents()) {
       if (!pages_.Find(extent.page)->is_readable()) {
-        resident = std::min(resident, extent.first_position);
+        resident = std::min(resident, extent.first_row);
         break;
       }
     }
@@ -329,7 +329,7 @@ absl::StatusOr<std::vector<BlockTableEntry>> ModelHostImpl::GetBlockTable(const 
       const Page& page = pages_.Get(extent.page);
       BlockTableEntry entry;
       entry.group = g;
-      entry.first_position = extent.first_position;
+      entry.first_position = extent.first_row;
       entry.first_slot = extent.first_slot;
       entry.count = extent.count;
       entry.page = extent.page;

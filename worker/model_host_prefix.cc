@@ -259,7 +259,7 @@ absl::StatusOr<OpenResult> ModelHostImpl::Open(const Tenant& tenant,
         sequence->tables[g].Append({.page = page.id(),
                                     .first_slot = 0,
                                     .count = page_tokens(),
-                                    .first_position = p * page_tokens()});
+                                    .first_row = p * page_tokens()});
       }
     }
     const uint64_t base = match.pages.size() * page_tokens();
@@ -273,7 +273,7 @@ absl::StatusOr<OpenResult> ModelHostImpl::Open(const Tenant& tenant,
         sequence->tables[g].Append({.page = page.id(),
                                     .first_slot = 0,
                                     .count = static_cast<uint32_t>(reuse.partial_rows),
-                                    .first_position = base});
+                                    .first_row = base});
       }
     } else if (!match.partial.empty()) {
       // Rows of another sequence's tail, which may change after this call: copied now, or not used.
@@ -306,7 +306,7 @@ absl::StatusOr<OpenResult> ModelHostImpl::Open(const Tenant& tenant,
           sequence->tables[g].Append({.page = copy.id(),
                                       .first_slot = 0,
                                       .count = static_cast<uint32_t>(reuse.partial_rows),
-                                      .first_position = base});
+                                      .first_row = base});
         } else if (g < grants.size()) {
           pages_.ReleaseFrame(g, grants[g].frame);
         }

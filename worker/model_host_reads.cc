@@ -46,7 +46,7 @@ class ModelHostImpl::PinnedRowsImpl final : public ModelHost::PinnedRows {
     std::vector<Run> runs;
     for (size_t i = 0; i < extents_.size(); ++i) {
       const Extent& extent = extents_[i];
-      runs.push_back({extent.first_position, extent.count,
+      runs.push_back({extent.first_row, extent.count,
                       host_->FrameOffset(group_, frames_[i]) +
                           geometry.RowOffset(layer, kind, extent.first_slot),
                       uint64_t{extent.count} * geometry.row_bytes(kind)});
@@ -136,7 +136,7 @@ absl::StatusOr<AttendOutput> ModelHostImpl::Attend(const Tenant& tenant, const A
     const auto to_device = [&](const Extent& extent) -> DeviceExtent {
       mu_.AssertHeld();
       return {FrameOffset(query.group, pages_.Get(extent.page).frame()), extent.first_slot,
-              extent.count, extent.first_position};
+              extent.count, extent.first_row};
     };
     if (query.pending_id == 0) {
       if (last > sequence->length()) {
@@ -201,7 +201,7 @@ absl::StatusOr<AttendOutput> ModelHostImpl::Attend(const Tenant& tenant, const A
       const PageId page = pending->targets[query.group][t];
       pinned.push_back(page);
       extents.push_back(to_device(
-          {.page = page, .first_slot = slot, .count = count, .first_position = position}));
+          {.page = page, .first_slot = slot, .count = count, .first_row = position}));
       position += count;
     }
     // Our own pins: the write may be aborted while we compute.
@@ -304,7 +304,7 @@ absl::StatusOr<ForkResult> ModelHostImpl::Fork(const Tenant& tenant, const Seque
       std::vector<FrameId> tail_frames(num_groups());
       for (uint32_t g = 0; g < num_groups(); ++g) {
         for (const Extent& extent : from->tables[g].Cover(0, length)) {
-          if (need.fresh[g] > 0 && extent.first_position == length - tail_rows) {
+          if (need.fresh[g] > 0 && extent.first_row == length - tail_rows) {
             tail_frames[g] = pages_.Get(extent.page).frame();
             continue;
           }
@@ -343,7 +343,7 @@ absl::StatusOr<ForkResult> ModelHostImpl::Fork(const Tenant& tenant, const Seque
           table.Append({.page = copy.id(),
                         .first_slot = 0,
                         .count = tail_rows,
-                        .first_position = length - tail_rows});
+                        .first_row = length - tail_rows});
           ++counters_.pages_created;
         }
         counters_.rows_copied += tail_rows;

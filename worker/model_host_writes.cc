@@ -544,7 +544,7 @@ absl::StatusOr<CommitResult> ModelHostImpl::Commit(const Tenant& tenant,
           table.Append({.page = page.id(),
                         .first_slot = 0,
                         .count = count,
-                        .first_position = pending->first_position + row});
+                        .first_row = pending->first_position + row});
           // The page table's reference is the one that created_ held.
           std::erase(pending->created[g], page.id());
         }

@@ -15,8 +15,8 @@ namespace {
 using ::testing::ElementsAre;
 using ::testing::IsEmpty;
 
-Extent E(uint64_t page, uint32_t first_slot, uint32_t count, uint64_t first_position) {
-  return {PageId(page), first_slot, count, first_position};
+Extent E(uint64_t page, uint32_t first_slot, uint32_t count, uint64_t first_row) {
+  return {PageId(page), first_slot, count, first_row};
 }
 
 // Pages 1, 2 and 3 of 256, 256 and 88 rows.
@@ -78,15 +78,41 @@ TEST(PageTableTest, CoverKeepsThePendingShift) {
   shifted.shift = -7;
   table.Append(shifted);
   shifted.first_slot = 26;
-  shifted.first_position = 10;
+  shifted.first_row = 10;
   shifted.count = 20;
   EXPECT_THAT(table.Cover(10, 30), ElementsAre(shifted));
 }
 
-TEST(PageTableDeathTest, AGapBetweenExtentsIsABrokenInvariant) {
+TEST(PageTableTest, ExtentsThatCarryOnAreJoined) {
+  PageTable table;
+  EXPECT_TRUE(table.Append(E(1, 4, 4, 0)));
+  EXPECT_FALSE(table.Append(E(1, 8, 2, 4)));
+  EXPECT_THAT(table.extents(), ElementsAre(E(1, 4, 6, 0)));
+  EXPECT_TRUE(table.Append(E(1, 11, 2, 6)));  // a slot is left out
+  EXPECT_TRUE(table.Append(E(2, 13, 2, 8)));  // another page
+  Extent shifted = E(2, 15, 2, 10);
+  shifted.shift = 1;
+  EXPECT_TRUE(table.Append(shifted));
+  EXPECT_EQ(table.NumExtentsOf(PageId(1)), 2u);
+  EXPECT_EQ(table.NumExtentsOf(PageId(3)), 0u);
+}
+
+TEST(PageTableTest, RowsNoLongerNeededAreGaps) {
+  PageTable table;
+  table.Append(E(3, 0, 4, 8));
+  EXPECT_TRUE(table.Append(E(3, 4, 4, 20)));
+  EXPECT_EQ(table.num_rows(), 24u);
+  EXPECT_THAT(table.Cover(0, 21), ElementsAre(E(3, 0, 4, 8), E(3, 4, 1, 20)));
+  EXPECT_THAT(table.Truncate(10), ElementsAre(PageId(3)));
+  EXPECT_THAT(table.extents(), ElementsAre(E(3, 0, 2, 8)));
+  EXPECT_THAT(table.Truncate(4), ElementsAre(PageId(3)));
+  EXPECT_TRUE(table.empty());
+}
+
+TEST(PageTableDeathTest, RowsTwiceAreABrokenInvariant) {
   PageTable table;
   table.Append(E(1, 0, 4, 0));
-  EXPECT_DEATH(table.Append(E(2, 0, 4, 5)), "broken invariant");
+  EXPECT_DEATH(table.Append(E(2, 0, 4, 3)), "broken invariant");
   EXPECT_DEATH(table.Append(E(2, 0, 0, 4)), "broken invariant");
 }
 
@@ -131,7 +157,7 @@ TEST(PageTableTest, AgreesWithANaiveModel) {
       uint64_t at = begin;
       for (const Extent& extent : table.Cover(begin, end)) {
         ASSERT_GT(extent.count, 0u);
-        ASSERT_EQ(extent.first_position, at);
+        ASSERT_EQ(extent.first_row, at);
         for (uint32_t i = 0; i < extent.count; ++i, ++at) {
           ASSERT_LT(at, rows.size());
           ASSERT_EQ(rows[at], Row(extent.page, extent.first_slot + i));
