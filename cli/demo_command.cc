@@ -10,11 +10,11 @@
 #include "absl/strings/str_cat.h"
 #include "absl/time/clock.h"
 #include "base/status_macros.h"
-#include "cli/demo/fleet.h"
 #include "cli/demo/player.h"
 #include "cli/demo/report.h"
 #include "cli/demo/scenes.h"
 #include "cli/demo/texts.h"
+#include "cli/fleet.h"
 #include "clients/cpp/client.h"
 #include "decoder/pagetide_kv_backend.h"
 
@@ -91,7 +91,7 @@ struct Decoders {
 };
 
 absl::Status PlayScenes(const DemoFlags& flags, const demo::Texts& texts, const ModelSpec& spec,
-                        const Decoders& decoders, demo::Fleet& fleet, DemoReport* report) {
+                        const Decoders& decoders, Fleet& fleet, DemoReport* report) {
   ClientOptions client_options;
   client_options.router_address = fleet.router_address();
   client_options.call.retry.max_attempts = 3;  // a killed worker is noticed soon
@@ -133,12 +133,12 @@ absl::Status RunScenes(const DemoFlags& flags, DemoReport* report) {
   report->page_bytes = model.geometry().bytes_per_page_of_tokens();
   report->frames_per_worker = demo::kFramesPerWorker;
 
-  demo::FleetOptions options;
+  FleetOptions options;
   options.program_dir = flags.programs;
   options.pool_bytes = demo::kFramesPerWorker * report->page_bytes;
   options.unsafe_skip_verify = flags.plant_flip;
   std::cerr << "starting a store, a router and " << options.num_workers << " workers\n";
-  PT_ASSIGN_OR_RETURN(const std::unique_ptr<demo::Fleet> fleet, demo::Fleet::Start(options));
+  PT_ASSIGN_OR_RETURN(const std::unique_ptr<Fleet> fleet, Fleet::Start(options));
   // The client is gone before the programs stop: an idle gRPC channel reads a server's goodbye only
   // every five seconds, and each program would wait for that.
   PT_RETURN_IF_ERROR(PlayScenes(flags, texts, spec, decoders, *fleet, report));

@@ -11,9 +11,9 @@
 #include "base/log.h"
 #include "cli/command.h"
 #include "cli/demo_command.h"
+#include "cli/replay_command.h"
 #include "cli/router_commands.h"
 #include "cli/up_command.h"
-#include "replay/replay_command.h"
 
 namespace pagetide {
 namespace {

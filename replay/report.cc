@@ -60,6 +60,7 @@ std::string ReplayReport::ToJson() const {
   Json json;
   json["trace"] = options.trace_path;
   json["format"] = std::string(TraceFormatName(options.format));
+  json["first_request"] = options.first_request;
   json["requests"] = num_requests;
   json["pages"] = num_pages;
   json["distinct_pages"] = num_distinct_pages;

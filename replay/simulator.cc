@@ -5,7 +5,6 @@
 #include <deque>
 #include <functional>
 #include <memory>
-#include <optional>
 #include <queue>
 #include <utility>
 
@@ -15,6 +14,7 @@
 #include "core/decaying_sum.h"
 #include "core/eviction_policy.h"
 #include "replay/cache_model.h"
+#include "replay/trace_slice.h"
 
 namespace pagetide {
 namespace {
@@ -88,40 +88,7 @@ class SimulatedWorker {
   WorkerReport report_;
 };
 
-struct LoadedTrace {
-  std::vector<TraceRequest> requests;
-  size_t num_pages = 0;  // distinct
-};
-
-absl::StatusOr<LoadedTrace> LoadTrace(const ReplayOptions& options) {
-  TraceOptions trace_options;
-  trace_options.seed = options.seed;
-  PT_ASSIGN_OR_RETURN(std::unique_ptr<TraceSource> source,
-                      OpenTrace(options.trace_path, options.format, trace_options));
-  LoadedTrace trace;
-  while (true) {
-    PT_ASSIGN_OR_RETURN(std::optional<TraceRequest> request, source->Next());
-    if (!request.has_value()) break;
-    trace.requests.push_back(*std::move(request));
-  }
-  trace.num_pages = source->num_pages();
-  return trace;
-}
-
-TtftReport Summarise(std::vector<double> seconds) {
-  std::sort(seconds.begin(), seconds.end());
-  double sum = 0;
-  for (double s : seconds) sum += s;
-  // Nearest rank: the smallest value that a share q of all does not exceed.
-  const auto quantile = [&](double q) {
-    const size_t rank = static_cast<size_t>(std::ceil(q * static_cast<double>(seconds.size())));
-    return absl::Seconds(seconds[std::max<size_t>(rank, 1) - 1]);
-  };
-  return {absl::Seconds(sum / static_cast<double>(seconds.size())), quantile(0.50), quantile(0.95),
-          quantile(0.99), absl::Seconds(seconds.back())};
-}
-
-uint64_t SharedLruHits(const LoadedTrace& trace, size_t capacity_pages) {
+uint64_t SharedLruHits(const TraceSlice& trace, size_t capacity_pages) {
   PageCacheModel cache(capacity_pages, trace.num_pages, std::make_unique<LeafFirstLru>());
   uint64_t hits = 0;
   for (const TraceRequest& request : trace.requests) {
@@ -158,11 +125,29 @@ absl::Status ReplayOptions::Validate() const {
   return absl::OkStatus();
 }
 
+TtftReport SummariseTtft(std::vector<double> seconds) {
+  std::sort(seconds.begin(), seconds.end());
+  double sum = 0;
+  for (double s : seconds) sum += s;
+  // Nearest rank: the smallest value that a share q of all does not exceed.
+  const auto quantile = [&](double q) {
+    const size_t rank = static_cast<size_t>(std::ceil(q * static_cast<double>(seconds.size())));
+    return absl::Seconds(seconds[std::max<size_t>(rank, 1) - 1]);
+  };
+  return {absl::Seconds(sum / static_cast<double>(seconds.size())), quantile(0.50), quantile(0.95),
+          quantile(0.99), absl::Seconds(seconds.back())};
+}
+
 absl::StatusOr<ReplayReport> Simulate(const ReplayOptions& options) {
   PT_RETURN_IF_ERROR(options.Validate());
   PT_ASSIGN_OR_RETURN(const std::unique_ptr<PlacementPolicy> policy,
                       MakePlacementPolicy(options.placement_policy, options.placement));
-  PT_ASSIGN_OR_RETURN(const LoadedTrace trace, LoadTrace(options));
+  PT_ASSIGN_OR_RETURN(const TraceSlice trace,
+                      LoadTraceSlice({.path = options.trace_path,
+                                      .format = options.format,
+                                      .seed = options.seed,
+                                      .first_request = options.first_request,
+                                      .max_requests = options.max_requests}));
 
   ReplayReport report;
   report.options = options;
@@ -237,7 +222,7 @@ absl::StatusOr<ReplayReport> Simulate(const ReplayOptions& options) {
   if (sum_prefill > 0) {
     report.max_over_mean_prefill = max_prefill * static_cast<double>(workers.size()) / sum_prefill;
   }
-  report.ttft = Summarise(std::move(ttft));
+  report.ttft = SummariseTtft(std::move(ttft));
   const double decision_seconds = absl::ToDoubleSeconds(decision_time);
   if (decision_seconds > 0) {
     report.decisions_per_second = static_cast<double>(report.num_requests) / decision_seconds;

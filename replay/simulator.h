@@ -28,6 +28,9 @@ namespace pagetide {
 struct ReplayOptions {
   std::string trace_path;
   TraceFormat format = TraceFormat::kMooncake;
+  // The slice of the trace (replay/trace_slice.h); 0, 0: all of it.
+  size_t first_request = 0;
+  size_t max_requests = 0;
   size_t num_workers = 8;
   size_t pages_per_worker = 6250;
   std::string placement_policy = "predicted_ttft";
@@ -56,6 +59,8 @@ struct WorkerReport {
 struct TtftReport {
   absl::Duration mean, p50, p95, p99, max;
 };
+// Quantiles by nearest rank. `seconds` is not empty.
+TtftReport SummariseTtft(std::vector<double> seconds);
 
 struct ReplayReport {
   ReplayOptions options;  // with the utilisation that was used

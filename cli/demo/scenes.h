@@ -6,10 +6,10 @@
 #include <cstdint>
 
 #include "absl/status/statusor.h"
-#include "cli/demo/fleet.h"
 #include "cli/demo/player.h"
 #include "cli/demo/report.h"
 #include "cli/demo/texts.h"
+#include "cli/fleet.h"
 
 namespace pagetide::demo {
 

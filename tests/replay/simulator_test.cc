@@ -5,15 +5,11 @@
 #include <cmath>
 #include <filesystem>
 #include <fstream>
-#include <sstream>
 #include <string>
 
-#include "CLI/CLI.hpp"
 #include "absl/strings/str_cat.h"
 #include "gmock/gmock.h"
 #include "gtest/gtest.h"
-#include "nlohmann/json.hpp"
-#include "replay/replay_command.h"
 
 namespace pagetide {
 namespace {
@@ -157,50 +153,25 @@ TEST(SimulatorTest, BadOptionsAreNamed) {
               HasSubstr(":1: field bs: missing"));
 }
 
+TEST(SimulatorTest, ASliceIsATraceOfItsOwn) {
+  ReplayOptions options = SmallOptions(TraceFormat::kMooncake);
+  options.first_request = 50;
+  options.max_requests = 40;
+  const ReplayReport slice = RunSimulation(options);
+  EXPECT_EQ(slice.num_requests, 40u);
+  options.max_requests = 1000;
+  EXPECT_EQ(RunSimulation(options).num_requests, 179u - 50);
+  options.first_request = 179;
+  EXPECT_THAT(std::string(Simulate(options).status().message()),
+              HasSubstr("first request 179 of 179"));
+}
+
 TEST(SimulatorTest, TraceWithoutASpanCannotBeScaled) {
   ReplayOptions options;
   options.trace_path =
       WriteTrace(R"({"timestamp": 5, "input_length": 9, "output_length": 1, "hash_ids": [1]})");
   EXPECT_THAT(std::string(Simulate(options).status().message()),
               HasSubstr("1 requests with 9 prompt tokens in 0 s"));
-}
-
-absl::Status RunCommand(const std::string& flags, std::string* output) {
-  CLI::App app("test");
-  const CommandRunner run = AddReplayCommand(app);
-  app.parse(flags);
-  std::ostringstream out;
-  const absl::Status status = run(out);
-  *output = out.str();
-  return status;
-}
-
-TEST(ReplayCommandTest, PrintsATableOrJson) {
-  const std::string flags =
-      absl::StrCat("replay --simulate --format weka --workers 3 --pages-per-worker 50 --trace ",
-                   SmallTrace(TraceFormat::kWeka));
-  std::string output;
-  ASSERT_TRUE(RunCommand(flags, &output).ok());
-  EXPECT_THAT(output, HasSubstr("block hit rate over shared LRU"));
-  ASSERT_TRUE(RunCommand(flags + " --json --policy least_loaded --seed 9", &output).ok());
-  const nlohmann::json json = nlohmann::json::parse(output);
-  EXPECT_EQ(json["workers"], 3);
-  EXPECT_EQ(json["policy"], "least_loaded");
-  EXPECT_EQ(json["seed"], 9);
-  EXPECT_EQ(json["per_worker"].size(), 3u);
-  EXPECT_GT(json["hit_rate"], 0.0);
-}
-
-TEST(ReplayCommandTest, RefusesWhatItCannotDo) {
-  std::string output;
-  EXPECT_THAT(std::string(RunCommand("replay --trace x", &output).message()),
-              HasSubstr("--simulate"));
-  EXPECT_THAT(
-      std::string(RunCommand("replay --simulate --trace x --format csv", &output).message()),
-      HasSubstr("unknown name \"csv\""));
-  EXPECT_EQ(RunCommand("replay --simulate --trace /does/not/exist", &output).code(),
-            absl::StatusCode::kNotFound);
-  EXPECT_EQ(output, "");
 }
 
 // The bars of docs/replay.md on the public traces, which are not part of the repository.

@@ -1,10 +1,10 @@
-// Program: a program of PageTide that the demo starts, talks to, kills and stops.
+// Program: a program of PageTide that a subcommand starts, talks to, kills and stops.
 //
 // Its output goes to a file; programs say "NAME ready key=address …" on stdout when they serve. The
 // child is killed when the handle goes, and by the kernel when the thread that started it ends. For
 // one thread.
-#ifndef PAGETIDE_CLI_DEMO_PROGRAM_H_
-#define PAGETIDE_CLI_DEMO_PROGRAM_H_
+#ifndef PAGETIDE_CLI_PROGRAM_H_
+#define PAGETIDE_CLI_PROGRAM_H_
 
 #include <sys/types.h>
 
@@ -17,7 +17,7 @@
 #include "absl/strings/string_view.h"
 #include "absl/time/time.h"
 
-namespace pagetide::demo {
+namespace pagetide {
 
 class Program {
  public:
@@ -57,6 +57,6 @@ class Program {
   int wait_status_ = 0;
 };
 
-}  // namespace pagetide::demo
+}  // namespace pagetide
 
-#endif  // PAGETIDE_CLI_DEMO_PROGRAM_H_
+#endif  // PAGETIDE_CLI_PROGRAM_H_

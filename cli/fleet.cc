@@ -1,4 +1,4 @@
-#include "cli/demo/fleet.h"
+#include "cli/fleet.h"
 
 #include <cerrno>
 #include <cstdlib>
@@ -10,7 +10,7 @@
 #include "absl/strings/str_cat.h"
 #include "base/status_macros.h"
 
-namespace pagetide::demo {
+namespace pagetide {
 namespace {
 
 absl::StatusOr<std::string> OwnFolder() {
@@ -86,4 +86,4 @@ Fleet::~Fleet() {
   std::filesystem::remove_all(dir_, ignored);
 }
 
-}  // namespace pagetide::demo
+}  // namespace pagetide

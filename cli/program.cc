@@ -1,4 +1,4 @@
-#include "cli/demo/program.h"
+#include "cli/program.h"
 
 #include <fcntl.h>
 #include <signal.h>
@@ -18,7 +18,7 @@
 #include "absl/time/clock.h"
 #include "base/status_macros.h"
 
-namespace pagetide::demo {
+namespace pagetide {
 namespace {
 
 constexpr absl::Duration kPollInterval = absl::Milliseconds(5);
@@ -147,4 +147,4 @@ absl::Status Program::Terminate(absl::Duration timeout) {
                    " after SIGTERM:\n", LogTail()));
 }
 
-}  // namespace pagetide::demo
+}  // namespace pagetide

@@ -1,7 +1,7 @@
 // Fleet: a store, a router and two workers as real processes on loopback, in a folder of their own
 // that goes with them. For one thread; start it before the first gRPC call of the process (fork).
-#ifndef PAGETIDE_CLI_DEMO_FLEET_H_
-#define PAGETIDE_CLI_DEMO_FLEET_H_
+#ifndef PAGETIDE_CLI_FLEET_H_
+#define PAGETIDE_CLI_FLEET_H_
 
 #include <cstdint>
 #include <memory>
@@ -10,9 +10,9 @@
 
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
-#include "cli/demo/program.h"
+#include "cli/program.h"
 
-namespace pagetide::demo {
+namespace pagetide {
 
 struct FleetOptions {
   // Folder of the programs; empty: where this program lies.
@@ -52,6 +52,6 @@ class Fleet {
   std::vector<std::unique_ptr<Program>> workers_;
 };
 
-}  // namespace pagetide::demo
+}  // namespace pagetide
 
-#endif  // PAGETIDE_CLI_DEMO_FLEET_H_
+#endif  // PAGETIDE_CLI_FLEET_H_
