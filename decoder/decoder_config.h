@@ -30,7 +30,7 @@ struct DecoderConfig {
   int32_t q_width() const { return num_q_heads * head_dim; }
   int32_t kv_width() const { return num_kv_heads * head_dim; }
   // Of one K row, and of one V row.
-  int64_t row_bytes() const { return kv_width() * kernels::KvTypeBytes(kv_type); }
+  int64_t row_bytes() const { return kernels::EncodedBytes(kv_type, kv_width()); }
 
   // INVALID_ARGUMENT names the field and the numbers.
   absl::Status Validate() const;

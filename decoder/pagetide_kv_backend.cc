@@ -7,16 +7,10 @@
 namespace pagetide {
 namespace {
 
+// The two enumerations list the same types in the same order; the geometry's begins at 1.
+static_assert(static_cast<int>(kernels::KvType::kIQ4NL) + 1 == static_cast<int>(DataType::kIQ4NL));
 DataType DataTypeOf(kernels::KvType type) {
-  switch (type) {
-    case kernels::KvType::kF32:
-      return DataType::kF32;
-    case kernels::KvType::kF16:
-      return DataType::kF16;
-    case kernels::KvType::kBF16:
-      return DataType::kBF16;
-  }
-  return DataType::kF32;
+  return static_cast<DataType>(static_cast<int>(type) + 1);
 }
 
 absl::Status NotOpen(absl::string_view action) {

@@ -1,45 +1,52 @@
-// Element types of KV rows and their conversion to and from f32. Plain C++17, no state,
-// thread-safe.
+// Conversion of KV elements to and from f32. Plain C++17, no state, thread-safe; the element
+// functions run on devices too.
 //
-// Widening (f16, bf16 -> f32) is exact. Narrowing rounds to nearest, ties to even, as IEEE 754 and
-// the F16C instructions do; NaN stays NaN (quiet), overflow becomes infinity. Integer arithmetic
-// only where hardware could differ, so two machines agree on every bit.
+// Widening is exact; a NaN comes out quiet. Narrowing rounds to nearest, ties to even. Integer
+// arithmetic only where hardware could differ, so that all machines agree on every bit.
+//
+//   type         beyond the largest finite value        NaN
+//   f16          infinity                               sign kept, 0x7e00
+//   bf16         infinity                               made quiet, payload kept
+//   f8 e4m3      saturates at +-448, infinity too       0x7f
+//   f8 e5m2      saturates at +-57344, infinity too     0x7f
+//   block types  see block_codec.h
+//
+// The fp8 rules are those of the cvt.rn.satfinite instruction. An E5M2 infinity in stored rows
+// widens to infinity.
 #ifndef PAGETIDE_KERNELS_CONVERT_H_
 #define PAGETIDE_KERNELS_CONVERT_H_
 
 #include <cstdint>
 #include <cstring>
 
+#include "kernels/host_device.h"
+#include "kernels/isa.h"
+#include "kernels/kv_type.h"
+
 namespace pagetide::kernels {
 
-enum class KvType : uint8_t { kF32, kF16, kBF16 };
-
-inline constexpr int64_t KvTypeBytes(KvType type) {
-  return type == KvType::kF32 ? 4 : 2;
-}
-
-inline uint32_t BitsOf(float value) {
+PAGETIDE_HD inline uint32_t BitsOf(float value) {
   uint32_t bits;
-  std::memcpy(&bits, &value, sizeof(bits));
+  memcpy(&bits, &value, sizeof(bits));
   return bits;
 }
-inline float FloatOf(uint32_t bits) {
+PAGETIDE_HD inline float FloatOf(uint32_t bits) {
   float value;
-  std::memcpy(&value, &bits, sizeof(value));
+  memcpy(&value, &bits, sizeof(value));
   return value;
 }
 
-// Branch-free on purpose: the compiler vectorises loops over it.
-inline float F16ToF32(uint16_t half) {
+PAGETIDE_HD inline float F16ToF32(uint16_t half) {
   const uint32_t magnitude = static_cast<uint32_t>(half & 0x7fffu) << 13;
   // 2^112 moves the exponent bias from 15 to 127 and normalises subnormals, both exactly.
   const float rebased = FloatOf(magnitude) * FloatOf(0x77800000u);
   const uint32_t inf_or_nan = rebased >= 65536.0f ? 0x7f800000u : 0u;
+  const uint32_t quiet = rebased > 65536.0f ? 0x00400000u : 0u;
   const uint32_t sign = static_cast<uint32_t>(half & 0x8000u) << 16;
-  return FloatOf(BitsOf(rebased) | inf_or_nan | sign);
+  return FloatOf(BitsOf(rebased) | inf_or_nan | quiet | sign);
 }
 
-inline uint16_t F32ToF16(float value) {
+PAGETIDE_HD inline uint16_t F32ToF16(float value) {
   const uint32_t bits = BitsOf(value);
   const uint32_t sign = (bits >> 16) & 0x8000u;
   const uint32_t magnitude = bits & 0x7fffffffu;
@@ -57,21 +64,67 @@ inline uint16_t F32ToF16(float value) {
   return static_cast<uint16_t>(half | sign);
 }
 
-inline float BF16ToF32(uint16_t value) {
-  return FloatOf(static_cast<uint32_t>(value) << 16);
+PAGETIDE_HD inline float BF16ToF32(uint16_t value) {
+  const uint32_t bits = static_cast<uint32_t>(value) << 16;
+  const uint32_t quiet = (bits & 0x7fffffffu) > 0x7f800000u ? 0x00400000u : 0u;
+  return FloatOf(bits | quiet);
 }
 
-inline uint16_t F32ToBF16(float value) {
+PAGETIDE_HD inline uint16_t F32ToBF16(float value) {
   const uint32_t bits = BitsOf(value);
   if ((bits & 0x7fffffffu) > 0x7f800000u) return static_cast<uint16_t>((bits >> 16) | 0x40u);
   return static_cast<uint16_t>((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
 }
 
-// Rows have no alignment requirement: elements are loaded with memcpy.
-// in: [count] of `type`; out: [count] f32.
-void WidenToF32(KvType type, const void* in, int64_t count, float* out);
-// in: [count] f32; out: [count] of `type`.
-void NarrowFromF32(KvType type, const float* in, int64_t count, void* out);
+PAGETIDE_HD inline float F8E4M3ToF32(uint8_t value) {
+  const uint32_t magnitude = value & 0x7fu;
+  const uint32_t sign = static_cast<uint32_t>(value & 0x80u) << 24;
+  // 2^120 moves the exponent bias from 7 to 127.
+  const float rebased = FloatOf(magnitude << 20) * FloatOf(0x7b800000u);
+  return FloatOf((magnitude == 0x7fu ? 0x7fc00000u : BitsOf(rebased)) | sign);
+}
+
+PAGETIDE_HD inline uint8_t F32ToF8E4M3(float value) {
+  const uint32_t bits = BitsOf(value);
+  const uint32_t sign = (bits >> 24) & 0x80u;
+  const uint32_t magnitude = bits & 0x7fffffffu;
+  if (magnitude > 0x7f800000u) return 0x7fu;
+  uint32_t out;
+  if (magnitude < 0x3c800000u) {  // below 2^-6: subnormal, steps of 2^-9
+    out = BitsOf(FloatOf(magnitude) + 16384.0f) - 0x46800000u;
+  } else {
+    const uint32_t odd = (magnitude >> 20) & 1u;
+    out = (magnitude - (120u << 23) + 0x7ffffu + odd) >> 20;
+  }
+  return static_cast<uint8_t>((out > 0x7eu ? 0x7eu : out) | sign);
+}
+
+PAGETIDE_HD inline float F8E5M2ToF32(uint8_t value) {
+  return F16ToF32(static_cast<uint16_t>(value << 8));
+}
+
+PAGETIDE_HD inline uint8_t F32ToF8E5M2(float value) {
+  const uint32_t bits = BitsOf(value);
+  const uint32_t sign = (bits >> 24) & 0x80u;
+  const uint32_t magnitude = bits & 0x7fffffffu;
+  if (magnitude > 0x7f800000u) return 0x7fu;
+  uint32_t out;
+  if (magnitude < 0x38800000u) {  // below 2^-14: subnormal, steps of 2^-16
+    out = BitsOf(FloatOf(magnitude) + 128.0f) - 0x43000000u;
+  } else {
+    const uint32_t odd = (magnitude >> 21) & 1u;
+    out = (magnitude - (112u << 23) + 0xfffffu + odd) >> 21;
+  }
+  return static_cast<uint8_t>((out > 0x7bu ? 0x7bu : out) | sign);
+}
+
+// Runs of elements; block types quantise and dequantise. Encoded rows have no alignment
+// requirement. `isa` chooses speed, never bits.
+//
+// in: [EncodedBytes(type, count)]; out: [count] f32, count a multiple of GroupElements(type).
+void WidenToF32(KvType type, const void* in, int64_t count, float* out, Isa isa = Isa::kBest);
+// in: [count] f32; out: [EncodedBytes(type, count)].
+void NarrowFromF32(KvType type, const float* in, int64_t count, void* out, Isa isa = Isa::kBest);
 
 }  // namespace pagetide::kernels
 

@@ -118,22 +118,16 @@ PAGETIDE_ALWAYS_INLINE void Widen(KvType type, const char* in, int count, float*
       std::memcpy(&half, in + 2 * i, sizeof(half));
       out[i] = F16ToF32(half);
     }
-  } else if (type == KvType::kBF16) {
-    for (int i = 0; i < count; ++i) {
-      uint16_t half;
-      std::memcpy(&half, in + 2 * i, sizeof(half));
-      out[i] = BF16ToF32(half);
-    }
   } else {
-    std::memcpy(out, in, static_cast<size_t>(count) * sizeof(float));
+    WidenToF32(type, in, count, out);
   }
 }
 
 PAGETIDE_ALWAYS_INLINE void LoadBlock(const AttentionShape& shape, int kv_head,
                                       const char* const* k_rows, const char* const* v_rows,
                                       Scratch& s) {
-  const int64_t k_offset = kv_head * shape.k_dim * KvTypeBytes(shape.k_type);
-  const int64_t v_offset = kv_head * shape.v_dim * KvTypeBytes(shape.v_type);
+  const int64_t k_offset = EncodedBytes(shape.k_type, int64_t{kv_head} * shape.k_dim);
+  const int64_t v_offset = EncodedBytes(shape.v_type, int64_t{kv_head} * shape.v_dim);
   for (int i = 0; i < kBlock; ++i) {
     float* v_row = s.v.data() + static_cast<size_t>(i) * s.v_padded;
     if (k_rows[i] == nullptr) {
@@ -298,10 +292,14 @@ const char* CheckAttentionArgs(const AttentionArgs& args) {
     return "num_q_heads must be a positive multiple of num_kv_heads";
   }
   if (shape.k_dim < 1 || shape.v_dim < 1) return "k_dim and v_dim must be at least 1";
-  if (shape.k_row_bytes < shape.num_kv_heads * shape.k_dim * KvTypeBytes(shape.k_type)) {
+  if (shape.k_dim % GroupElements(shape.k_type) != 0 ||
+      shape.v_dim % GroupElements(shape.v_type) != 0) {
+    return "k_dim and v_dim must be multiples of 32 for block types";
+  }
+  if (shape.k_row_bytes < EncodedBytes(shape.k_type, int64_t{shape.num_kv_heads} * shape.k_dim)) {
     return "k_row_bytes is less than the heads of one K row";
   }
-  if (shape.v_row_bytes < shape.num_kv_heads * shape.v_dim * KvTypeBytes(shape.v_type)) {
+  if (shape.v_row_bytes < EncodedBytes(shape.v_type, int64_t{shape.num_kv_heads} * shape.v_dim)) {
     return "v_row_bytes is less than the heads of one V row";
   }
   if (shape.mask != AttentionMask::kCausal && shape.window < 1) return "window must be at least 1";

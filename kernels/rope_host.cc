@@ -58,7 +58,7 @@ void RopeAngles(const RopeParams& params, int64_t position, float* cos_sin) {
 }
 
 void RopeHost(const RopeArgs& args) {
-  const int64_t head_bytes = args.head_dim * KvTypeBytes(args.type);
+  const int64_t head_bytes = EncodedBytes(args.type, args.head_dim);
   std::vector<float> cos_sin(static_cast<size_t>(args.params.n_rot));
   std::vector<float> head(static_cast<size_t>(args.params.n_rot));
   for (int64_t r = 0; r < args.num_rows; ++r) {

@@ -7,7 +7,6 @@
 #include <cerrno>
 #include <cmath>
 #include <cstring>
-#include <optional>
 #include <utility>
 #include <vector>
 
@@ -32,17 +31,12 @@ absl::Status CannotAttend(absl::string_view why) {
                     "CANNOT_ATTEND");
 }
 
-std::optional<kernels::KvType> KvTypeOf(DataType type) {
-  switch (type) {
-    case DataType::kF32:
-      return kernels::KvType::kF32;
-    case DataType::kF16:
-      return kernels::KvType::kF16;
-    case DataType::kBF16:
-      return kernels::KvType::kBF16;
-    default:
-      return std::nullopt;
-  }
+// The two enumerations list the same types in the same order; the geometry's begins at 1.
+static_assert(static_cast<int>(DataType::kF32) == static_cast<int>(kernels::KvType::kF32) + 1 &&
+              static_cast<int>(DataType::kIQ4NL) == static_cast<int>(kernels::KvType::kIQ4NL) + 1 &&
+              kernels::kNumKvTypes == static_cast<int>(DataType::kIQ4NL));
+kernels::KvType KvTypeOf(DataType type) {
+  return static_cast<kernels::KvType>(static_cast<int>(type) - 1);
 }
 
 kernels::AttentionMask MaskOf(const LayerGroupSpec& spec) {
@@ -65,12 +59,8 @@ absl::StatusOr<kernels::AttentionShape> ShapeOf(const AttentionCall& call) {
   const GroupGeometry& group = *call.group;
   const LayerGroupSpec& spec = group.spec();
   if (!group.can_attend()) return CannotAttend("the group has no plain rows");
-  const std::optional<kernels::KvType> k_type = KvTypeOf(spec.k_type);
-  const std::optional<kernels::KvType> v_type = spec.v_dim == 0 ? k_type : KvTypeOf(spec.v_type);
-  if (!k_type || !v_type) {
-    return CannotAttend(absl::StrCat("no kernel for k_type ", DataTypeName(spec.k_type),
-                                     ", v_type ", DataTypeName(spec.v_type)));
-  }
+  const kernels::KvType k_type = KvTypeOf(spec.k_type);
+  const kernels::KvType v_type = spec.v_dim == 0 ? k_type : KvTypeOf(spec.v_type);
   if (spec.scale != LayerGroupSpec::ScaleKind::kNone) return CannotAttend("rows have scales");
   if (spec.basis != LayerGroupSpec::Basis::kPlain) {
     return CannotAttend("rows are in the Hadamard basis");
@@ -112,8 +102,8 @@ absl::StatusOr<kernels::AttentionShape> ShapeOf(const AttentionCall& call) {
   shape.num_kv_heads = static_cast<int32_t>(spec.kv_heads);
   shape.k_dim = static_cast<int32_t>(spec.k_dim);
   shape.v_dim = static_cast<int32_t>(v_dim);
-  shape.k_type = *k_type;
-  shape.v_type = *v_type;
+  shape.k_type = k_type;
+  shape.v_type = v_type;
   shape.k_row_bytes = group.k_row_bytes();
   shape.v_row_bytes = spec.v_dim == 0 ? group.k_row_bytes() : group.v_row_bytes();
   shape.scale = call.scale != 0 ? call.scale : 1.0f / std::sqrt(static_cast<float>(spec.k_dim));

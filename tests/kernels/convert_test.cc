@@ -69,7 +69,7 @@ TEST(ConvertTest, EveryBF16WidensExactlyAndNarrowsBack) {
 TEST(ConvertTest, RowsNeedNoAlignment) {
   const std::vector<float> values = {1.5f, -2.25f, 0.0f, 3e-5f, 1000.0f};
   for (const KvType type : {KvType::kF32, KvType::kF16, KvType::kBF16}) {
-    std::vector<char> bytes(values.size() * KvTypeBytes(type) + 1);
+    std::vector<char> bytes(EncodedBytes(type, values.size()) + 1);
     NarrowFromF32(type, values.data(), values.size(), bytes.data() + 1);
     std::vector<float> back(values.size());
     WidenToF32(type, bytes.data() + 1, values.size(), back.data());

@@ -30,12 +30,12 @@ Problem MakeProblem(uint32_t seed, AttentionShape shape, std::vector<int64_t> ke
   std::mt19937 random(seed);
   std::normal_distribution<float> normal;
   Problem p{shape, std::move(key_positions), {}, {}, std::move(q_positions), {}};
-  p.shape.k_row_bytes = shape.num_kv_heads * shape.k_dim * KvTypeBytes(shape.k_type);
-  p.shape.v_row_bytes = shape.num_kv_heads * shape.v_dim * KvTypeBytes(shape.v_type);
+  p.shape.k_row_bytes = EncodedBytes(shape.k_type, shape.num_kv_heads * shape.k_dim);
+  p.shape.v_row_bytes = EncodedBytes(shape.v_type, shape.num_kv_heads * shape.v_dim);
   const auto fill = [&](KvType type, size_t count, std::vector<float>* out) {
     out->resize(count);
     for (float& x : *out) x = normal(random);
-    std::vector<char> narrow(count * KvTypeBytes(type));
+    std::vector<char> narrow(EncodedBytes(type, count));
     NarrowFromF32(type, out->data(), count, narrow.data());
     WidenToF32(type, narrow.data(), count, out->data());
   };

@@ -210,20 +210,9 @@ void PrintTo(const AttendCase& c, std::ostream* os) {
   *os << c.name;
 }
 
-void Encode(DataType type, float value, std::byte* to) {
-  if (type == DataType::kF32) {
-    std::memcpy(to, &value, 4);
-  } else {
-    const uint16_t bits =
-        type == DataType::kF16 ? kernels::F32ToF16(value) : kernels::F32ToBF16(value);
-    std::memcpy(to, &bits, 2);
-  }
-}
-
-float Rounded(DataType type, float value) {
-  if (type == DataType::kF16) return kernels::F16ToF32(kernels::F32ToF16(value));
-  if (type == DataType::kBF16) return kernels::BF16ToF32(kernels::F32ToBF16(value));
-  return value;
+// The kernels list the same types from 0.
+kernels::KvType KvTypeOf(DataType type) {
+  return static_cast<kernels::KvType>(static_cast<int>(type) - 1);
 }
 
 PageGeometry MakeGeometry(const AttendCase& c, uint32_t page_tokens) {
@@ -243,9 +232,10 @@ PageGeometry MakeGeometry(const AttendCase& c, uint32_t page_tokens) {
   return PageGeometry::Create(spec).value();
 }
 
-// Rows of one layer: [num_rows, kv_heads, dim], the values as stored.
+// Rows of one layer: [num_rows, kv_heads, dim], the values as stored, and their encoding.
 struct Rows {
   std::vector<float> k, v;
+  std::vector<std::byte> k_bytes, v_bytes;
 };
 
 class CpuAttendTest : public testing::TestWithParam<AttendCase> {
@@ -257,21 +247,25 @@ class CpuAttendTest : public testing::TestWithParam<AttendCase> {
   Rows MakeRows() {
     const AttendCase& c = GetParam();
     Rows rows;
-    std::normal_distribution<float> normal;
-    for (uint32_t i = 0; i < kNumRows * c.kv_heads * c.k_dim; ++i) {
-      rows.k.push_back(Rounded(c.k_type, normal(rng_)));
-    }
-    for (uint32_t i = 0; i < kNumRows * c.kv_heads * c.v_dim; ++i) {
-      rows.v.push_back(Rounded(c.v_type, normal(rng_)));
-    }
+    Fill(c.k_type, c.k_dim, rows.k, rows.k_bytes);
+    Fill(c.v_type, c.v_dim, rows.v, rows.v_bytes);
     return rows;
+  }
+
+  void Fill(DataType type, uint32_t dim, std::vector<float>& values,
+            std::vector<std::byte>& bytes) {
+    std::normal_distribution<float> normal;
+    const uint32_t count = kNumRows * GetParam().kv_heads * dim;
+    for (uint32_t i = 0; i < count; ++i) values.push_back(normal(rng_));
+    bytes.resize(count / DataTypeGroupElements(type) * DataTypeGroupBytes(type));
+    kernels::NarrowFromF32(KvTypeOf(type), values.data(), count, bytes.data());
+    kernels::WidenToF32(KvTypeOf(type), bytes.data(), count, values.data());
   }
 
   // Writes the rows into frames in random order, `first_slot` of the first page left out, and
   // returns their extents.
   std::vector<DeviceExtent> Store(DevicePool& pool, const GroupGeometry& group, const Rows& rows,
                                   uint32_t first_slot) {
-    const AttendCase& c = GetParam();
     const uint32_t page_tokens = group.page_tokens();
     const uint32_t num_pages = (first_slot + kNumRows + page_tokens - 1) / page_tokens;
     std::vector<uint64_t> frames(num_pages);
@@ -287,21 +281,17 @@ class CpuAttendTest : public testing::TestWithParam<AttendCase> {
         extents.push_back({.page_offset = frame, .first_slot = slot, .first_position = row});
       }
       ++extents.back().count;
-      WriteRow(pool, frame + group.RowOffset(kLayer, RowKind::kK, slot), c.k_type,
-               std::span(rows.k).subspan(row * c.kv_heads * c.k_dim, c.kv_heads * c.k_dim));
-      if (c.v_dim == 0) continue;
-      WriteRow(pool, frame + group.RowOffset(kLayer, RowKind::kV, slot), c.v_type,
-               std::span(rows.v).subspan(row * c.kv_heads * c.v_dim, c.kv_heads * c.v_dim));
+      WriteRow(pool, frame + group.RowOffset(kLayer, RowKind::kK, slot), rows.k_bytes, row,
+               group.k_row_bytes());
+      WriteRow(pool, frame + group.RowOffset(kLayer, RowKind::kV, slot), rows.v_bytes, row,
+               group.v_row_bytes());
     }
     return extents;
   }
 
-  static void WriteRow(DevicePool& pool, uint64_t offset, DataType type,
-                       std::span<const float> values) {
-    const uint32_t element = DataTypeGroupBytes(type);
-    std::vector<std::byte> bytes(values.size() * element);
-    for (size_t i = 0; i < values.size(); ++i) Encode(type, values[i], &bytes[i * element]);
-    EXPECT_TRUE(pool.Write(offset, bytes).ok());
+  static void WriteRow(DevicePool& pool, uint64_t offset, std::span<const std::byte> rows,
+                       uint32_t row, uint32_t row_bytes) {
+    EXPECT_TRUE(pool.Write(offset, rows.subspan(uint64_t{row} * row_bytes, row_bytes)).ok());
   }
 
   static bool Sees(int64_t query, int64_t key) {
@@ -397,6 +387,17 @@ INSTANTIATE_TEST_SUITE_P(
         AttendCase{.name = "f16", .k_type = DataType::kF16, .v_type = DataType::kF16},
         AttendCase{.name = "bf16", .k_type = DataType::kBF16, .v_type = DataType::kBF16},
         AttendCase{.name = "f16_bf16", .k_type = DataType::kF16, .v_type = DataType::kBF16},
+        AttendCase{.name = "f8", .k_type = DataType::kF8E4M3, .v_type = DataType::kF8E5M2},
+        AttendCase{.name = "q8_0_q4_0",
+                   .k_type = DataType::kQ8_0,
+                   .v_type = DataType::kQ4_0,
+                   .k_dim = 64,
+                   .v_dim = 32},
+        AttendCase{.name = "q5_1_iq4_nl",
+                   .k_type = DataType::kQ5_1,
+                   .v_type = DataType::kIQ4NL,
+                   .k_dim = 32,
+                   .v_dim = 96},
         AttendCase{.name = "mqa", .kv_heads = 1},
         AttendCase{.name = "latent", .k_type = DataType::kF16, .kv_heads = 1, .v_dim = 0},
         AttendCase{.name = "window", .window_type = Window::kStandard, .window_tokens = 20},
@@ -513,12 +514,6 @@ TEST_F(CpuAttendRefusalTest, RefusesPositionsOutOfOrderOrRange) {
 }
 
 TEST_F(CpuAttendRefusalTest, SaysWhatItCannotAttendTo) {
-  Use(AttendCase{.name = "q8", .k_type = DataType::kQ8_0, .k_dim = 32});
-  ExpectCannotAttend();
-  EXPECT_THAT(std::string(Attend().message()), HasSubstr("q8_0"));
-  Use(AttendCase{.name = "f8", .v_type = DataType::kF8E4M3});
-  ExpectCannotAttend();
-
   GeometrySpec spec = geometry_.spec();
   spec.groups[0].v_type = DataType::kF32;
   spec.groups[0].basis = LayerGroupSpec::Basis::kHadamard;
