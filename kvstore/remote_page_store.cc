@@ -84,6 +84,8 @@ absl::Status StatusOfResult(const v1::PutPagesResponse::Result& result) {
 
 // How often a watcher's callback is asked whether it wants to go on while nothing happens.
 constexpr absl::Duration kWatchPoll = absl::Milliseconds(200);
+// The store says something every second (WatchStore in page_store.proto).
+constexpr absl::Duration kWatchSilence = absl::Seconds(3);
 
 absl::Status DecodeWatchedPages(const v1::WatchStoreResponse& message,
                                 std::vector<StoreEvent>* events) {
@@ -546,14 +548,21 @@ absl::Status RemotePageStore::Watch(const WatchCallback& on_events, MonotonicTim
   absl::Status damage;
   std::vector<StoreEvent> events;
   bool wants_more = true;
+  MonotonicTime last_heard = clock_->MonotonicNow();
   while (wants_more) {
     const v1::WatchStoreResponse* message = nullptr;
     const WatchReader::Outcome outcome = reader.WaitForMessage(kWatchPoll, &message);
     if (outcome == WatchReader::Outcome::kEnded) break;
     if (outcome == WatchReader::Outcome::kTimeout) {
-      wants_more = on_events(false, false, {});
+      const absl::Duration silent = clock_->MonotonicNow() - last_heard;
+      if (silent > kWatchSilence) {
+        damage = absl::UnavailableError(
+            absl::StrCat("watch store: no sign of life for ", absl::FormatDuration(silent)));
+      }
+      wants_more = damage.ok() && on_events(false, false, {});
       continue;
     }
+    last_heard = clock_->MonotonicNow();
     damage = DecodeWatchedPages(*message, &events);
     wants_more = damage.ok() && on_events(message->snapshot(), message->snapshot_end(), events);
     if (wants_more) reader.ReadNext();

@@ -358,6 +358,9 @@ grpc::ServerWriteReactor<grpc::ByteBuffer>* PageStoreServiceImpl::GetPages(
 }
 
 // ---- WatchStore --------------------------------------------------------------------------------
+// A watcher gives up after three seconds of silence.
+constexpr absl::Duration kWatchHeartbeat = absl::Seconds(1);
+
 // A thread a watcher, since the port's Watch blocks for as long as the watch lasts.
 class PageStoreServiceImpl::WatchStream final
     : public grpc::ServerWriteReactor<v1::WatchStoreResponse> {
@@ -415,7 +418,10 @@ class PageStoreServiceImpl::WatchStream final
       MutexLock lock(&mu_);
       if (is_broken_ || service_.ending_.load(std::memory_order_relaxed)) return false;
     }
-    if (events.empty() && !snapshot) return true;
+    // Nothing happened: a sign of life is enough, and not at every poll.
+    const MonotonicTime now = service_.clock_->MonotonicNow();
+    if (events.empty() && !snapshot && now - last_message_ < kWatchHeartbeat) return true;
+    last_message_ = now;
     v1::WatchStoreResponse message;
     message.set_incarnation(service_.incarnation_);
     message.set_number(++number_);
@@ -440,7 +446,9 @@ class PageStoreServiceImpl::WatchStream final
 
   PageStoreServiceImpl& service_;
   const MonotonicTime deadline_;
-  uint64_t number_ = 0;  // owned by thread_
+  // Owned by thread_.
+  uint64_t number_ = 0;
+  MonotonicTime last_message_;
   std::thread thread_;
   Mutex mu_;
   CondVar written_;

@@ -70,7 +70,8 @@ absl::Status StoreWatcher::OnEvents(Following& following, bool is_snapshot, bool
                                          .is_in_process = true}));
     following.attachment = attached.id;
   }
-  if (!is_snapshot && events.empty()) return absl::OkStatus();
+  // The watch is alive, or it would have ended.
+  if (!is_snapshot && events.empty()) return router_->OnLoad(*following.attachment, {});
   following.changes.clear();
   for (const StoreEvent& event : events) {
     following.changes.push_back({.hint = PrefixHint::Of(event.prefix),

@@ -137,6 +137,26 @@ TEST_F(RouterProcessTest, AKilledStoreTakesItsResidencyAlongAndComesBack) {
   EXPECT_EQ(router_->Terminate().value_or(-1), 0);
 }
 
+TEST_F(RouterProcessTest, AStoreThatHangsIsTakenForDeadUntilItGoesOn) {
+  StartStore();
+  StartRouter();
+  v1::GetWorkerRequest request;
+  request.set_worker_id("store");
+  v1::GetWorkerResponse response;
+  const auto has_store = [&](const std::string& state) {
+    return CallWithDeadline(stub_.get(), &Stub::GetWorker, request, &response).ok() &&
+           response.worker().state() == state;
+  };
+  ASSERT_TRUE(Eventually([&] { return has_store("serving"); }));
+  // Idle, it gives signs of life.
+  const absl::Duration silent = absl::Seconds(response.worker().since_heartbeat().seconds());
+  EXPECT_LT(silent, absl::Seconds(3));
+  store_->Stop();
+  EXPECT_TRUE(Eventually([&] { return has_store("dead"); }));
+  store_->Continue();
+  EXPECT_TRUE(Eventually([&] { return has_store("serving"); }));
+}
+
 TEST_F(RouterProcessTest, AStoppedWorkersPlaceIsTakenByAnother) {
   StartStore();
   StartRouter();
