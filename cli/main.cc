@@ -13,6 +13,7 @@
 #include "cli/demo_command.h"
 #include "cli/replay_command.h"
 #include "cli/router_commands.h"
+#include "cli/store_commands.h"
 #include "cli/up_command.h"
 
 namespace pagetide {
@@ -32,6 +33,7 @@ constexpr Command kCommands[] = {
     {"sequences", AddSequencesCommand},
     {"models", AddModelsCommand},
     {"explain", AddExplainCommand},
+    {"store", AddStoreCommand},
 };
 
 int Main(int argc, char** argv) {
@@ -48,7 +50,9 @@ int Main(int argc, char** argv) {
     if (status.ok() && app.got_subcommand(name)) status = run(std::cout);
   }
   if (status.ok()) return 0;
-  std::fprintf(stderr, "pagetide: %s\n", status.ToString().c_str());
+  // Without the payloads, which are for programs.
+  std::fprintf(stderr, "pagetide: %s: %s\n", absl::StatusCodeToString(status.code()).c_str(),
+               std::string(status.message()).c_str());
   return 1;
 }
 

@@ -1,10 +1,8 @@
 #include "cli/router_commands.h"
 
-#include <google/protobuf/util/json_util.h>
 #include <grpcpp/client_context.h>
 
 #include <CLI/CLI.hpp>
-#include <algorithm>
 #include <chrono>
 #include <memory>
 #include <string>
@@ -15,6 +13,7 @@
 #include "absl/strings/str_join.h"
 #include "base/byte_size.h"
 #include "base/status_macros.h"
+#include "cli/output.h"
 #include "pagetide/v1/router.grpc.pb.h"
 #include "rpc/channel.h"
 #include "rpc/status_mapping.h"
@@ -47,35 +46,6 @@ absl::Status Call(const RouterFlags& flags, Method method, const Request& reques
   context.set_deadline(std::chrono::system_clock::now() +
                        std::chrono::seconds(flags.timeout_seconds));
   return FromGrpcStatus((stub.get()->*method)(&context, request, response));
-}
-
-absl::Status PrintJson(const google::protobuf::Message& message, std::ostream& out) {
-  google::protobuf::util::JsonPrintOptions options;
-  options.add_whitespace = true;
-  options.always_print_primitive_fields = true;
-  options.preserve_proto_field_names = true;
-  std::string json;
-  const auto status = google::protobuf::util::MessageToJsonString(message, &json, options);
-  if (!status.ok()) return absl::InternalError(status.ToString());
-  out << json;
-  return absl::OkStatus();
-}
-
-// Columns as wide as their widest cell; the first row is the heading.
-void PrintTable(const std::vector<std::vector<std::string>>& rows, std::ostream& out) {
-  std::vector<size_t> widths;
-  for (const auto& row : rows) {
-    widths.resize(std::max(widths.size(), row.size()), 0);
-    for (size_t i = 0; i < row.size(); ++i) widths[i] = std::max(widths[i], row[i].size());
-  }
-  for (const auto& row : rows) {
-    std::string line;
-    for (size_t i = 0; i < row.size(); ++i) {
-      absl::StrAppend(&line, row[i]);
-      if (i + 1 < row.size()) line.append(widths[i] + 2 - row[i].size(), ' ');
-    }
-    out << line << "\n";
-  }
 }
 
 std::string Seconds(const google::protobuf::Duration& duration) {
