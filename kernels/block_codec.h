@@ -36,7 +36,7 @@ inline constexpr float kBlockClamp = 1e9f;
 inline constexpr float kIq4NlSmallest = 1e-15f;
 
 // iq4_nl's levels, scaled by d.
-PAGETIDE_HD inline int32_t Iq4NlLevel(int index) {
+PAGETIDE_HD constexpr int32_t Iq4NlLevel(int index) {
   constexpr int8_t kLevels[16] = {-127, -104, -83, -65, -49, -35, -22, -10,
                                   1,    13,   25,  38,  53,  69,  89,  113};
   return kLevels[index];
@@ -44,7 +44,7 @@ PAGETIDE_HD inline int32_t Iq4NlLevel(int index) {
 
 // Twice the midpoint between levels i and i + 1: x is nearer to i + 1, or as near, iff 2x reaches
 // it.
-PAGETIDE_HD inline int32_t Iq4NlTwiceMidpoint(int index) {
+PAGETIDE_HD constexpr int32_t Iq4NlTwiceMidpoint(int index) {
   return Iq4NlLevel(index) + Iq4NlLevel(index + 1);
 }
 

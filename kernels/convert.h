@@ -119,7 +119,8 @@ PAGETIDE_HD inline uint8_t F32ToF8E5M2(float value) {
 }
 
 // Runs of elements; block types quantise and dequantise. Encoded rows have no alignment
-// requirement. `isa` chooses speed, never bits.
+// requirement. `isa` chooses speed, never bits (but for the payload of a NaN that a block's own
+// scale or minimum brings).
 //
 // in: [EncodedBytes(type, count)]; out: [count] f32, count a multiple of GroupElements(type).
 void WidenToF32(KvType type, const void* in, int64_t count, float* out, Isa isa = Isa::kBest);
