@@ -43,8 +43,8 @@ class RouterProcessTest : public ::testing::Test {
   }
 
   void StartRouter(const std::string& listen = "127.0.0.1:0") {
-    router_ = Start("pagetide-router",
-                    {"--listen", listen, "--heartbeat", "100", "--store", store_->Address("grpc")});
+    router_ = Start("pagetide-router", {"--listen", listen, "--heartbeat-milliseconds", "100",
+                                        "--store", store_->Address("grpc")});
     ASSERT_NE(router_, nullptr);
     address_ = router_->Address("grpc");
     stub_ = v1::RouterService::NewStub(MakeChannel(address_));
