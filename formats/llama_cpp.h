@@ -55,6 +55,9 @@ struct LlamaCppHints {
   // False for latent (MLA) caches, which have no V section.
   bool has_v = true;
   uint32_t cell_ext_bytes = 0;
+  // 1 or 2, as the model has it. 0 takes either, and cannot tell a file that was cut between its
+  // two bodies from a whole one.
+  uint32_t num_bodies = 0;
 };
 
 // A parsed state over bytes that the caller keeps. Immutable; thread-safe.

@@ -13,7 +13,7 @@ namespace {
 // llama.cpp has at most 256 sequences in a context; layers are far fewer than this.
 constexpr uint32_t kMaxStreams = 4096;
 constexpr uint32_t kMaxLayers = 4096;
-constexpr int kMaxBodies = 2;
+constexpr size_t kMaxBodies = 2;
 
 struct GgmlType {
   DataType type;
@@ -80,9 +80,10 @@ class LlamaCppState::Parser {
           absl::StrCat("read llama.cpp state: it begins with 0x", absl::Hex(magic, absl::kZeroPad8),
                        ", expected 0x67677371 (file), 0xaf143cd8 (memory) or a number of streams"));
     }
+    const size_t max_bodies = hints_.num_bodies != 0 ? hints_.num_bodies : kMaxBodies;
     do {
       PT_RETURN_IF_ERROR(ParseBody());
-    } while (in_.remaining() > 0 && layout.bodies.size() < kMaxBodies);
+    } while (layout.bodies.size() < max_bodies && (hints_.num_bodies != 0 || in_.remaining() > 0));
     if (in_.remaining() > 0) {
       return in_.DataLoss(in_.remaining(), " bytes are left over behind ", layout.bodies.size(),
                           " bodies");
@@ -239,6 +240,10 @@ absl::StatusOr<LlamaCppState> LlamaCppState::Parse(absl::string_view bytes,
   if (hints.cell_ext_bytes != 0 && hints.cell_ext_bytes != 8 && hints.cell_ext_bytes != 12) {
     return absl::InvalidArgumentError(absl::StrCat("cell_ext_bytes = ", hints.cell_ext_bytes,
                                                    ", cells have extensions of 0, 8 or 12 bytes"));
+  }
+  if (hints.num_bodies > kMaxBodies) {
+    return absl::InvalidArgumentError(
+        absl::StrCat("num_bodies = ", hints.num_bodies, ", a state has at most ", kMaxBodies));
   }
   return Parser(bytes, hints).Parse();
 }

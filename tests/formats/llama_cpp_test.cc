@@ -8,6 +8,8 @@
 #include <vector>
 
 #include "absl/strings/escaping.h"
+#include "absl/strings/match.h"
+#include "absl/strings/str_replace.h"
 #include "base/little_endian.h"
 #include "tests/formats/format_test_util.h"
 
@@ -331,6 +333,62 @@ TEST(LlamaCppTest, ASinkThatFailsEndsTheWriting) {
                     [](absl::string_view) { return absl::CancelledError("caller left"); });
   EXPECT_TRUE(absl::IsCancelled(status)) << status;
 }
+
+// Written by llama.cpp itself: see testdata/make_llama_cpp_states.py.
+class LlamaCppRealFileTest : public ::testing::TestWithParam<const char*> {};
+
+TEST_P(LlamaCppRealFileTest, ReadsAndWritesTheSameBytes) {
+  const absl::string_view name = GetParam();
+  const bool is_file = absl::EndsWith(name, ".ggsq");
+  const std::string bytes = TestFile(std::string(name));
+  const auto parsed = LlamaCppState::Parse(bytes, {});
+  ASSERT_TRUE(parsed.ok()) << parsed.status();
+  EXPECT_EQ(parsed->layout().form, is_file ? LlamaCppForm::kFile : LlamaCppForm::kMemory);
+  if (is_file) {
+    EXPECT_EQ(parsed->layout().version, absl::StrContains(name, "_v2_") ? 2 : 3);
+    ASSERT_TRUE(parsed->state().tokens.has_value());
+    ASSERT_EQ(parsed->state().tokens->size(), 20);
+    EXPECT_EQ((*parsed->state().tokens)[19], (7 * 19 + 3) % 64);
+  }
+  EXPECT_EQ(parsed->layout().sequence_id, 1);
+  const bool iswa = absl::StrContains(name, "iswa");
+  ASSERT_EQ(parsed->state().blocks.size(), iswa ? 2 : 1);
+  const RowBlock& block = parsed->state().blocks[0];
+  ASSERT_EQ(block.positions.size(), 20);
+  for (uint32_t i = 0; i < 20; ++i) EXPECT_EQ(block.positions[i], i);
+  EXPECT_EQ(block.layers.size(), iswa ? 1 : 2);
+  const DataType k = absl::StrContains(name, "q8_0")      ? DataType::kQ8_0
+                     : absl::StrContains(name, "streams") ? DataType::kBF16
+                                                          : DataType::kF16;
+  EXPECT_EQ(block.layers[0].k, Typed(k, 32));
+  EXPECT_EQ(parsed->layout().bodies[0].v_transposed, absl::StrContains(name, "transposed"));
+  if (iswa) {
+    // A window of 8: only rows that a next token may attend to.
+    const RowBlock& window = parsed->state().blocks[1];
+    EXPECT_THAT(window.positions, ::testing::ElementsAre(12, 13, 14, 15, 16, 17, 18, 19));
+    EXPECT_EQ(window.layers.size(), 5);
+  }
+  if (absl::StrContains(name, "streams")) {
+    EXPECT_EQ(parsed->layout().bodies[0].num_streams, 2);
+    EXPECT_EQ(parsed->layout().bodies[0].stream, 1);
+  }
+  EXPECT_EQ(Write(parsed->layout(), parsed->state(), *parsed), bytes);
+  LlamaCppHints hints;
+  hints.num_bodies = iswa ? 2 : 1;
+  CheckHostileVariants(bytes, [&](absl::string_view b) { return Parse(b, hints); });
+}
+
+INSTANTIATE_TEST_SUITE_P(
+    Files, LlamaCppRealFileTest,
+    ::testing::Values("llama_cpp_v3_full_plain.ggsq", "llama_cpp_v3_full_plain.mem",
+                      "llama_cpp_v3_full_q8_0.ggsq", "llama_cpp_v3_full_q8_0.mem",
+                      "llama_cpp_v3_full_streams.ggsq", "llama_cpp_v3_full_streams.mem",
+                      "llama_cpp_v3_full_transposed.ggsq", "llama_cpp_v3_full_transposed.mem",
+                      "llama_cpp_v3_iswa.ggsq", "llama_cpp_v3_iswa.mem",
+                      "llama_cpp_v3_iswa_transposed.ggsq", "llama_cpp_v3_iswa_transposed.mem"),
+    [](const auto& info) {
+      return absl::StrReplaceAll(info.param, {{".", "_"}});
+    });
 
 }  // namespace
 }  // namespace pagetide
