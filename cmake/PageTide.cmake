@@ -5,6 +5,7 @@
 option(PAGETIDE_WITH_GRPC "Build the services (off: base, core, kvstore, kernels and worker domain only)" ON)
 option(PAGETIDE_WITH_CUDA "Build the CUDA device; fails where the toolkit is not" OFF)
 option(PAGETIDE_BUILD_TESTS "Build the tests" ON)
+option(PAGETIDE_FUZZ "Build tests/fuzz with libFuzzer, all code instrumented (clang only)" OFF)
 set(PAGETIDE_SANITIZE "" CACHE STRING "Comma list for -fsanitize= (address,undefined or thread)")
 
 find_program(CCACHE_PROGRAM ccache)
@@ -29,6 +30,15 @@ add_link_options("$<$<CONFIG:Release>:-pie;-Wl,-z,relro,-z,now>")
 if(PAGETIDE_SANITIZE)
   add_compile_options(-fsanitize=${PAGETIDE_SANITIZE} -fno-omit-frame-pointer -fno-sanitize-recover=all)
   add_link_options(-fsanitize=${PAGETIDE_SANITIZE})
+endif()
+if(PAGETIDE_FUZZ)
+  if(NOT CMAKE_CXX_COMPILER_ID MATCHES "Clang")
+    message(FATAL_ERROR "PAGETIDE_FUZZ needs clang; this is ${CMAKE_CXX_COMPILER_ID}")
+  endif()
+  # Every library of ours reports its branches to the fuzzer; main comes with the target's link.
+  add_compile_options(-fsanitize=fuzzer-no-link,address,undefined -fno-omit-frame-pointer
+                      -fno-sanitize=vptr -fno-sanitize-recover=undefined)
+  add_link_options(-fsanitize=address,undefined -fno-sanitize=vptr)
 endif()
 
 find_package(Threads REQUIRED)
