@@ -380,12 +380,15 @@ TEST_P(LlamaCppRealFileTest, ReadsAndWritesTheSameBytes) {
 
 INSTANTIATE_TEST_SUITE_P(
     Files, LlamaCppRealFileTest,
-    ::testing::Values("llama_cpp_v3_full_plain.ggsq", "llama_cpp_v3_full_plain.mem",
-                      "llama_cpp_v3_full_q8_0.ggsq", "llama_cpp_v3_full_q8_0.mem",
-                      "llama_cpp_v3_full_streams.ggsq", "llama_cpp_v3_full_streams.mem",
-                      "llama_cpp_v3_full_transposed.ggsq", "llama_cpp_v3_full_transposed.mem",
-                      "llama_cpp_v3_iswa.ggsq", "llama_cpp_v3_iswa.mem",
-                      "llama_cpp_v3_iswa_transposed.ggsq", "llama_cpp_v3_iswa_transposed.mem"),
+    ::testing::Values("llama_cpp_v2_full_plain.ggsq", "llama_cpp_v2_full_plain.mem",
+                      "llama_cpp_v2_full_q8_0.ggsq", "llama_cpp_v2_full_q8_0.mem",
+                      "llama_cpp_v2_full_streams.ggsq", "llama_cpp_v2_full_streams.mem",
+                      "llama_cpp_v2_full_transposed.ggsq", "llama_cpp_v2_full_transposed.mem",
+                      "llama_cpp_v2_iswa.ggsq", "llama_cpp_v2_iswa.mem",
+                      "llama_cpp_v2_iswa_transposed.ggsq", "llama_cpp_v2_iswa_transposed.mem",
+                      "llama_cpp_v3_full_plain.ggsq", "llama_cpp_v3_full_q8_0.ggsq",
+                      "llama_cpp_v3_full_streams.ggsq", "llama_cpp_v3_full_transposed.ggsq",
+                      "llama_cpp_v3_iswa.ggsq", "llama_cpp_v3_iswa_transposed.ggsq"),
     [](const auto& info) {
       return absl::StrReplaceAll(info.param, {{".", "_"}});
     });
