@@ -27,6 +27,12 @@ inline constexpr absl::string_view kSequenceMoved = "SEQUENCE_MOVED";  // metada
 inline constexpr absl::string_view kPendingWrite = "PENDING_WRITE";
 inline constexpr absl::string_view kVersionMismatch = "VERSION_MISMATCH";
 inline constexpr absl::string_view kCannotShift = "CANNOT_SHIFT";
+// A layer group holds a state of the whole sequence; metadata: group.
+inline constexpr absl::string_view kCannotCut = "CANNOT_CUT";
+// An edit would put two rows at one position; metadata: position.
+inline constexpr absl::string_view kPositionOccupied = "POSITION_OCCUPIED";
+// Other sequences reference the rows; metadata: sequences (how many).
+inline constexpr absl::string_view kRowsShared = "ROWS_SHARED";
 inline constexpr absl::string_view kPoolTooSmall = "POOL_TOO_SMALL";
 // The pool is full for now; metadata: needed, free, evictable (frames).
 inline constexpr absl::string_view kPoolExhausted = "POOL_EXHAUSTED";

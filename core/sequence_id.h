@@ -1,5 +1,5 @@
-// SequenceId: which process incarnation opened a sequence, and its number there. Any router can tell
-// the opener from the id alone.
+// SequenceId: which process incarnation opened a sequence, and its number there. Any router can
+// tell the opener from the id alone.
 #ifndef PAGETIDE_CORE_SEQUENCE_ID_H_
 #define PAGETIDE_CORE_SEQUENCE_ID_H_
 

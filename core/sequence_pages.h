@@ -1,0 +1,63 @@
+// Sequences over the page directory: references, and where the next rows go (copy on write). Pure
+// bookkeeping: who plans, copies rows and completes is the host. Not thread-safe.
+//
+// Rule: a page is written only where no row of it is referenced yet, and only while one sequence is
+// its single owner. Full pages, and tails that two sequences reference, never change: who writes
+// behind such rows gets a copy of them in a page of its own first.
+#ifndef PAGETIDE_CORE_SEQUENCE_PAGES_H_
+#define PAGETIDE_CORE_SEQUENCE_PAGES_H_
+
+#include <cstdint>
+#include <vector>
+
+#include "core/page_directory.h"
+#include "core/page_table.h"
+#include "core/sequence_rows.h"
+
+namespace pagetide {
+
+// Where the rows behind a table's last row go.
+struct TailPlan {
+  enum class Kind : uint8_t {
+    kNewPage,  // the last page has no room, or there is none
+    kInPlace,  // into `page`, from slot `rows` on
+    kCopy,     // the rows of `copies` go to a new page first; the new ones follow at slot `rows`
+  };
+  struct SlotRun {
+    uint32_t from_slot = 0;  // in `page`
+    uint32_t to_slot = 0;    // in the new page
+    uint32_t count = 0;
+    uint64_t first_row = 0;
+    int32_t shift = 0;  // copied as written: the shift stays pending
+    friend bool operator==(const SlotRun&, const SlotRun&) = default;
+  };
+  Kind kind = Kind::kNewPage;
+  PageId page;
+  uint32_t rows = 0;
+  std::vector<SlotRun> copies;
+};
+TailPlan PlanTail(const PageTable& table, const PageDirectory& pages, uint32_t page_tokens);
+
+// Puts `copy` in the place of the rows of a kCopy plan. `copy` comes with one reference, its
+// creator's, which becomes the table's; references of the page that was copied are dropped.
+void ReplaceTail(const TailPlan& plan, Page& copy, PageTable& table, PageDirectory& pages);
+
+// Appends and takes a reference if the table holds one extent more.
+void AppendExtent(const Extent& extent, PageTable& table, PageDirectory& pages);
+
+struct DroppedPages {
+  uint64_t freed = 0;   // forgotten: nobody could find them again
+  uint64_t cached = 0;  // keyed: nobody references them, the cache keeps them until it needs room
+};
+// Rows and what they become.
+struct RowsChange {
+  SequenceRows* rows = nullptr;
+  SequenceRows next;
+};
+// Makes all changes: references of all new extents are taken before those of old ones are dropped,
+// so that pages may pass from one sequence to another.
+DroppedPages AdoptRows(std::vector<RowsChange> changes, PageDirectory& pages);
+
+}  // namespace pagetide
+
+#endif  // PAGETIDE_CORE_SEQUENCE_PAGES_H_

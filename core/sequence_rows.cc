@@ -1,0 +1,206 @@
+#include "core/sequence_rows.h"
+
+#include <tuple>
+#include <utility>
+
+#include "base/check.h"
+
+namespace pagetide {
+namespace {
+
+// A place in a list of pieces; row is in pieces[piece].
+struct Cursor {
+  std::span<const RowPiece> pieces;
+  size_t piece = 0;
+  uint64_t row = 0;
+
+  explicit Cursor(std::span<const RowPiece> list) : pieces(list) { Enter(0); }
+  void Enter(size_t index) {
+    piece = index;
+    while (piece < pieces.size() && pieces[piece].empty()) ++piece;
+    if (piece < pieces.size()) row = pieces[piece].begin;
+  }
+  bool done() const { return piece == pieces.size(); }
+  const RowPiece& at() const { return pieces[piece]; }
+  int64_t position() const { return at().position(row); }
+};
+
+}  // namespace
+
+GroupTraits TraitsOf(const LayerGroupSpec& group) {
+  const bool has_rows =
+      group.kind == LayerGroupSpec::Kind::kFull || group.kind == LayerGroupSpec::Kind::kWindow;
+  GroupTraits traits;
+  traits.can_cut = has_rows;
+  traits.rotates = has_rows && group.rope.style != RopeSpec::Style::kNone;
+  // Packed rows hide their K; K in another basis or with several position components does not
+  // rotate pair by pair.
+  traits.can_shift = has_rows && group.packed_row_bytes == 0 &&
+                     (!traits.rotates || (group.rope.position_components <= 1 &&
+                                          group.basis == LayerGroupSpec::Basis::kPlain));
+  return traits;
+}
+
+uint64_t SequenceRows::RowAt(int64_t at) const {
+  if (positions.empty()) {
+    return at < 0 ? 0 : std::min<uint64_t>(static_cast<uint64_t>(at), tokens.size());
+  }
+  return std::lower_bound(positions.begin(), positions.end(), at) - positions.begin();
+}
+
+PositionExtent SequenceRows::ExtentOf(uint32_t group) const {
+  PositionExtent out;
+  if (tables[group].empty()) return out;
+  out.contiguous = true;
+  for (const Extent& extent : tables[group].extents()) {
+    for (uint64_t row = extent.first_row; row < extent.end_row(); ++row) {
+      const int64_t at = position(row);
+      if (out.rows == 0)
+        out.min = at;
+      else if (at != out.max + 1)
+        out.contiguous = false;
+      out.max = at;
+      ++out.rows;
+      if (!positions.empty()) continue;
+      // Implicit positions are contiguous inside an extent.
+      out.rows += extent.count - 1;
+      out.max = at + extent.count - 1;
+      break;
+    }
+  }
+  return out;
+}
+
+void SequenceRows::AppendTokens(std::span<const uint32_t> added) {
+  int64_t at = end_position();
+  PT_CHECK(at + static_cast<int64_t>(added.size()) <= kMaxPosition + 1);
+  const bool is_explicit = !positions.empty();
+  tokens.insert(tokens.end(), added.begin(), added.end());
+  for (size_t i = 0; is_explicit && i < added.size(); ++i) {
+    positions.push_back(static_cast<int32_t>(at++));
+  }
+}
+
+std::vector<PageId> SequenceRows::Truncate(uint64_t rows, uint32_t page_tokens) {
+  std::vector<PageId> gone;
+  if (rows >= num_rows()) return gone;
+  for (PageTable& table : tables) {
+    const std::vector<PageId> pages = table.Truncate(rows);
+    gone.insert(gone.end(), pages.begin(), pages.end());
+  }
+  tokens.resize(rows);
+  if (!positions.empty()) positions.resize(rows);
+  if (canonical_limit >= rows) {
+    canonical_limit = kAllRows;
+    positions.clear();
+  }
+  keys.resize(std::min<size_t>(keys.size(), canonical_rows() / page_tokens));
+  std::erase_if(inputs, [&](const PositionedInput& input) { return input.position >= rows; });
+  return gone;
+}
+
+SequenceRows Assemble(std::span<const GroupTraits> groups, uint32_t page_tokens,
+                      std::span<const RowPiece> pieces) {
+  SequenceRows out;
+  out.tables.resize(groups.size());
+  const SequenceRows* base = nullptr;
+  uint64_t row = 0;
+  bool is_implicit = true;
+  bool is_canonical = true;
+  int64_t last = 0;
+  std::vector<int32_t> positions;
+  for (const RowPiece& piece : pieces) {
+    if (piece.empty()) continue;
+    const SequenceRows& from = *piece.from;
+    if (is_canonical) {
+      if (base == nullptr) base = &from;
+      const bool is_unmoved = &from == base && piece.begin == row && piece.delta == 0;
+      const uint64_t limit = is_unmoved ? std::min(from.canonical_limit, piece.end) : row;
+      if (limit < piece.end) {
+        is_canonical = false;
+        out.canonical_limit = limit;
+      }
+    }
+    out.tokens.insert(out.tokens.end(), from.tokens.begin() + piece.begin,
+                      from.tokens.begin() + piece.end);
+    for (uint64_t r = piece.begin; r < piece.end; ++r) {
+      const int64_t at = piece.position(r);
+      PT_CHECK(at >= last && at <= kMaxPosition);
+      last = at;
+      is_implicit = is_implicit && at == static_cast<int64_t>(row + (r - piece.begin));
+      positions.push_back(static_cast<int32_t>(at));
+    }
+    for (size_t g = 0; g < groups.size(); ++g) {
+      for (Extent extent : from.tables[g].Cover(piece.begin, piece.end)) {
+        extent.first_row = row + (extent.first_row - piece.begin);
+        if (groups[g].rotates) extent.shift = static_cast<int32_t>(extent.shift + piece.delta);
+        out.tables[g].Append(extent);
+      }
+    }
+    row += piece.end - piece.begin;
+  }
+  if (!is_implicit) out.positions = std::move(positions);
+  if (base != nullptr) {
+    const uint64_t canonical = out.canonical_rows();
+    const size_t num_keys = std::min<size_t>(base->keys.size(), canonical / page_tokens);
+    out.keys.assign(base->keys.begin(), base->keys.begin() + num_keys);
+    for (const PositionedInput& input : base->inputs) {
+      if (input.position < canonical) out.inputs.push_back(input);
+    }
+  }
+  return out;
+}
+
+std::vector<RowPiece> MergeByPosition(std::vector<RowPiece> a, std::vector<RowPiece> b,
+                                      int64_t* occupied) {
+  std::vector<RowPiece> out;
+  *occupied = -1;
+  Cursor left(a), right(b);
+  while (!left.done() || !right.done()) {
+    bool take_left = right.done();
+    // Of equal positions the one with the lower key comes first.
+    const auto keys_of = [&]() -> std::pair<uint64_t, uint64_t> {
+      if (left.at().from == right.at().from) return {left.row, right.row};
+      return {0, 1};
+    };
+    if (!left.done() && !right.done()) {
+      const auto [left_key, right_key] = keys_of();
+      take_left = std::tuple(left.position(), left_key) < std::tuple(right.position(), right_key);
+    }
+    Cursor& from = take_left ? left : right;
+    const Cursor& other = take_left ? right : left;
+    const RowPiece& piece = from.at();
+    // All rows of this piece that come before the other list's next row: at least one.
+    uint64_t end = piece.end;
+    if (!other.done()) {
+      const bool is_same_source = piece.from == other.at().from;
+      const int64_t limit = other.position();
+      uint64_t low = from.row + 1;
+      while (low < end) {
+        const uint64_t middle = low + (end - low) / 2;
+        const int64_t at = piece.position(middle);
+        const bool is_before =
+            at < limit || (at == limit && (is_same_source ? middle < other.row : take_left));
+        if (is_before)
+          low = middle + 1;
+        else
+          end = middle;
+      }
+      if (*occupied < 0 && piece.position(end - 1) == limit) *occupied = limit;
+    }
+    RowPiece taken{piece.from, from.row, end, piece.delta};
+    if (!out.empty() && out.back().from == taken.from && out.back().end == taken.begin &&
+        out.back().delta == taken.delta) {
+      out.back().end = taken.end;
+    } else {
+      out.push_back(taken);
+    }
+    if (end == piece.end)
+      from.Enter(from.piece + 1);
+    else
+      from.row = end;
+  }
+  return out;
+}
+
+}  // namespace pagetide

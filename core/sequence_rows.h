@@ -1,0 +1,98 @@
+// SequenceRows: what a sequence holds: its tokens, where each stands, and which rows of which pages
+// hold their K and V. A value: edits make a new one, so that a refused edit changes nothing and
+// several edits become visible at once.
+//
+// Rows are ordered by position; rows that share one (after DividePositions) keep the order they
+// had. Positions are implicit (row n is at position n) until an edit makes them explicit. Rows in
+// front of canonical_limit stand at their original positions and were computed over exactly the
+// tokens before them; only they have keys. Not thread-safe.
+#ifndef PAGETIDE_CORE_SEQUENCE_ROWS_H_
+#define PAGETIDE_CORE_SEQUENCE_ROWS_H_
+
+#include <algorithm>
+#include <cstdint>
+#include <limits>
+#include <span>
+#include <vector>
+
+#include "core/geometry.h"
+#include "core/keys.h"
+#include "core/page_table.h"
+
+namespace pagetide {
+
+// Positions are 0 to this: what an engine's 32-bit position can hold.
+inline constexpr int64_t kMaxPosition = std::numeric_limits<int32_t>::max();
+
+// What the algebra must know of a layer group.
+struct GroupTraits {
+  bool can_cut = true;    // rows can be taken out of the middle
+  bool can_shift = true;  // rows can be given another position
+  bool rotates = true;    // K depends on the position: a move leaves a pending shift
+  friend bool operator==(const GroupTraits&, const GroupTraits&) = default;
+};
+GroupTraits TraitsOf(const LayerGroupSpec& group);
+
+// Of one layer group. Of an empty one min and max are -1.
+struct PositionExtent {
+  int64_t min = -1;
+  int64_t max = -1;
+  uint64_t rows = 0;
+  bool contiguous = false;  // every position from min to max has exactly one row
+  friend bool operator==(const PositionExtent&, const PositionExtent&) = default;
+};
+
+struct SequenceRows {
+  static constexpr uint64_t kAllRows = std::numeric_limits<uint64_t>::max();
+
+  std::vector<uint32_t> tokens;         // [row]
+  std::vector<int32_t> positions;       // [row], never decreasing; empty: row n is at position n
+  std::vector<PageTable> tables;        // [group]
+  std::vector<PrefixKey> keys;          // of each full page of canonical rows
+  std::vector<PositionedInput> inputs;  // of canonical rows, ascending
+  uint64_t canonical_limit = kAllRows;  // rows from here on are not canonical
+
+  uint64_t num_rows() const { return tokens.size(); }
+  uint64_t canonical_rows() const { return std::min<uint64_t>(canonical_limit, tokens.size()); }
+  bool is_canonical() const { return canonical_limit >= tokens.size(); }
+  int64_t position(uint64_t row) const {
+    return positions.empty() ? static_cast<int64_t>(row) : positions[row];
+  }
+  // One past the last row's position, where the next token goes; 0 when there is none.
+  int64_t end_position() const { return tokens.empty() ? 0 : position(tokens.size() - 1) + 1; }
+  // The first row at `at` or behind it; num_rows() when there is none.
+  uint64_t RowAt(int64_t at) const;
+  PositionExtent ExtentOf(uint32_t group) const;
+
+  // Adds tokens at the next positions. The tables are the caller's to grow.
+  void AppendTokens(std::span<const uint32_t> added);
+  // Cuts to the first `rows` rows. Returns the pages whose extents went. A sequence that is cut
+  // back to its canonical rows is canonical again.
+  std::vector<PageId> Truncate(uint64_t rows, uint32_t page_tokens);
+};
+
+// Rows [begin, end) of a sequence, moved by `delta` positions.
+struct RowPiece {
+  const SequenceRows* from = nullptr;
+  uint64_t begin = 0;
+  uint64_t end = 0;
+  int64_t delta = 0;
+  bool empty() const { return begin >= end; }
+  int64_t position(uint64_t row) const { return from->position(row) + delta; }
+};
+
+// The sequence that consists of `pieces` in order; positions must not decrease along them and lie
+// in [0, kMaxPosition]. It shares pages with where they come from. What of it is canonical follows
+// from the pieces: rows at their own index of one source, unmoved.
+SequenceRows Assemble(std::span<const GroupTraits> groups, uint32_t page_tokens,
+                      std::span<const RowPiece> pieces);
+
+// The rows of `a` and `b`, each ordered by position, in the order of positions. Rows at the same
+// position keep their order if they come from one sequence; else those of `a` come first. *occupied
+// becomes the first position that both lists hold, or -1.
+std::vector<RowPiece> MergeByPosition(std::vector<RowPiece> a, std::vector<RowPiece> b,
+                                      int64_t* occupied);
+
+}  // namespace pagetide
+
+#endif  // PAGETIDE_CORE_SEQUENCE_ROWS_H_

@@ -1,0 +1,183 @@
+// A host in miniature for tests of the algebra: a page directory, memory that remembers what was
+// written to each slot, and sequences over them. Rows have no bytes; a slot holds which write it
+// was
+// (`cell`, unique) and what was written (`content`, copied along).
+#ifndef PAGETIDE_TESTS_CORE_SEQUENCE_WORLD_H_
+#define PAGETIDE_TESTS_CORE_SEQUENCE_WORLD_H_
+
+#include <cstdint>
+#include <map>
+#include <span>
+#include <utility>
+#include <vector>
+
+#include "core/keys.h"
+#include "core/page_directory.h"
+#include "core/sequence_editor.h"
+#include "core/sequence_pages.h"
+
+namespace pagetide {
+
+class SequenceWorld : public SequenceEditor::Sequences {
+ public:
+  struct Slot {
+    uint64_t cell = 0;
+    uint64_t content = 0;
+    int64_t written_at = 0;
+    friend bool operator==(const Slot&, const Slot&) = default;
+  };
+  struct Setup {
+    uint32_t page_tokens = 8;
+    std::vector<GroupTraits> groups = std::vector<GroupTraits>(1);
+    uint32_t num_frames = 4096;
+    // A planted bug: who writes behind rows that others reference writes into their page.
+    bool skips_copy_on_write = false;
+  };
+  explicit SequenceWorld(Setup setup)
+      : setup_(std::move(setup)),
+        pages_(static_cast<uint32_t>(setup_.groups.size()), setup_.num_frames, 0) {}
+
+  const SequenceRows* Find(uint64_t number) const override {
+    const auto it = sequences_.find(number);
+    return it == sequences_.end() ? nullptr : &it->second;
+  }
+  void ForEach(absl::FunctionRef<void(uint64_t, const SequenceRows&)> fn) const override {
+    for (const auto& [number, rows] : sequences_) fn(number, rows);
+  }
+  const SequenceRows& Rows(uint64_t number) const { return sequences_.at(number); }
+  const PageDirectory& pages() const { return pages_; }
+  size_t size() const { return sequences_.size(); }
+  const Setup& setup() const { return setup_; }
+
+  SequenceEditor Edit() const {
+    return SequenceEditor({setup_.page_tokens, setup_.groups, uint64_t{1} << 20}, this);
+  }
+  DroppedPages Adopt(SequenceEditor& editor) {
+    std::vector<RowsChange> changes;
+    for (auto& [number, rows] : editor.changed()) {
+      changes.push_back({&sequences_.at(number), std::move(rows)});
+    }
+    return AdoptRows(std::move(changes), pages_);
+  }
+
+  void Open(uint64_t number) {
+    SequenceRows rows;
+    rows.tables.resize(setup_.groups.size());
+    sequences_.emplace(number, std::move(rows));
+  }
+  // Opens over the first `rows` canonical rows of another sequence, as a prompt with those tokens
+  // would: full pages by key, then leading rows of a keyed page.
+  void OpenShared(uint64_t number, uint64_t from, uint64_t rows) {
+    Open(number);
+    SequenceRows& to = sequences_.at(number);
+    const SequenceRows& source = sequences_.at(from);
+    for (size_t g = 0; g < setup_.groups.size(); ++g) {
+      for (uint64_t k = 0; k * setup_.page_tokens < rows; ++k) {
+        const uint64_t first = k * setup_.page_tokens;
+        Page& page = *pages_.FindKeyed(static_cast<uint32_t>(g), source.keys[k]);
+        AppendExtent(
+            {page.id(), 0,
+             static_cast<uint32_t>(std::min<uint64_t>(setup_.page_tokens, rows - first)), first},
+            to.tables[g], pages_);
+      }
+    }
+    to.tokens.assign(source.tokens.begin(), source.tokens.begin() + rows);
+    to.keys.assign(source.keys.begin(), source.keys.begin() + rows / setup_.page_tokens);
+  }
+  void Close(uint64_t number) {
+    SequenceRows empty;
+    empty.tables.resize(setup_.groups.size());
+    AdoptRows({{&sequences_.at(number), std::move(empty)}}, pages_);
+    sequences_.erase(number);
+  }
+
+  // Rows that got another cell because their page was shared: old → new cell.
+  using Moves = std::vector<std::pair<uint64_t, uint64_t>>;
+  // Appends tokens whose rows hold `first_content`, + 1, …; cells are numbered like the contents,
+  // and from *next_copy on for rows that had to be copied first.
+  Moves Append(uint64_t number, std::span<const uint32_t> tokens, uint64_t first_content,
+               uint64_t* next_copy) {
+    SequenceRows& rows = sequences_.at(number);
+    const uint64_t first_row = rows.num_rows();
+    const int64_t first_position = rows.end_position();
+    rows.AppendTokens(tokens);
+    const std::vector<PrefixKey> keys = PrefixKeysOf(PrefixKey{}, rows.tokens, setup_.page_tokens);
+    Moves moves;
+    const uint64_t copies_from = *next_copy;
+    for (size_t g = 0; g < setup_.groups.size(); ++g) {
+      *next_copy = copies_from;
+      PageTable& table = rows.tables[g];
+      TailPlan plan = PlanTail(table, pages_, setup_.page_tokens);
+      if (setup_.skips_copy_on_write && plan.kind == TailPlan::Kind::kCopy &&
+          pages_.Get(plan.page).refs() > 1 && !pages_.Get(plan.page).is_full()) {
+        plan.kind = TailPlan::Kind::kInPlace;
+        plan.rows = table.back().end_slot();
+      }
+      Page* page = nullptr;
+      uint32_t slot = plan.rows;
+      if (plan.kind == TailPlan::Kind::kInPlace) {
+        page = &pages_.Get(plan.page);
+        page->SetRows(slot);
+      } else if (plan.kind == TailPlan::Kind::kCopy) {
+        page = &NewPage(g);
+        for (const TailPlan::SlotRun& run : plan.copies) {
+          for (uint32_t i = 0; i < run.count; ++i) {
+            Slot copy = At(plan.page, run.from_slot + i);
+            if (g == 0) moves.emplace_back(copy.cell, *next_copy);
+            copy.cell = (*next_copy)++;
+            At(page->id(), run.to_slot + i) = copy;
+          }
+        }
+        ReplaceTail(plan, *page, table, pages_);
+      }
+      for (uint64_t i = 0; i < tokens.size(); ++i) {
+        if (page == nullptr || slot == setup_.page_tokens) {
+          page = &NewPage(g);
+          slot = 0;
+        }
+        const bool is_fresh = page->refs() == 1 && table.NumExtentsOf(page->id()) == 0;
+        At(page->id(), slot) = {first_content + i, first_content + i,
+                                first_position + static_cast<int64_t>(i)};
+        const Extent extent{page->id(), slot, 1, first_row + i};
+        if (is_fresh)
+          table.Append(extent);  // the creator's reference becomes the table's
+        else
+          AppendExtent(extent, table, pages_);
+        page->SetRows(++slot);
+        if (slot == setup_.page_tokens) FillPage(*page, rows, keys, first_row + i);
+      }
+    }
+    if (rows.is_canonical()) rows.keys = keys;
+    return moves;
+  }
+
+  const Slot& At(PageId page, uint32_t slot) const { return memory_.at(page)[slot]; }
+  Slot& At(PageId page, uint32_t slot) { return memory_.at(page)[slot]; }
+
+ private:
+  Page& NewPage(size_t group) {
+    const auto grant = pages_.AllocateFrame(static_cast<uint32_t>(group), "t");
+    Page& page =
+        pages_.CreateTail(static_cast<uint32_t>(group), "t", grant->frame, 0, std::nullopt);
+    memory_[page.id()].resize(setup_.page_tokens);
+    return page;
+  }
+  void FillPage(Page& page, const SequenceRows& rows, const std::vector<PrefixKey>& keys,
+                uint64_t last_row) {
+    page.SetFull(setup_.page_tokens, Checksum128{});
+    if (!rows.is_canonical()) return;
+    const uint64_t index = last_row / setup_.page_tokens;
+    pages_.SetKey(page, keys[index], index == 0 ? PrefixKey{} : keys[index - 1],
+                  MakePageKey(keys[index], Digest{}),
+                  std::make_shared<const std::vector<uint32_t>>(), /*has_inputs=*/true);
+  }
+
+  const Setup setup_;
+  PageDirectory pages_;
+  std::map<uint64_t, SequenceRows> sequences_;
+  std::map<PageId, std::vector<Slot>> memory_;  // [page][slot]
+};
+
+}  // namespace pagetide
+
+#endif  // PAGETIDE_TESTS_CORE_SEQUENCE_WORLD_H_
