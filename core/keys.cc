@@ -59,4 +59,16 @@ PageKey MakePrivatePageKey(uint64_t incarnation, uint64_t page_id, uint64_t spil
   return {hash.Finish()};
 }
 
+PageKey MakeContentPageKey(const TenantSalt& salt, const Digest& component_fingerprint,
+                           uint32_t rows, std::span<const std::byte> body) {
+  return PageKey{
+      Sha256()
+          .AppendField("pagetide.content_page.v1")
+          .AppendField(salt.digest.view())
+          .AppendField(component_fingerprint.view())
+          .AppendU32(rows)
+          .Append(absl::string_view(reinterpret_cast<const char*>(body.data()), body.size()))
+          .Finish()};
+}
+
 }  // namespace pagetide

@@ -9,6 +9,7 @@
 #ifndef PAGETIDE_CORE_KEYS_H_
 #define PAGETIDE_CORE_KEYS_H_
 
+#include <cstddef>
 #include <cstdint>
 #include <span>
 #include <utility>
@@ -68,6 +69,13 @@ PageKey MakePageKey(const PrefixKey& prefix, const Digest& component_fingerprint
 
 // Key of a page that is no prefix: a spilled tail. Unique by construction, never found by content.
 PageKey MakePrivatePageKey(uint64_t incarnation, uint64_t page_id, uint64_t spill_number);
+
+// Key of a private page by its content: equal bytes of a tenant have one record. Never found by
+// prefix. `rows`: how many leading rows count; the caller has zeroed the slots behind them.
+//   SHA-256(field "pagetide.content_page.v1", field tenant_salt, field component fingerprint,
+//           u32 rows, body)
+PageKey MakeContentPageKey(const TenantSalt& salt, const Digest& component_fingerprint,
+                           uint32_t rows, std::span<const std::byte> body);
 
 }  // namespace pagetide
 

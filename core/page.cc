@@ -52,7 +52,23 @@ Page Page::NewStored(PageId id, uint32_t group, std::string tenant, uint32_t row
   page.parent_prefix_ = parent_prefix;
   page.page_key_ = store_key;
   page.checksum_ = checksum;
-  page.stored_ = StoredAs{store_key, checksum};
+  page.stored_ = StoredAs{store_key, checksum, /*is_shared=*/true};
+  return page;
+}
+
+Page Page::NewSealed(PageId id, uint32_t group, std::string tenant, uint32_t rows, uint32_t depth,
+                     std::optional<PageId> parent, const StoredAs& stored) {
+  Page page;
+  page.id_ = id;
+  page.group_ = group;
+  page.tenant_ = std::move(tenant);
+  page.state_ = PageState::kStored;
+  page.rows_ = page.high_water_rows_ = rows;
+  page.is_full_ = true;
+  page.depth_ = depth;
+  page.parent_ = parent;
+  page.checksum_ = stored.checksum;
+  page.stored_ = stored;
   return page;
 }
 
@@ -103,7 +119,7 @@ std::optional<FrameId> Page::Quarantine() {
 std::optional<PageKey> Page::BeginWrite() {
   PT_CHECK(state_ == PageState::kResident && !is_full_);
   std::optional<PageKey> stale;
-  if (stored_) stale = stored_->key;
+  if (stored_ && !stored_->is_shared) stale = stored_->key;
   stored_.reset();
   return stale;
 }
@@ -112,6 +128,16 @@ void Page::SetRows(uint32_t rows) {
   PT_CHECK(!is_full_);
   rows_ = rows;
   high_water_rows_ = std::max(high_water_rows_, rows);
+}
+
+void Page::SetStored(const StoredAs& stored) {
+  PT_CHECK(state_ == PageState::kResident && is_full_);
+  stored_ = stored;
+}
+
+void Page::Seal() {
+  PT_CHECK(is_readable() || state_ == PageState::kStored || state_ == PageState::kRestoring);
+  is_full_ = true;
 }
 
 void Page::SetFull(uint32_t rows, const Checksum128& checksum) {

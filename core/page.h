@@ -44,14 +44,22 @@ class Page {
                         uint32_t depth, std::optional<PageId> parent, const PrefixKey& prefix,
                         const PrefixKey& parent_prefix, const PageKey& store_key,
                         const Checksum128& checksum);
+  // What the store's copy of a page is called, and what it must be.
+  struct StoredAs {
+    PageKey key;
+    Checksum128 checksum;
+    // The record belongs to saved state or is named by its content: others may stand behind it, so
+    // it is not deleted with this page.
+    bool is_shared = false;
+  };
+  // A private page that so far only the store has, as saved state refers to it. It is immutable,
+  // whether `rows` fill it or not: who writes behind its rows copies them first.
+  static Page NewSealed(PageId id, uint32_t group, std::string tenant, uint32_t rows,
+                        uint32_t depth, std::optional<PageId> parent, const StoredAs& stored);
 
   // --- copies ---
   void BeginSpill();
   // `stored`: the store took it, or had it already, under `key` with a body of `checksum`.
-  struct StoredAs {
-    PageKey key;
-    Checksum128 checksum;
-  };
   void FinishSpill(const std::optional<StoredAs>& stored);
   // Leaves the frame, which the caller releases. Only when resident, stored and unpinned.
   FrameId DropFrame();
@@ -69,6 +77,10 @@ class Page {
   std::optional<PageKey> BeginWrite();
   // A tail's committed rows, up or (rewind) down.
   void SetRows(uint32_t rows);
+  // A save put it into the store. Only immutable, resident pages.
+  void SetStored(const StoredAs& stored);
+  // From here on a tail never changes, as if it were full: a checkpoint holds it.
+  void Seal();
   // The last row arrived: immutable from here on.
   void SetFull(uint32_t rows, const Checksum128& checksum);
   void SetKey(const PrefixKey& prefix, const PrefixKey& parent_prefix, const PageKey& store_key);
@@ -95,15 +107,18 @@ class Page {
   uint32_t rows() const { return rows_; }
   // Most rows the page ever had committed: slots below it may still be read by someone who pins it.
   uint32_t high_water_rows() const { return high_water_rows_; }
+  // Immutable: every slot is written, or the page was sealed with fewer rows.
   bool is_full() const { return is_full_; }
   bool is_keyed() const { return prefix_.has_value(); }
   const std::optional<PrefixKey>& prefix() const { return prefix_; }
   const PrefixKey& parent_prefix() const { return parent_prefix_; }
-  // Set when full: of the bytes in the frame.
+  // Set when full: of the bytes in the frame. A page sealed here has none until it is stored.
   const std::optional<Checksum128>& checksum() const { return checksum_; }
   // The store has these rows.
   bool is_stored() const { return stored_.has_value(); }
   const std::optional<StoredAs>& stored() const { return stored_; }
+  // Worth keeping without references: others may ask for it, by prefix or by content.
+  bool is_findable() const { return is_keyed() || (stored_ && stored_->is_shared); }
   // The key to spill a keyed page under.
   const std::optional<PageKey>& page_key() const { return page_key_; }
   uint32_t refs() const { return refs_; }

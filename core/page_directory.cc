@@ -47,6 +47,20 @@ Page& PageDirectory::AdoptStored(uint32_t group, absl::string_view tenant, uint3
   return page;
 }
 
+Page& PageDirectory::AdoptSealed(uint32_t group, absl::string_view tenant, uint32_t rows,
+                                 uint32_t depth, std::optional<PageId> parent,
+                                 const Page::StoredAs& stored) {
+  if (const auto it = sealed_.find(stored.key); it != sealed_.end()) {
+    Page& known = Get(it->second);
+    if (known.group() == group && known.stored()->checksum == stored.checksum) return known;
+  }
+  Page& page = Add(
+      Page::NewSealed(PageId(next_id_++), group, std::string(tenant), rows, depth, parent, stored));
+  sealed_[stored.key] = page.id();
+  RememberStored(page.id());
+  return page;
+}
+
 Page* PageDirectory::Find(PageId id) {
   const auto it = pages_.find(id);
   return it == pages_.end() ? nullptr : it->second.get();
@@ -71,7 +85,7 @@ Page* PageDirectory::FindKeyed(uint32_t group, const PrefixKey& prefix) {
 bool PageDirectory::Unref(Page& page) {
   if (!page.Unref()) return false;
   // A copy in flight holds no reference: its completion finds the page again by id, or not at all.
-  const bool is_worth_keeping = page.is_keyed() && page.state() != PageState::kQuarantined;
+  const bool is_worth_keeping = page.is_findable() && page.state() != PageState::kQuarantined;
   if (is_worth_keeping) {
     if (page.state() == PageState::kStored) RememberStored(page.id());
     return false;
@@ -91,7 +105,7 @@ void PageDirectory::Pin(Page& page) {
 
 void PageDirectory::Unpin(Page& page) {
   if (!page.Unpin()) return;
-  if (page.refs() == 0 && (!page.is_keyed() || page.state() == PageState::kQuarantined) &&
+  if (page.refs() == 0 && (!page.is_findable() || page.state() == PageState::kQuarantined) &&
       page.state() != PageState::kSpilling && page.state() != PageState::kRestoring) {
     Forget(page);
     return;
@@ -125,7 +139,7 @@ void PageDirectory::BeginSpill(Page& page) {
 
 void PageDirectory::FinishSpill(Page& page, const std::optional<Page::StoredAs>& stored) {
   page.FinishSpill(stored);
-  if (page.refs() == 0 && page.pins() == 0 && !page.is_keyed()) {
+  if (page.refs() == 0 && page.pins() == 0 && !page.is_findable()) {
     Forget(page);
     return;
   }
@@ -141,7 +155,7 @@ void PageDirectory::BeginRestore(Page& page, FrameId frame) {
 void PageDirectory::FinishRestore(Page& page) {
   page.FinishRestore();
   groups_[page.group()].frames.MarkClean(page.frame());  // a restore overwrites the whole frame
-  if (page.refs() == 0 && page.pins() == 0 && !page.is_keyed()) {
+  if (page.refs() == 0 && page.pins() == 0 && !page.is_findable()) {
     Forget(page);
     return;
   }
@@ -153,10 +167,23 @@ void PageDirectory::AbortRestore(Page& page) {
   const FrameId frame = page.AbortRestore();
   groups_[page.group()].policy->OnErase(page.id());
   ReleaseFrame(page.group(), frame);
-  if (page.refs() == 0 && page.pins() == 0 && !page.is_keyed()) Forget(page);
+  if (page.refs() == 0 && page.pins() == 0 && !page.is_findable()) Forget(page);
+}
+
+void PageDirectory::SetStored(Page& page, const Page::StoredAs& stored) {
+  if (page.is_stored() && !page.is_findable()) stale_keys_.push_back(page.stored()->key);
+  page.SetStored(stored);
+  if (!page.is_keyed()) sealed_.try_emplace(stored.key, page.id());
+}
+
+void PageDirectory::ForgetSealed(const Page& page) {
+  if (!page.is_stored() || page.is_keyed()) return;
+  const auto it = sealed_.find(page.stored()->key);
+  if (it != sealed_.end() && it->second == page.id()) sealed_.erase(it);
 }
 
 void PageDirectory::Quarantine(Page& page) {
+  ForgetSealed(page);
   const bool was_reported = page.is_readable() && page.is_keyed();
   const std::optional<FrameId> frame = page.Quarantine();
   if (frame) {
@@ -220,7 +247,10 @@ uint64_t PageDirectory::DropUnreferenced() {
 void PageDirectory::Forget(Page& page) {
   PT_CHECK(page.pins() == 0 && page.refs() == 0);
   // A private record is of no use to anybody else; a keyed one is.
-  if (page.is_stored() && !page.is_keyed()) stale_keys_.push_back(page.stored()->key);
+  if (page.is_stored() && !page.is_keyed() && !page.stored()->is_shared) {
+    stale_keys_.push_back(page.stored()->key);
+  }
+  ForgetSealed(page);
   groups_[page.group()].index.Erase(page.id());
   if (page.has_frame()) LeaveFrame(page, page.frame());
   pages_.erase(page.id());
@@ -252,7 +282,7 @@ void PageDirectory::CheckInvariants() const {
     uint32_t num_held = 0;
     for (const auto& [id, page] : pages_) {
       if (page->group() != g) continue;
-      PT_CHECK(page->refs() > 0 || page->is_keyed() || page->pins() > 0 ||
+      PT_CHECK(page->refs() > 0 || page->is_findable() || page->pins() > 0 ||
                page->state() == PageState::kSpilling || page->state() == PageState::kRestoring);
       if (!page->has_frame()) continue;
       PT_CHECK(!held[page->frame().value()]);

@@ -3,7 +3,7 @@
 //
 // Not thread-safe: the host locks. Invariants (CheckInvariants): a frame is free or held by exactly
 // one page; a page in the eviction order is in a frame; pins > 0, writers and copies in flight are
-// never evictable; a private page without references does not exist.
+// never evictable; a private page without references and without a shared record does not exist.
 #ifndef PAGETIDE_CORE_PAGE_DIRECTORY_H_
 #define PAGETIDE_CORE_PAGE_DIRECTORY_H_
 
@@ -60,6 +60,10 @@ class PageDirectory {
                     const PrefixKey& parent_prefix, const PageKey& store_key,
                     const Checksum128& checksum,
                     std::shared_ptr<const std::vector<uint32_t>> tokens, bool has_inputs);
+  // A private, sealed page of saved state, without references. Returns the page that stands for the
+  // same record with the same body already, if there is one.
+  Page& AdoptSealed(uint32_t group, absl::string_view tenant, uint32_t rows, uint32_t depth,
+                    std::optional<PageId> parent, const Page::StoredAs& stored);
   // nullptr when unknown.
   Page* Find(PageId id);
   const Page* Find(PageId id) const;
@@ -83,6 +87,8 @@ class PageDirectory {
   // Frees the frame of a clean, unpinned, resident page. The page is forgotten if nobody needs it.
   void Evict(Page& page);
   void BeginWrite(Page& page);
+  // A save put an immutable page into the store.
+  void SetStored(Page& page, const Page::StoredAs& stored);
   void SetTailTokens(Page& page, const PrefixKey& parent_prefix, std::vector<uint32_t> tokens,
                      bool has_inputs);
   // Makes a full page findable. False if another page has the key: this one stays private.
@@ -120,10 +126,14 @@ class PageDirectory {
   void LeaveFrame(Page& page, FrameId frame);
   // Removes the page altogether: frame, index, eviction order.
   void Forget(Page& page);
+  void ForgetSealed(const Page& page);
   void RememberStored(PageId id);
 
   std::vector<Group> groups_;
   absl::flat_hash_map<PageId, std::unique_ptr<Page>> pages_;
+  // Private pages by the record that stands for them, so that all loads of one saved state share
+  // them.
+  absl::flat_hash_map<PageKey, PageId> sealed_;
   const size_t max_known_stored_;
   std::deque<PageId> known_stored_;  // oldest first; may hold ids that are gone or in use again
   uint64_t next_id_ = 1;

@@ -24,8 +24,11 @@
 #include "worker/router_link.h"
 #include "worker/sequence_edit_service.h"
 #include "worker/sequence_service.h"
+#include "worker/session_service.h"
+#include "worker/sessions.h"
 #include "worker/store_lease.h"
 #include "worker/worker_admin_service.h"
+#include "worker/worker_fence.h"
 
 namespace pagetide {
 
@@ -90,11 +93,14 @@ struct WorkerRole::Parts {
   std::unique_ptr<ThreadPoolExecutor> io;
   std::unique_ptr<Worker> worker;
   std::unique_ptr<StoreLeaseKeeper> store_lease;
+  std::unique_ptr<WorkerFence> fence;
   std::unique_ptr<LocalPlane> local_plane;
   std::unique_ptr<RequestMemos> memos;
+  std::unique_ptr<Sessions> sessions;
   std::unique_ptr<PrefixServiceImpl> prefix_service;
   std::unique_ptr<SequenceServiceImpl> sequence_service;
   std::unique_ptr<SequenceEditServiceImpl> sequence_edit_service;
+  std::unique_ptr<SessionServiceImpl> session_service;
   std::unique_ptr<WorkerAdminService> admin_service;
   std::unique_ptr<RpcServer> server;
   std::vector<std::unique_ptr<RouterLink>> links;
@@ -147,14 +153,19 @@ absl::StatusOr<std::unique_ptr<WorkerRole>> WorkerRole::Start(Options options, P
                                   .ttl = options.store_lease_ttl},
         store, clock);
     parts->store_lease->Start();
+    parts->fence = std::make_unique<WorkerFence>(worker_id, worker->incarnation(),
+                                                 parts->store_lease.get(), store, clock);
   }
+  parts->sessions = std::make_unique<Sessions>(worker, store, parts->fence.get());
+  parts->session_service =
+      std::make_unique<SessionServiceImpl>(worker, parts->sessions.get(), parts->memos.get());
   worker->Start();
-  PT_ASSIGN_OR_RETURN(
-      parts->server,
-      RpcServer::Create(options.server,
-                        {parts->prefix_service.get(), parts->sequence_service.get(),
-                         parts->sequence_edit_service.get(), parts->admin_service.get()},
-                        parts->metrics));
+  PT_ASSIGN_OR_RETURN(parts->server,
+                      RpcServer::Create(options.server,
+                                        {parts->prefix_service.get(), parts->sequence_service.get(),
+                                         parts->sequence_edit_service.get(),
+                                         parts->session_service.get(), parts->admin_service.get()},
+                                        parts->metrics));
   parts->advertise =
       options.advertise.empty() ? parts->server->addresses().front() : options.advertise;
   const std::string& metrics_listen = options.server.metrics_address;

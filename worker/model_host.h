@@ -33,6 +33,7 @@
 #include "core/model.h"
 #include "core/page_store.h"
 #include "core/sequence_id.h"
+#include "core/session_state.h"
 #include "core/tier.h"
 #include "worker/device.h"
 
@@ -236,6 +237,25 @@ struct HostLoad {
   bool is_store_degraded = false;
 };
 
+// A sequence's state at one moment, with references to its pages: it stays what it was, whatever
+// happens to the sequence. Thread-safe; lives no longer than the host.
+class StateSnapshot {
+ public:
+  struct Put {
+    std::vector<ManifestPageRef> pages;  // what a manifest lists, in the order of state()
+    uint64_t pages_written = 0;          // in all calls so far
+    uint64_t bytes_written = 0;
+    uint64_t bytes_total = 0;
+  };
+  virtual ~StateSnapshot() = default;
+  // Numbers of the save, request and metadata are the caller's to fill in.
+  virtual const SessionState& state() const = 0;
+  // Puts what the store lacks, at `level`; `missing` names pages that the store said it has lost.
+  // FAILED_PRECONDITION (PREFIX_LOST) when a page's bytes are gone everywhere; the store's errors.
+  virtual absl::StatusOr<Put> PutPages(std::span<const PageKey> missing, Durability level,
+                                       MonotonicTime deadline) = 0;
+};
+
 // A page entered or left a tier of this host. Private pages are not reported.
 struct ResidencyChange {
   PrefixKey prefix;
@@ -373,6 +393,18 @@ class ModelHost {
                                                                     SequenceId id, uint32_t group,
                                                                     uint64_t begin, uint64_t end,
                                                                     MonotonicTime deadline) = 0;
+
+  // --- saved state ---
+  // The first `length` tokens (absent: all committed). A pending write does not disturb it and is
+  // not part of it. FAILED_PRECONDITION (NO_STORE), INVALID_ARGUMENT (length).
+  virtual absl::StatusOr<std::unique_ptr<StateSnapshot>> Snapshot(
+      const Tenant& tenant, const SequenceHandle& sequence, std::optional<uint64_t> length) = 0;
+  // A new sequence over the first `length` tokens of saved state (absent: all). Its pages are known
+  // by the record's digests and restored on demand; a prefetch begins. FAILED_PRECONDITION
+  // (MODEL_MISMATCH), INVALID_ARGUMENT (length), DATA_LOSS, RESOURCE_EXHAUSTED.
+  virtual absl::StatusOr<OpenResult> OpenSaved(const Tenant& tenant, const SessionState& state,
+                                               std::span<const ManifestPageRef> pages,
+                                               std::optional<uint64_t> length) = 0;
 
   // --- upkeep ---
   struct EvictResult {

@@ -280,7 +280,7 @@ void ModelHostImpl::StartSpills(const std::vector<PageId>& ids, Durability level
     item.offset = FrameOffset(page.group(), page.frame());
     item.key = page.is_keyed() ? *page.page_key()
                                : MakePrivatePageKey(options_.incarnation, id.value(), NextNumber());
-    if (page.is_full()) item.expected = *page.checksum();
+    if (page.is_full()) item.expected = page.checksum();
     item.meta.key = item.key;
     item.meta.body_bytes = Geometry(item.group).page_bytes();
     item.meta.fingerprint = Geometry(item.group).fingerprint();

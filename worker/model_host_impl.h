@@ -64,6 +64,11 @@ class ModelHostImpl final : public ModelHost {
   absl::StatusOr<std::shared_ptr<const PinnedRows>> PinRows(const Tenant&, SequenceId, uint32_t,
                                                             uint64_t, uint64_t,
                                                             MonotonicTime) override;
+  absl::StatusOr<std::unique_ptr<StateSnapshot>> Snapshot(const Tenant&, const SequenceHandle&,
+                                                          std::optional<uint64_t>) override;
+  absl::StatusOr<OpenResult> OpenSaved(const Tenant&, const SessionState&,
+                                       std::span<const ManifestPageRef>,
+                                       std::optional<uint64_t>) override;
   absl::StatusOr<EvictResult> EvictPages(uint64_t, MonotonicTime) override;
   uint64_t ClearCache() override;
   void Tick() override;
@@ -77,6 +82,7 @@ class ModelHostImpl final : public ModelHost {
 
  private:
   class PinnedRowsImpl;
+  class SnapshotImpl;
 
   // Rows behind the committed length of one sequence.
   struct Pending {
@@ -228,6 +234,12 @@ class ModelHostImpl final : public ModelHost {
                                     const std::vector<PrefixKey>& keys,
                                     const PromptOptions& options)
       ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
+
+  // --- saved state (model_host_sessions.cc) ---
+  // The page that stands for extent `extent` of saved state. `keys`: of its canonical full pages.
+  Page& AdoptSavedPage(uint32_t group, const Sequence& sequence, const SessionState& state,
+                       const SavedExtent& extent, const ManifestPageRef& ref,
+                       const std::vector<PrefixKey>& keys) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
 
   // --- writes (model_host_writes.cc) ---
   // A write about to begin: its sequence, what it needs, and in which groups the tail is shared or

@@ -25,6 +25,7 @@ void StoreLeaseKeeper::Stop() {
     stopping_ = true;
   }
   wake_.SignalAll();
+  granted_.SignalAll();
   if (thread_.joinable()) thread_.join();
   std::optional<StoreLease> lease;
   {
@@ -99,6 +100,19 @@ void StoreLeaseKeeper::Held(const StoreLease& lease, MonotonicTime sent) {
   was_held_ = true;
   held_by_other_ = false;
   last_error_ = absl::OkStatus();
+  granted_.SignalAll();
+}
+
+StoreLeaseKeeper::State StoreLeaseKeeper::AwaitFirst(MonotonicTime deadline) {
+  {
+    MutexLock lock(&mu_);
+    while (!was_held_ && !stopping_) {
+      const absl::Duration left = deadline - clock_->MonotonicNow();
+      if (left <= absl::ZeroDuration()) break;
+      granted_.WaitWithTimeout(&mu_, left);
+    }
+  }
+  return state();
 }
 
 bool StoreLeaseKeeper::IsHeld() const {

@@ -50,6 +50,9 @@ class StoreLeaseKeeper {
   absl::Duration Step();
 
   bool IsHeld() const;
+  // Waits until the lease was granted once, or until the deadline; then as state(). A lease that
+  // was held and lost is not waited for.
+  State AwaitFirst(MonotonicTime deadline);
   State state() const;
   // Of the current lease; 0 before the first.
   uint64_t epoch() const;
@@ -68,7 +71,8 @@ class StoreLeaseKeeper {
   std::thread thread_;
 
   mutable Mutex mu_;
-  CondVar wake_;
+  CondVar wake_;     // the thread, to stop
+  CondVar granted_;  // callers of AwaitFirst
   bool stopping_ ABSL_GUARDED_BY(mu_) = false;
   bool was_held_ ABSL_GUARDED_BY(mu_) = false;
   bool held_by_other_ ABSL_GUARDED_BY(mu_) = false;

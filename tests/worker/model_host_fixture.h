@@ -57,6 +57,8 @@ class HostUnderTest {
     bool no_store = false;
     uint64_t incarnation = 7;
     int io_threads = 2;
+    // A host of somebody else's, over TestModel(page_tokens, num_groups); null: one of its own.
+    ModelHost* existing = nullptr;
   };
   explicit HostUnderTest(const Setup& setup)
       : model(TestModel(setup.page_tokens, setup.num_groups)),
@@ -69,7 +71,10 @@ class HostUnderTest {
     options.incarnation = setup.incarnation;
     options.write_through = setup.write_through;
     options.store_backoff = absl::Milliseconds(20);
-    host = ModelHost::Create(options, model, &device, store, &io, Clock::Real()).value();
+    host = setup.existing;
+    if (host != nullptr) return;
+    own_host = ModelHost::Create(options, model, &device, store, &io, Clock::Real()).value();
+    host = own_host.get();
   }
   ~HostUnderTest() { host->Quiesce(); }
 
@@ -170,7 +175,8 @@ class HostUnderTest {
   PageStore* store;
   CpuDevice device;
   ThreadPoolExecutor io;
-  std::unique_ptr<ModelHost> host;
+  std::unique_ptr<ModelHost> own_host;
+  ModelHost* host;
 };
 
 }  // namespace pagetide

@@ -1,0 +1,463 @@
+// Saved state: a sequence's pages on their way into the store for a manifest, and back.
+#include <algorithm>
+#include <cstring>
+#include <utility>
+
+#include "absl/container/flat_hash_map.h"
+#include "absl/container/flat_hash_set.h"
+#include "absl/strings/str_cat.h"
+#include "base/error_info.h"
+#include "base/status_macros.h"
+#include "worker/model_host_impl.h"
+
+namespace pagetide {
+namespace {
+
+// Pages that are in frames for one store call.
+constexpr size_t kBatchPages = 8;
+constexpr absl::Duration kLookAgain = absl::Milliseconds(100);
+
+absl::Status PrefixLost(absl::string_view what) {
+  return WithReason(absl::FailedPreconditionError(absl::StrCat("save: ", what)), "PREFIX_LOST");
+}
+
+// Full-attention groups hold every row.
+absl::Status CheckWholeRows(const SessionState& state) {
+  if (!state.positions.empty() || state.canonical_length != state.length()) {
+    return absl::UnimplementedError("load: the saved rows were edited or imported");
+  }
+  for (size_t g = 0; g < state.groups.size(); ++g) {
+    uint64_t rows = 0;
+    for (const SavedExtent& extent : state.groups[g]) {
+      if (extent.first_row != rows) break;
+      rows = extent.end_row();
+    }
+    if (rows != state.length()) {
+      return absl::DataLossError(
+          absl::StrCat("load: layer group ", g, " lacks row ", rows, " of ", state.length()));
+    }
+  }
+  return absl::OkStatus();
+}
+
+}  // namespace
+
+class ModelHostImpl::SnapshotImpl final : public StateSnapshot {
+ public:
+  SnapshotImpl(ModelHostImpl* host, const Tenant& tenant) : host_(host), tenant_(tenant) {}
+
+  ~SnapshotImpl() override {
+    {
+      MutexLock lock(&host_->mu_);
+      for (const Item& item : items_) {
+        Page& page = host_->pages_.Get(item.page);
+        if (item.is_pinned) host_->pages_.Unpin(page);
+        host_->pages_.Unref(host_->pages_.Get(item.page));
+      }
+      host_->changed_.SignalAll();
+    }
+    host_->Flush();
+  }
+
+  const SessionState& state() const override { return state_; }
+
+  // Copies what the sequence is now, cut to `length`. Once, before anything else.
+  void Take(const Sequence& sequence, uint64_t length) ABSL_EXCLUSIVE_LOCKS_REQUIRED(host_->mu_) {
+    const Model& model = *host_->model_;
+    state_.tenant = sequence.tenant;
+    state_.model_name = model.spec().name;
+    state_.model_digest = model.digest();
+    state_.model_identity = model.identity();
+    state_.page_tokens = host_->page_tokens();
+    state_.canonical_length = length;
+    state_.tokens.assign(sequence.tokens.begin(), sequence.tokens.begin() + length);
+    for (const PositionedInput& input : sequence.inputs) {
+      if (input.position < length) state_.inputs.push_back(input);
+    }
+    state_.groups.resize(host_->num_groups());
+    absl::flat_hash_map<PageId, uint32_t> index_of;
+    for (uint32_t g = 0; g < host_->num_groups(); ++g) {
+      state_.fingerprints.push_back(host_->Geometry(g).fingerprint());
+      for (const Extent& extent : sequence.tables[g].Cover(0, length)) {
+        const auto [it, is_new] =
+            index_of.try_emplace(extent.page, static_cast<uint32_t>(items_.size()));
+        if (is_new) Add(g, extent.page);
+        Item& item = items_[it->second];
+        item.rows = std::max(item.rows, extent.first_slot + extent.count);
+        state_.groups[g].push_back({.page = it->second,
+                                    .first_slot = extent.first_slot,
+                                    .count = extent.count,
+                                    .first_row = extent.first_row,
+                                    .shift = extent.shift});
+      }
+    }
+    for (const Item& item : items_) state_.bytes_total += host_->Geometry(item.group).page_bytes();
+    put_.bytes_total = state_.bytes_total;
+  }
+
+  absl::StatusOr<Put> PutPages(std::span<const PageKey> missing, Durability level,
+                               MonotonicTime deadline) override {
+    const absl::flat_hash_set<PageKey> lost(missing.begin(), missing.end());
+    std::vector<size_t> todo;
+    for (size_t i = 0; i < items_.size(); ++i) {
+      Item& item = items_[i];
+      const bool is_lost = item.is_done && lost.contains(item.ref.key);
+      if (item.is_done && !is_lost) continue;
+      PT_ASSIGN_OR_RETURN(item.is_done, Prepare(item, is_lost, deadline));
+      if (!item.is_done) todo.push_back(i);
+    }
+    absl::Status status;
+    for (size_t at = 0; at < todo.size() && status.ok(); at += kBatchPages) {
+      status = PutBatch(std::span(todo).subspan(at, std::min(kBatchPages, todo.size() - at)), level,
+                        deadline);
+    }
+    host_->Flush();
+    PT_RETURN_IF_ERROR(status);
+    put_.pages.clear();
+    for (const Item& item : items_) put_.pages.push_back(item.ref);
+    return put_;
+  }
+
+ private:
+  struct Item {
+    PageId page;  // referenced
+    uint32_t group = 0;
+    uint32_t rows = 0;       // leading rows that the snapshot needs
+    bool is_pinned = false;  // a tail: its committed rows stay while somebody pins it
+    bool is_done = false;    // `ref` names a record that the store has
+    ManifestPageRef ref;
+    std::vector<std::byte> body;  // of a tail, copied out; empty slots are zero
+  };
+  // A page of a batch, as the store is to know it.
+  struct Outgoing {
+    size_t item = 0;
+    uint64_t offset = 0;
+    std::optional<Checksum128> expected;
+    PageRecordMeta meta;
+    std::span<const std::byte> body;
+    std::vector<std::byte> buffer;
+    bool is_written = false;
+  };
+
+  void Add(uint32_t group, PageId id) ABSL_EXCLUSIVE_LOCKS_REQUIRED(host_->mu_) {
+    Page& page = host_->pages_.Get(id);
+    host_->pages_.Ref(page);
+    Item& item = items_.emplace_back();
+    item.page = id;
+    item.group = group;
+    item.is_pinned = !page.is_full();
+    if (item.is_pinned) host_->pages_.Pin(page);
+  }
+
+  // Finds out whether the store has the page already (true), and copies the rows of a tail out, so
+  // that its pin ends before this call waits for frames.
+  absl::StatusOr<bool> Prepare(Item& item, bool is_lost, MonotonicTime deadline) {
+    MutexLock lock(&host_->mu_);
+    Page& page = host_->pages_.Get(item.page);
+    // A copy under way is about to say where the page is: wait rather than send it twice.
+    while (page.state() == PageState::kRestoring || page.state() == PageState::kSpilling) {
+      const absl::Duration left = deadline - host_->clock_->MonotonicNow();
+      if (left <= absl::ZeroDuration()) {
+        return absl::DeadlineExceededError("save: a page is still being copied");
+      }
+      host_->changed_.WaitWithTimeout(&host_->mu_, std::min(left, kLookAgain));
+    }
+    if (!item.body.empty()) return false;
+    if (page.state() == PageState::kQuarantined) return PrefixLost("a page's bytes were lost");
+    const bool is_in_store = page.is_stored() && !is_lost;
+    // The spilled record of a tail stands for it too, until somebody writes to the tail again.
+    if (is_in_store && (page.is_full() ? page.is_findable() : !page.is_readable())) {
+      item.ref = {page.stored()->key, page.stored()->checksum};
+      return true;
+    }
+    if (!page.is_readable() && is_lost) return PrefixLost("the store has lost a page");
+    if (!item.is_pinned) return false;
+    if (page.is_full()) {  // it filled up meanwhile
+      host_->pages_.Unpin(page);
+      item.is_pinned = false;
+      return false;
+    }
+    const uint64_t offset = host_->FrameOffset(item.group, page.frame());
+    host_->mu_.Unlock();
+    absl::StatusOr<std::vector<std::byte>> body = CopyRows(item.group, offset, item.rows);
+    host_->mu_.Lock();
+    PT_RETURN_IF_ERROR(body.status());
+    item.body = *std::move(body);
+    host_->pages_.Unpin(host_->pages_.Get(item.page));
+    item.is_pinned = false;
+    host_->changed_.SignalAll();
+    return false;
+  }
+
+  // The first `rows` rows of a page; the slots behind them are zero, so that equal rows are equal
+  // bytes.
+  absl::StatusOr<std::vector<std::byte>> CopyRows(uint32_t group, uint64_t offset, uint32_t rows) {
+    const GroupGeometry& geometry = host_->Geometry(group);
+    std::vector<std::byte> body(geometry.page_bytes());
+    for (uint32_t layer = 0; layer < geometry.num_layers(); ++layer) {
+      for (RowKind kind : {RowKind::kK, RowKind::kV}) {
+        const uint64_t bytes = uint64_t{rows} * geometry.row_bytes(kind);
+        const uint64_t at = geometry.RowOffset(layer, kind, 0);
+        if (bytes == 0) continue;
+        PT_RETURN_IF_ERROR(host_->pool_->Read(offset + at, std::span(body).subspan(at, bytes)));
+      }
+    }
+    return body;
+  }
+
+  absl::Status PutBatch(std::span<const size_t> batch, Durability level, MonotonicTime deadline) {
+    Acquired got;
+    std::vector<Outgoing> out;
+    {
+      MutexLock lock(&host_->mu_);
+      Need need;
+      need.fresh.assign(host_->num_groups(), 0);
+      for (size_t i : batch) {
+        if (items_[i].body.empty()) need.pages.push_back(items_[i].page);
+      }
+      if (!need.pages.empty()) {
+        PT_RETURN_IF_ERROR(host_->Acquire(tenant_.name, need, deadline, &got));
+      }
+      for (size_t i : batch) out.push_back(Describe(i));
+    }
+    const absl::Status status = SendBatch(out, level, deadline);
+    {
+      MutexLock lock(&host_->mu_);
+      for (const Outgoing& page : out) {
+        if (!status.ok()) break;
+        Remember(page);
+      }
+      if (got.fresh.empty()) got.fresh.resize(host_->num_groups());
+      host_->ReleaseAcquired(got);
+    }
+    return status;
+  }
+
+  Outgoing Describe(size_t i) ABSL_EXCLUSIVE_LOCKS_REQUIRED(host_->mu_) {
+    const Item& item = items_[i];
+    const Page& page = host_->pages_.Get(item.page);
+    const GroupGeometry& geometry = host_->Geometry(item.group);
+    Outgoing out;
+    out.item = i;
+    out.meta.body_bytes = geometry.page_bytes();
+    out.meta.fingerprint = geometry.fingerprint();
+    out.meta.numerics_id = host_->model_->spec().numerics_id;
+    out.meta.group = item.group;
+    out.meta.depth = page.depth();
+    if (!item.body.empty()) return out;
+    out.offset = host_->FrameOffset(item.group, page.frame());
+    out.expected = page.checksum();
+    if (page.is_keyed()) {
+      out.meta.key = *page.page_key();
+      out.meta.prefix = page.prefix();
+      out.meta.parent = page.parent_prefix();
+    }
+    return out;
+  }
+
+  // Fills in keys and checksums, asks which of them the store has, and sends the others.
+  absl::Status SendBatch(std::vector<Outgoing>& out, Durability level, MonotonicTime deadline) {
+    std::vector<PageKey> keys;
+    for (Outgoing& page : out) {
+      Item& item = items_[page.item];
+      if (!item.body.empty()) {
+        page.body = item.body;
+      } else {
+        PT_ASSIGN_OR_RETURN(page.body, host_->PageBytes(item.group, page.offset, page.buffer));
+      }
+      page.meta.checksum = ChecksumOf(page.body);
+      if (page.expected && *page.expected != page.meta.checksum &&
+          !host_->options_.unsafe_skip_verify) {
+        return absl::DataLossError(absl::StrCat("save a page: checksum 0x",
+                                                page.meta.checksum.ToHex(), " != 0x",
+                                                page.expected->ToHex()));
+      }
+      if (!page.meta.prefix) {
+        const uint32_t rows = item.body.empty() ? host_->page_tokens() : item.rows;
+        page.meta.key = MakeContentPageKey(tenant_.salt, page.meta.fingerprint, rows, page.body);
+      }
+      keys.push_back(page.meta.key);
+    }
+    PT_ASSIGN_OR_RETURN(const std::vector<LookupResult> there,
+                        host_->store_->LookupPages(keys, deadline));
+    std::vector<class PutPage> puts;
+    std::vector<size_t> put_of;
+    for (size_t i = 0; i < out.size(); ++i) {
+      Item& item = items_[out[i].item];
+      item.ref = {out[i].meta.key, out[i].meta.checksum};
+      if (there[i].present && there[i].body_bytes == out[i].meta.body_bytes) {
+        // Of a keyed page the first committed body stands, whoever wrote it.
+        item.ref.checksum = there[i].checksum;
+        continue;
+      }
+      puts.push_back({out[i].meta, out[i].body});
+      put_of.push_back(i);
+    }
+    if (puts.empty()) return absl::OkStatus();
+    const std::vector<PutPageResult> results = host_->store_->PutPages(puts, level, deadline);
+    for (size_t p = 0; p < puts.size(); ++p) {
+      PT_RETURN_IF_ERROR(p < results.size() ? results[p].status
+                                            : absl::InternalError("store gave no result"));
+      items_[out[put_of[p]].item].ref.checksum = results[p].checksum;
+      if (results[p].already_present) continue;
+      ++put_.pages_written;
+      put_.bytes_written += puts[p].body.size();
+    }
+    return absl::OkStatus();
+  }
+
+  void Remember(const Outgoing& out) ABSL_EXCLUSIVE_LOCKS_REQUIRED(host_->mu_) {
+    Item& item = items_[out.item];
+    item.is_done = true;
+    host_->counters_.bytes_verified += out.body.size();
+    Page& page = host_->pages_.Get(item.page);
+    if (item.body.empty() && page.is_full() && page.state() == PageState::kResident) {
+      host_->pages_.SetStored(page, {item.ref.key, item.ref.checksum, /*is_shared=*/true});
+    }
+  }
+
+  ModelHostImpl* const host_;
+  const Tenant tenant_;
+  SessionState state_;
+  std::vector<Item> items_;
+  Put put_;
+};
+
+absl::StatusOr<std::unique_ptr<StateSnapshot>> ModelHostImpl::Snapshot(
+    const Tenant& tenant, const SequenceHandle& handle, std::optional<uint64_t> length) {
+  if (store_ == nullptr) {
+    return WithReason(absl::FailedPreconditionError("save: this worker has no store"), "NO_STORE");
+  }
+  MutexLock lock(&mu_);
+  PT_ASSIGN_OR_RETURN(SequencePtr sequence, FindSequence(tenant, handle.id));
+  PT_RETURN_IF_ERROR(CheckHandle(*sequence, handle));
+  if (!sequence->pending) PT_RETURN_IF_ERROR(CutIfLost(*sequence));
+  const uint64_t rows = length.value_or(sequence->length());
+  if (rows > sequence->length()) {
+    return absl::InvalidArgumentError(absl::StrCat(
+        "save: keep_tokens = ", rows, " is above the sequence's length ", sequence->length()));
+  }
+  auto snapshot = std::make_unique<SnapshotImpl>(this, tenant);
+  snapshot->Take(*sequence, rows);
+  return snapshot;
+}
+
+Page& ModelHostImpl::AdoptSavedPage(uint32_t group, const Sequence& sequence,
+                                    const SessionState& state, const SavedExtent& extent,
+                                    const ManifestPageRef& ref,
+                                    const std::vector<PrefixKey>& keys) {
+  const uint64_t index = extent.first_row / page_tokens();
+  const uint64_t base = index * page_tokens();
+  const PageTable& table = sequence.tables[group];
+  const std::optional<PageId> parent =
+      table.empty() ? std::nullopt : std::optional(table.back().page);
+  const auto has_input = [&](uint64_t begin, uint64_t end) {
+    return std::any_of(state.inputs.begin(), state.inputs.end(), [&](const PositionedInput& i) {
+      return i.position >= begin && i.position < end;
+    });
+  };
+  const bool stands_in_place = extent.first_slot == 0 && extent.first_row == base;
+  // A page goes by its prefix only if our own hash of the tokens says that it is that page.
+  if (stands_in_place && extent.count == page_tokens() && index < keys.size() &&
+      MakePageKey(keys[index], Geometry(group).fingerprint()) == ref.key) {
+    const Page* known = pages_.FindKeyed(group, keys[index]);
+    if (known == nullptr) {
+      return pages_.AdoptStored(
+          group, sequence.tenant, page_tokens(), static_cast<uint32_t>(index), parent, keys[index],
+          index == 0 ? sequence.root : keys[index - 1], ref.key, ref.checksum,
+          std::make_shared<const std::vector<uint32_t>>(
+              state.tokens.begin() + base, state.tokens.begin() + base + page_tokens()),
+          has_input(base, base + page_tokens()));
+    }
+    if (known->checksum() == ref.checksum) return pages_.Get(known->id());
+    // Another honest writer's rows are here: the manifest means its own.
+  }
+  Page& page = pages_.AdoptSealed(group, sequence.tenant, extent.first_slot + extent.count,
+                                  static_cast<uint32_t>(index), parent,
+                                  {ref.key, ref.checksum, /*is_shared=*/true});
+  const uint64_t end = base + extent.count;
+  if (stands_in_place && extent.count < page_tokens() && end <= state.canonical_length) {
+    pages_.SetTailTokens(
+        page, index == 0 ? sequence.root : keys[index - 1],
+        std::vector<uint32_t>(state.tokens.begin() + base, state.tokens.begin() + end),
+        has_input(base, end));
+  }
+  return page;
+}
+
+absl::StatusOr<OpenResult> ModelHostImpl::OpenSaved(const Tenant& tenant, const SessionState& state,
+                                                    std::span<const ManifestPageRef> pages,
+                                                    std::optional<uint64_t> wanted) {
+  PT_RETURN_IF_ERROR(CheckSameModel(state, *model_));
+  const uint64_t length = wanted.value_or(state.length());
+  if (length > state.length()) {
+    return absl::InvalidArgumentError(
+        absl::StrCat("load: length = ", length, " is above the saved ", state.length()));
+  }
+  if (state.groups.size() != num_groups()) {
+    return absl::DataLossError(absl::StrCat("load: the saved state has ", state.groups.size(),
+                                            " layer groups, the model ", num_groups()));
+  }
+  PT_RETURN_IF_ERROR(CheckWholeRows(state));
+  PT_RETURN_IF_ERROR(ValidateTokens(state.tokens, state.inputs, 0));
+  auto sequence = std::make_shared<Sequence>();
+  sequence->tenant = tenant.name;
+  sequence->root = RootPrefixKey(tenant.salt, model_->identity(), page_tokens());
+  sequence->tables.resize(num_groups());
+  const std::vector<PrefixKey> keys =
+      PrefixKeysOf(sequence->root, std::span(state.tokens).first(state.canonical_length),
+                   page_tokens(), state.inputs);
+  OpenResult result;
+  {
+    MutexLock lock(&mu_);
+    if (sequences_.size() >= options_.max_open_sequences) {
+      return WithRetryDelay(
+          WithReason(absl::ResourceExhaustedError(absl::StrCat("load: ", sequences_.size(),
+                                                               " sequences are open, the limit is ",
+                                                               options_.max_open_sequences)),
+                     "TOO_MANY_SEQUENCES"),
+          absl::Seconds(1));
+    }
+    for (uint32_t g = 0; g < num_groups(); ++g) {
+      for (const SavedExtent& extent : state.groups[g]) {
+        if (extent.first_row >= length) break;
+        Page& page = AdoptSavedPage(g, *sequence, state, extent, pages[extent.page], keys);
+        const uint32_t count =
+            static_cast<uint32_t>(std::min<uint64_t>(extent.count, length - extent.first_row));
+        // The table's reference: one for each extent.
+        if (sequence->tables[g].Append({.page = page.id(),
+                                        .first_slot = extent.first_slot,
+                                        .count = count,
+                                        .first_row = extent.first_row,
+                                        .shift = extent.shift})) {
+          pages_.Ref(page);
+        }
+        pages_.Touch(page);
+      }
+    }
+    sequence->tokens.assign(state.tokens.begin(), state.tokens.begin() + length);
+    sequence->keys.assign(keys.begin(),
+                          keys.begin() + std::min<uint64_t>(keys.size(), length / page_tokens()));
+    for (const PositionedInput& input : state.inputs) {
+      if (input.position < length) sequence->inputs.push_back(input);
+    }
+    sequence->id = {options_.incarnation, NextNumber()};
+    sequences_[sequence->id.number] = sequence;
+    counters_.tokens_reused += length;
+    PrefixReuse& reuse = result.reuse;
+    reuse.prompt_tokens = reuse.reused_tokens = length;
+    for (const Extent& extent : sequence->tables.front().extents()) {
+      const bool is_here = pages_.Get(extent.page).is_readable();
+      (is_here ? reuse.device_tokens : reuse.store_tokens) += extent.count;
+    }
+    reuse.shared_pages = length / page_tokens();
+    reuse.explanation = absl::StrCat(length, " tokens of saved state");
+    result.restoring_pages = Prefetch(*sequence);
+    result.info = InfoOf(*sequence);
+    changed_.SignalAll();
+  }
+  Flush();
+  return result;
+}
+
+}  // namespace pagetide

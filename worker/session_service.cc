@@ -1,0 +1,206 @@
+#include "worker/session_service.h"
+
+#include <algorithm>
+#include <utility>
+
+#include "absl/strings/ascii.h"
+#include "absl/strings/str_cat.h"
+#include "base/status_macros.h"
+#include "rpc/status_mapping.h"
+
+namespace pagetide {
+namespace {
+
+constexpr uint32_t kDefaultListSize = 100;
+constexpr uint32_t kMaxListSize = 1000;
+
+absl::StatusOr<Durability> LevelFromProto(int level) {
+  switch (level) {
+    case v1::DURABILITY_UNSPECIFIED:
+    case v1::DURABILITY_LOCAL:
+      return Durability::kLocal;
+    case v1::DURABILITY_PROCESS:
+      return Durability::kProcess;
+    default:
+      return absl::InvalidArgumentError(absl::StrCat(
+          "level is ", level, ", a save must be DURABILITY_PROCESS or DURABILITY_LOCAL"));
+  }
+}
+
+v1::SaveSessionResponse ToProto(const std::string& name, const SaveAnswer& answer) {
+  v1::SaveSessionResponse proto;
+  proto.set_name(name);
+  proto.set_version(answer.version);
+  proto.set_tokens(answer.tokens);
+  proto.set_pages(answer.pages);
+  proto.set_pages_written(answer.pages_written);
+  proto.set_bytes_written(answer.bytes_written);
+  proto.set_bytes_total(answer.bytes_total);
+  proto.set_durability(static_cast<v1::Durability>(answer.durability));
+  proto.set_canonical_length(answer.canonical_length);
+  return proto;
+}
+
+v1::SessionInfo ToProto(const StoredSession& session) {
+  v1::SessionInfo proto;
+  proto.set_name(session.name);
+  proto.set_version(session.version);
+  proto.set_tokens(session.state.length());
+  proto.set_pages(session.num_pages);
+  proto.set_bytes(session.state.bytes_total);
+  proto.set_model_digest(session.state.model_digest.ToHex());
+  proto.set_canonical_length(session.state.canonical_length);
+  const int64_t nanos = absl::ToUnixNanos(session.saved_at);
+  proto.mutable_saved_at()->set_seconds(nanos / 1000000000);
+  proto.mutable_saved_at()->set_nanos(static_cast<int32_t>(nanos % 1000000000));
+  return proto;
+}
+
+// Response has repeated `tokens` and `inputs`.
+template <typename Response>
+void AddTokens(const SessionState& state, uint64_t length, Response* response) {
+  response->mutable_tokens()->Add(state.tokens.begin(), state.tokens.begin() + length);
+  for (const PositionedInput& input : state.inputs) {
+    if (input.position >= length) break;
+    v1::InputDigest* const proto = response->add_inputs();
+    proto->set_position(input.position);
+    proto->set_digest(input.digest.ToBytes());
+  }
+}
+
+absl::Status ValidateNamePrefix(absl::string_view prefix) {
+  const bool is_ok =
+      prefix.size() <= 128 && std::all_of(prefix.begin(), prefix.end(), [](char c) {
+        return absl::ascii_isdigit(c) || absl::ascii_islower(c) || c == '.' || c == '_' || c == '-';
+      });
+  if (is_ok) return absl::OkStatus();
+  return absl::InvalidArgumentError(
+      absl::StrCat("name_prefix has ", prefix.size(),
+                   " characters and is not at most 128 of a-z, 0-9, '.', '_', '-'"));
+}
+
+}  // namespace
+
+absl::StatusOr<v1::SaveSessionResponse> SessionServiceImpl::Save(
+    const CallContext& call, const v1::SaveSessionRequest& request) {
+  SaveRequest save;
+  save.name = request.name();
+  save.metadata.insert(request.metadata().begin(), request.metadata().end());
+  if (request.has_expected_version()) save.expected_version = request.expected_version();
+  if (request.has_keep_tokens()) save.keep_tokens = request.keep_tokens();
+  save.request_id = request.request_id();
+  save.request_digest = DigestOfMessage(request);
+  PT_ASSIGN_OR_RETURN(save.level, LevelFromProto(request.level()));
+  // Before the sequence is looked for: a retry may come to another worker than the first call.
+  PT_ASSIGN_OR_RETURN(const std::optional<SaveAnswer> first,
+                      sessions_->FindAnswer(call.tenant, save, call.deadline));
+  if (first) return ToProto(request.name(), *first);
+  PT_ASSIGN_OR_RETURN(const HandleTarget target, FindSequence(*worker_, request.sequence()));
+  save.sequence = target.handle;
+  PT_ASSIGN_OR_RETURN(const SaveAnswer answer,
+                      sessions_->Save(call.tenant, target.host, save, call.deadline));
+  return ToProto(request.name(), answer);
+}
+
+grpc::Status SessionServiceImpl::SaveSession(grpc::ServerContext* context,
+                                             const v1::SaveSessionRequest* request,
+                                             v1::SaveSessionResponse* response) {
+  const CallContext call = MakeCallContext(*context, *worker_);
+  auto answer = memos_->OncePerTenant<v1::SaveSessionResponse>(
+      call.tenant.name, request->request_id(), DigestOfMessage(*request), call.deadline,
+      [&] { return Save(call, *request); });
+  if (!answer.ok()) return ToGrpcStatus(answer.status());
+  *response = *std::move(answer);
+  return grpc::Status::OK;
+}
+
+absl::StatusOr<v1::LoadSessionResponse> SessionServiceImpl::Load(
+    const CallContext& call, const v1::LoadSessionRequest& request) {
+  std::optional<uint64_t> version, length;
+  if (request.has_version()) version = request.version();
+  if (request.has_length()) length = request.length();
+  PT_ASSIGN_OR_RETURN(const LoadedSession loaded,
+                      sessions_->Load(call.tenant, request.name(), version, request.model_digest(),
+                                      length, call.deadline));
+  worker_->NoteSequence(*loaded.host, loaded.open.info);
+  v1::LoadSessionResponse answer;
+  *answer.mutable_state() = StateToProto(*worker_, *loaded.host, loaded.open.info);
+  *answer.mutable_session() = ToProto(loaded.session);
+  AddTokens(loaded.session.state, loaded.open.info.length, &answer);
+  answer.set_restoring_pages(loaded.open.restoring_pages);
+  answer.set_device_tokens(loaded.open.reuse.device_tokens);
+  answer.set_store_tokens(loaded.open.reuse.store_tokens);
+  return answer;
+}
+
+grpc::Status SessionServiceImpl::LoadSession(grpc::ServerContext* context,
+                                             const v1::LoadSessionRequest* request,
+                                             v1::LoadSessionResponse* response) {
+  const CallContext call = MakeCallContext(*context, *worker_);
+  auto answer = memos_->OncePerTenant<v1::LoadSessionResponse>(
+      call.tenant.name, request->request_id(), DigestOfMessage(*request), call.deadline,
+      [&] { return Load(call, *request); });
+  if (!answer.ok()) return ToGrpcStatus(answer.status());
+  *response = *std::move(answer);
+  return grpc::Status::OK;
+}
+
+grpc::Status SessionServiceImpl::PeekSession(grpc::ServerContext* context,
+                                             const v1::PeekSessionRequest* request,
+                                             v1::PeekSessionResponse* response) {
+  const CallContext call = MakeCallContext(*context, *worker_);
+  const auto peek = [&]() -> absl::Status {
+    PT_ASSIGN_OR_RETURN(const StoredSession session,
+                        sessions_->Peek(call.tenant, request->name(), call.deadline));
+    *response->mutable_session() = ToProto(session);
+    response->mutable_metadata()->insert(session.state.metadata.begin(),
+                                         session.state.metadata.end());
+    response->set_model_name(session.state.model_name);
+    if (request->with_tokens()) AddTokens(session.state, session.state.length(), response);
+    response->set_loads_here(sessions_->LoadsHere(call.tenant, request->name()));
+    return absl::OkStatus();
+  };
+  return ToGrpcStatus(peek());
+}
+
+grpc::Status SessionServiceImpl::ListSessions(grpc::ServerContext* context,
+                                              const v1::ListSessionsRequest* request,
+                                              v1::ListSessionsResponse* response) {
+  const CallContext call = MakeCallContext(*context, *worker_);
+  const auto list = [&]() -> absl::Status {
+    if (request->page_size() > kMaxListSize) {
+      return absl::InvalidArgumentError(
+          absl::StrCat("page_size is ", request->page_size(), ", at most ", kMaxListSize));
+    }
+    PT_RETURN_IF_ERROR(ValidateNamePrefix(request->name_prefix()));
+    if (!request->page_token().empty()) {
+      PT_RETURN_IF_ERROR(ValidateName("page_token", request->page_token()));
+    }
+    const uint32_t limit = request->page_size() == 0 ? kDefaultListSize : request->page_size();
+    PT_ASSIGN_OR_RETURN(std::vector<StoredSession> sessions,
+                        sessions_->List(call.tenant, request->name_prefix(), request->page_token(),
+                                        limit + 1, call.deadline));
+    if (sessions.size() > limit) {
+      sessions.resize(limit);
+      response->set_next_page_token(sessions.back().name);
+    }
+    for (const StoredSession& session : sessions) *response->add_sessions() = ToProto(session);
+    return absl::OkStatus();
+  };
+  return ToGrpcStatus(list());
+}
+
+grpc::Status SessionServiceImpl::DeleteSession(grpc::ServerContext* context,
+                                               const v1::DeleteSessionRequest* request,
+                                               v1::DeleteSessionResponse* response) {
+  const CallContext call = MakeCallContext(*context, *worker_);
+  std::optional<uint64_t> expected;
+  if (request->has_expected_version()) expected = request->expected_version();
+  const absl::StatusOr<uint64_t> deleted =
+      sessions_->Delete(call.tenant, request->name(), expected, call.deadline);
+  if (!deleted.ok()) return ToGrpcStatus(deleted.status());
+  response->set_deleted_version(*deleted);
+  return grpc::Status::OK;
+}
+
+}  // namespace pagetide

@@ -1,0 +1,80 @@
+#include "worker/worker_fence.h"
+
+#include <utility>
+
+#include "absl/strings/str_cat.h"
+#include "base/error_info.h"
+#include "base/log.h"
+#include "base/status_macros.h"
+
+namespace pagetide {
+namespace {
+
+// Writers of one ownership record are few: one worker, and whoever takes its sequences over.
+constexpr int kMaxTries = 8;
+
+}  // namespace
+
+WorkerFence::WorkerFence(absl::string_view worker_id, uint64_t incarnation, StoreLeaseKeeper* lease,
+                         PageStore* store, const Clock* clock)
+    : ownership_key_(absl::StrCat("worker/", worker_id)),
+      incarnation_(incarnation),
+      lease_(lease),
+      store_(store),
+      clock_(clock) {}
+
+absl::StatusOr<WriteFence> WorkerFence::Get(MonotonicTime deadline) {
+  switch (lease_->AwaitFirst(deadline)) {
+    case StoreLeaseKeeper::State::kHeld:
+      break;
+    case StoreLeaseKeeper::State::kHeldByOther:
+      return WithReason(
+          absl::FailedPreconditionError(absl::StrCat(
+              "write durably: another incarnation holds the lease ", ownership_key_, " now")),
+          error_reason::kStaleEpoch);
+    case StoreLeaseKeeper::State::kAcquiring:
+    case StoreLeaseKeeper::State::kLost:
+      return WithRetryDelay(
+          absl::UnavailableError(absl::StrCat("write durably: the lease ", ownership_key_,
+                                              " is not held: ", lease_->last_error().message())),
+          absl::Milliseconds(200));
+  }
+  const uint64_t lease_epoch = lease_->epoch();
+  {
+    MutexLock lock(&mu_);
+    if (fence_ && lease_epoch_ == lease_epoch) return *fence_;
+  }
+  PT_ASSIGN_OR_RETURN(WriteFence fence, Advance(lease_epoch, deadline));
+  MutexLock lock(&mu_);
+  if (!fence_ || lease_epoch_ < lease_epoch) {
+    fence_ = fence;
+    lease_epoch_ = lease_epoch;
+  }
+  return fence;
+}
+
+absl::StatusOr<WriteFence> WorkerFence::Advance(uint64_t lease_epoch, MonotonicTime deadline) {
+  // Names one lease of one life: whoever reads it back knows that the record is theirs already.
+  const std::string mine =
+      absl::StrCat(absl::Hex(incarnation_, absl::kZeroPad16), " lease ", lease_epoch);
+  for (int attempt = 0; attempt < kMaxTries; ++attempt) {
+    const absl::StatusOr<StoreRecord> record =
+        store_->GetRecord(kOwnerRecordKind, ownership_key_, deadline);
+    if (!record.ok() && !absl::IsNotFound(record.status())) return record.status();
+    if (record.ok() && record->value == mine) return WriteFence{ownership_key_, record->version};
+    const uint64_t version = record.ok() ? record->version : 0;
+    const absl::StatusOr<uint64_t> epoch =
+        store_->CompareAndSetRecord(kOwnerRecordKind, ownership_key_, version, mine, deadline);
+    if (epoch.ok()) {
+      LogInfo("worker", "owns ", ownership_key_, ", epoch ", *epoch);
+      return WriteFence{ownership_key_, *epoch};
+    }
+    if (GetReason(epoch.status()) != error_reason::kVersionMismatch) return epoch.status();
+    if (!lease_->IsHeld()) break;
+  }
+  return WithReason(absl::FailedPreconditionError(
+                        absl::StrCat("write durably: ", ownership_key_, " was taken over")),
+                    error_reason::kStaleEpoch);
+}
+
+}  // namespace pagetide
