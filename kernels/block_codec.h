@@ -35,11 +35,12 @@ inline constexpr float kBlockClamp = 1e9f;
 // Groups of iq4_nl with no element at least this large have scale 0.
 inline constexpr float kIq4NlSmallest = 1e-15f;
 
-// iq4_nl's levels, scaled by d.
+// iq4_nl's levels, scaled by d: -127 -104 -83 -65 -49 -35 -22 -10 1 13 25 38 53 69 89 113, a byte
+// each from the lowest. Not an array: devices would keep that in local memory.
 PAGETIDE_HD constexpr int32_t Iq4NlLevel(int index) {
-  constexpr int8_t kLevels[16] = {-127, -104, -83, -65, -49, -35, -22, -10,
-                                  1,    13,   25,  38,  53,  69,  89,  113};
-  return kLevels[index];
+  constexpr uint64_t kLow = 0xf6eaddcfbfad9881u;
+  constexpr uint64_t kHigh = 0x7159453526190d01u;
+  return static_cast<int8_t>((index < 8 ? kLow : kHigh) >> (8 * (index & 7)) & 255u);
 }
 
 // Twice the midpoint between levels i and i + 1: x is nearer to i + 1, or as near, iff 2x reaches

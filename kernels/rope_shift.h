@@ -14,6 +14,7 @@
 
 #include <cstdint>
 
+#include "kernels/cuda_stream.h"
 #include "kernels/isa.h"
 #include "kernels/kv_type.h"
 #include "kernels/rope.h"
@@ -42,6 +43,7 @@ struct RopeShiftArgs {
   int64_t out_layer_bytes;
   const RopeShiftRun* runs;  // [num_runs]
   int64_t num_runs;
+  int64_t max_rows;  // the largest num_rows: sizes the grid of a device; not read on the host
   // [num_runs, n_rot / 2, 2] f32: RopeAngles(params, runs[r].delta). Null on the host: computed
   // there, once for equal deltas that follow each other. Devices need it.
   const float* cos_sin;
@@ -54,6 +56,11 @@ const char* CheckRopeShiftArgs(const RopeShiftArgs& args);
 // CPU twin, one thread; callers split by runs. Rows have no alignment requirement. Where out is not
 // in, whole rows are written (bytes between rows are not).
 void RopeShiftHost(const RopeShiftArgs& args, Isa isa = Isa::kBest);
+
+// Rows are aligned to their elements (2 bytes for block types), strides too. params.factors is not
+// read. The turned part of a head is at most 12,288 elements (it is held in shared memory);
+// cudaErrorInvalidValue beyond.
+int RopeShiftCuda(const RopeShiftArgs& args, CudaStream stream);
 
 }  // namespace pagetide::kernels
 
