@@ -2,9 +2,11 @@
 # Installs what a fresh Debian 12 machine lacks to build, test and run PageTide. Idempotent: what is
 # there is left alone, and nothing is asked of the network when nothing is missing.
 #
-#   deploy/setup.sh [--checks] [--grpcurl]
+#   deploy/setup.sh [--checks] [--grpcurl] [--cuda]
 #     --checks   also clang 14, clang-tidy and clang-format (thread-safety build, CI)
 #     --grpcurl  also grpcurl, built by Go into build/tools/
+#     --cuda     also the CUDA 13.0 compiler and runtime, from PyPI into build/tools/cuda, unless
+#                nvcc is on the PATH or in /usr/local/cuda; no driver, no GPU needed
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -24,10 +26,12 @@ packages=(
   libgtest-dev libgmock-dev libbenchmark-dev librapidcheck-dev
 )
 with_grpcurl=false
+with_cuda=false
 for argument in "$@"; do
   case "$argument" in
     --checks) packages+=(clang-14 clang-tidy-14 clang-format-14) ;;
     --grpcurl) with_grpcurl=true ;;
+    --cuda) with_cuda=true ;;
     *) echo "setup: unknown argument '$argument'" >&2; exit 2 ;;
   esac
 done
@@ -76,6 +80,25 @@ if $with_grpcurl; then
     mkdir -p "$tools"
     GOBIN="$tools" go install "github.com/fullstorydev/grpcurl/cmd/grpcurl@$GRPCURL_VERSION"
     say "grpcurl is in $tools"
+  fi
+fi
+if $with_cuda; then
+  venv="$PWD/build/tools/cuda"
+  if command -v nvcc > /dev/null || [ -x /usr/local/cuda/bin/nvcc ] ||
+     compgen -G "$venv/lib/python3*/site-packages/nvidia/cu13/lib64/libcudart.so" > /dev/null; then
+    say "the CUDA compiler is there"
+  else
+    install_missing python3-venv
+    say "installing the CUDA 13.0 compiler and runtime"
+    python3 -m venv "$venv"
+    "$venv/bin/pip" install --quiet --disable-pip-version-check \
+      "nvidia-cuda-nvcc==13.0.*" "nvidia-cuda-crt==13.0.*" "nvidia-nvvm==13.0.*" \
+      "nvidia-cuda-runtime==13.0.*" "nvidia-cuda-cccl==13.0.*"
+    # Where nvcc's profile and CMake look: the packages have neither lib64 nor unversioned names.
+    toolkit="$(echo "$venv"/lib/python3*/site-packages/nvidia/cu13)"
+    ln -sfn libcudart.so.13 "$toolkit/lib/libcudart.so"
+    ln -sfn lib "$toolkit/lib64"
+    say "nvcc is in $toolkit/bin; the cuda preset finds it there"
   fi
 fi
 say "done"

@@ -36,7 +36,7 @@ struct Rows {
   int64_t row_bytes() const { return EncodedBytes(type, int64_t{num_heads} * head_dim); }
   RopeShiftArgs Args(const RopeShiftRun* run) const {
     return RopeShiftArgs{params, type, num_heads, head_dim, rope_offset, row_bytes(), row_bytes(),
-                         1,      0,    0,         run,      1,           nullptr};
+                         1,      0,    0,         run,      1,           num_rows,    nullptr};
   }
   std::vector<uint8_t> Encode(const std::vector<float>& values) const {
     std::vector<uint8_t> bytes(static_cast<size_t>(num_rows * row_bytes()));
