@@ -39,4 +39,9 @@ void FakeClock::Advance(absl::Duration d) {
   elapsed_ += d;
 }
 
+void FakeClock::JumpWall(absl::Duration d) {
+  MutexLock lock(&mu_);
+  wall_ += d;
+}
+
 }  // namespace pagetide

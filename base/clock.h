@@ -42,11 +42,13 @@ class FakeClock final : public Clock {
   MonotonicTime MonotonicNow() const override;
   absl::Time WallNow() const override;
   void Advance(absl::Duration d);
+  // Sets the wall clock forward (or back), as an administrator does; the monotonic clock stands.
+  void JumpWall(absl::Duration d);
 
  private:
   mutable Mutex mu_;
   absl::Duration elapsed_ ABSL_GUARDED_BY(mu_) = absl::ZeroDuration();
-  const absl::Time wall_;
+  absl::Time wall_ ABSL_GUARDED_BY(mu_);
 };
 
 }  // namespace pagetide

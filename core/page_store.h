@@ -47,9 +47,16 @@ struct PageRecordMeta {
   uint32_t depth = 0;  // position of the page in its prefix, in pages
 };
 
+// A keyed page of at most this many tokens can be found by its leading tokens (FindPartialPages).
+inline constexpr uint64_t kMaxIndexedPageTokens = 4096;
+
 struct PutPage {
   PageRecordMeta meta;
   std::span<const std::byte> body;
+  // The page's token ids, all of them, or empty: then the page is found by its key only. Leave it
+  // empty for pages that hold other inputs (images), whose tokens do not say what they are. Needs
+  // meta.prefix and meta.parent.
+  std::span<const uint32_t> tokens = {};
 };
 
 struct PutPageResult {
@@ -84,10 +91,44 @@ struct LookupResult {
   uint64_t body_bytes = 0;
 };
 
+// Which of the pages under `parent` (of one component) begins most like `tokens`?
+struct PartialQuery {
+  PrefixKey parent;  // prefix key of the page before, or the root
+  Digest fingerprint;
+  std::span<const uint32_t> tokens;
+};
+
+struct PartialResult {
+  uint64_t common_tokens = 0;  // 0: none begins like it; the rest is empty then
+  PageKey key;
+  Checksum128 checksum;
+  uint64_t body_bytes = 0;
+  std::vector<uint32_t> tokens;  // of the page, all of them
+};
+
+inline constexpr uint32_t kMaxPriority = 100;
+inline constexpr uint32_t kDefaultPriority = 50;
+
+// How long a page is worth keeping; the default is what a page has that nobody set it for.
+struct Retention {
+  uint32_t priority = kDefaultPriority;  // 0 … kMaxPriority: the higher, the later it is evicted
+  // From then on the page has priority 0, whatever it had. Absent: never.
+  std::optional<absl::Time> expires_at;
+  // Until then the page is a root, as if a manifest named it. At most kMaxPinTime ahead.
+  std::optional<absl::Time> pinned_until;
+};
+inline constexpr absl::Duration kMaxPinTime = absl::Hours(24 * 366);
+
 struct ManifestPageRef {
   PageKey key;
   Checksum128 checksum;
 };
+
+inline constexpr size_t kMaxManifestSummaryBytes = 4096;
+// Of a manifest's pages and payload together, so that it travels in one message. What is bulky
+// belongs into private pages that the manifest names: those of an earlier save are present already.
+inline constexpr size_t kMaxManifestBytes = size_t{3} << 20;
+inline constexpr size_t kManifestPageRefBytes = 56;  // of one page in that sum
 
 struct ManifestRecord {
   std::string name;
@@ -96,6 +137,31 @@ struct ManifestRecord {
   std::string payload;
   std::string request_id;
   absl::Time saved_at = absl::UnixEpoch();
+  // What ListManifests returns of this manifest beside its numbers; opaque to the store.
+  std::string summary;
+  // The store removes the manifest some time after this, never before (docs/consistency.md says by
+  // which clocks). Absent: never.
+  std::optional<absl::Time> expires_at;
+  // That its pages keep when the manifest goes, if it is more than their own.
+  uint32_t priority = kDefaultPriority;
+  // In PutManifest only: the new version consists of the first keep_pages pages and the first
+  // keep_payload_bytes bytes of the present version (expected_version), and `pages` and `payload`
+  // come behind them. So a save that appends sends what is new.
+  uint64_t keep_pages = 0;
+  uint64_t keep_payload_bytes = 0;
+};
+
+// A manifest in a list: all but its pages and payload.
+struct ManifestEntry {
+  std::string name;
+  uint64_t version = 0;
+  uint64_t num_pages = 0;
+  uint64_t payload_bytes = 0;
+  std::string request_id;
+  absl::Time saved_at = absl::UnixEpoch();
+  std::string summary;
+  std::optional<absl::Time> expires_at;
+  uint32_t priority = kDefaultPriority;
 };
 
 // A durable write is refused (FAILED_PRECONDITION, STALE_EPOCH) unless the record {"owner",
@@ -137,6 +203,19 @@ struct StoreStats {
   uint64_t bytes_got = 0;
   uint64_t pages_ever_read = 0;
   uint64_t manifests = 0;
+  uint64_t manifests_expired = 0;
+  uint64_t protected_pages = 0;  // that manifests name or that are pinned
+  uint64_t protected_bytes = 0;  // bodies of those
+  uint64_t bytes_evicted = 0;
+  uint64_t pages_refused = 0;  // puts that found no room
+  uint64_t disk_free_bytes = 0;
+  // Efficacy: bodies held now that were read at least once; and since the store was opened, bytes
+  // put since the last page was read. The alarm says that a store that keeps taking pages never
+  // gives any back.
+  uint64_t bytes_ever_read = 0;
+  uint64_t bytes_put_since_hit = 0;
+  bool efficacy_alarm = false;
+  uint64_t pages_scrubbed = 0;
   std::string state = "serving";  // serving, full, failed
   std::string engine;
 };
@@ -169,22 +248,37 @@ class PageStore {
   // Returns how many were deleted; pages that a manifest protects stay.
   virtual absl::StatusOr<uint64_t> DeletePages(std::span<const PageKey> keys,
                                                MonotonicTime deadline) = 0;
+  // One answer a query, in order. Only full, keyed pages that were put with their tokens are known.
+  virtual absl::StatusOr<std::vector<PartialResult>> FindPartialPages(
+      std::span<const PartialQuery> queries, MonotonicTime deadline) = 0;
+  // Replaces the retention of these pages; it belongs to the page and goes with it. Returns the
+  // pages that are absent (or quarantined), for which nothing was set. Survives a restart; a pin is
+  // durable (LOCAL), page and all, when this returns. INVALID_ARGUMENT: priority, pinned_until.
+  virtual absl::StatusOr<std::vector<PageKey>> SetRetention(std::span<const PageKey> keys,
+                                                            const Retention& retention,
+                                                            MonotonicTime deadline) = 0;
   // All that was acknowledged before survives what `level` says.
   virtual absl::Status Barrier(Durability level, MonotonicTime deadline) = 0;
 
   // --- manifests (roots) ---
-  // expected_version 0: must not exist. FAILED_PRECONDITION: VERSION_MISMATCH, STALE_EPOCH.
+  // In one atomic step: the version and the fence hold, every page is present with the checksum
+  // named and is protected from now on, and the manifest is durable (LOCAL); or nothing changed and
+  // `missing` lists each page (once) to put again. The same request_id on the version it made is
+  // that save, repeated: committed. expected_version 0: must not exist.
+  // FAILED_PRECONDITION: VERSION_MISMATCH, STALE_EPOCH. INVALID_ARGUMENT: name, priority, summary,
+  // size, or more kept than the present version has.
   virtual absl::StatusOr<PutManifestResult> PutManifest(const ManifestRecord& manifest,
                                                         uint64_t expected_version,
                                                         const std::optional<WriteFence>& fence,
                                                         MonotonicTime deadline) = 0;
   virtual absl::StatusOr<ManifestRecord> GetManifest(absl::string_view name,
                                                      MonotonicTime deadline) = 0;
-  // Names in order, after `after`, at most `limit`; pages and payload are left empty.
-  virtual absl::StatusOr<std::vector<ManifestRecord>> ListManifests(absl::string_view name_prefix,
-                                                                    absl::string_view after,
-                                                                    size_t limit,
-                                                                    MonotonicTime deadline) = 0;
+  // Names in order, after `after`, at most `limit`.
+  virtual absl::StatusOr<std::vector<ManifestEntry>> ListManifests(absl::string_view name_prefix,
+                                                                   absl::string_view after,
+                                                                   size_t limit,
+                                                                   MonotonicTime deadline) = 0;
+  // Its pages become evictable unless something else holds them.
   virtual absl::Status DeleteManifest(absl::string_view name, uint64_t expected_version,
                                       const std::optional<WriteFence>& fence,
                                       MonotonicTime deadline) = 0;

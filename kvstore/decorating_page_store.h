@@ -29,6 +29,15 @@ class DecoratingPageStore : public PageStore {
                                        MonotonicTime deadline) override {
     return inner_->DeletePages(keys, deadline);
   }
+  absl::StatusOr<std::vector<PartialResult>> FindPartialPages(std::span<const PartialQuery> queries,
+                                                              MonotonicTime deadline) override {
+    return inner_->FindPartialPages(queries, deadline);
+  }
+  absl::StatusOr<std::vector<PageKey>> SetRetention(std::span<const PageKey> keys,
+                                                    const Retention& retention,
+                                                    MonotonicTime deadline) override {
+    return inner_->SetRetention(keys, retention, deadline);
+  }
   absl::Status Barrier(Durability level, MonotonicTime deadline) override {
     return inner_->Barrier(level, deadline);
   }
@@ -42,9 +51,9 @@ class DecoratingPageStore : public PageStore {
                                              MonotonicTime deadline) override {
     return inner_->GetManifest(name, deadline);
   }
-  absl::StatusOr<std::vector<ManifestRecord>> ListManifests(absl::string_view name_prefix,
-                                                            absl::string_view after, size_t limit,
-                                                            MonotonicTime deadline) override {
+  absl::StatusOr<std::vector<ManifestEntry>> ListManifests(absl::string_view name_prefix,
+                                                           absl::string_view after, size_t limit,
+                                                           MonotonicTime deadline) override {
     return inner_->ListManifests(name_prefix, after, limit, deadline);
   }
   absl::Status DeleteManifest(absl::string_view name, uint64_t expected_version,

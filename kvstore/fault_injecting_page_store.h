@@ -56,6 +56,19 @@ class FaultInjectingPageStore final : public DecoratingPageStore {
     if (!fault.ok()) return fault;
     return inner()->LookupPages(keys, deadline);
   }
+  absl::StatusOr<std::vector<PartialResult>> FindPartialPages(std::span<const PartialQuery> queries,
+                                                              MonotonicTime deadline) override {
+    const absl::Status fault = Next(deadline);
+    if (!fault.ok()) return fault;
+    return inner()->FindPartialPages(queries, deadline);
+  }
+  absl::StatusOr<std::vector<PageKey>> SetRetention(std::span<const PageKey> keys,
+                                                    const Retention& retention,
+                                                    MonotonicTime deadline) override {
+    const absl::Status fault = Next(deadline);
+    if (!fault.ok()) return fault;
+    return inner()->SetRetention(keys, retention, deadline);
+  }
   absl::Status Barrier(Durability level, MonotonicTime deadline) override {
     const absl::Status fault = Next(deadline);
     return fault.ok() ? inner()->Barrier(level, deadline) : fault;
@@ -67,6 +80,26 @@ class FaultInjectingPageStore final : public DecoratingPageStore {
     const absl::Status fault = Next(deadline);
     if (!fault.ok()) return fault;
     return inner()->PutManifest(manifest, expected_version, fence, deadline);
+  }
+  absl::StatusOr<ManifestRecord> GetManifest(absl::string_view name,
+                                             MonotonicTime deadline) override {
+    const absl::Status fault = Next(deadline);
+    if (!fault.ok()) return fault;
+    return inner()->GetManifest(name, deadline);
+  }
+  absl::StatusOr<std::vector<ManifestEntry>> ListManifests(absl::string_view name_prefix,
+                                                           absl::string_view after, size_t limit,
+                                                           MonotonicTime deadline) override {
+    const absl::Status fault = Next(deadline);
+    if (!fault.ok()) return fault;
+    return inner()->ListManifests(name_prefix, after, limit, deadline);
+  }
+  absl::Status DeleteManifest(absl::string_view name, uint64_t expected_version,
+                              const std::optional<WriteFence>& fence,
+                              MonotonicTime deadline) override {
+    const absl::Status fault = Next(deadline);
+    if (!fault.ok()) return fault;
+    return inner()->DeleteManifest(name, expected_version, fence, deadline);
   }
   absl::StatusOr<StoreRecord> GetRecord(absl::string_view kind, absl::string_view key,
                                         MonotonicTime deadline) override {

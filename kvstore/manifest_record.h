@@ -1,11 +1,13 @@
-// The stored form of a manifest (docs/store_format.md): a format version, the fields
-// length-prefixed and little-endian, an XXH3-128 of all of it at the end. Pure functions;
-// thread-safe.
+// The stored forms of a manifest (docs/store_format.md): the whole of it, and the entry that a list
+// returns, kept apart so that listing reads no payload. Both carry a format version, fields that
+// are length-prefixed and little-endian, and a checksum at the end. Pure functions; thread-safe.
 #ifndef PAGETIDE_KVSTORE_MANIFEST_RECORD_H_
 #define PAGETIDE_KVSTORE_MANIFEST_RECORD_H_
 
 #include <string>
+#include <vector>
 
+#include "absl/status/status.h"
 #include "absl/status/statusor.h"
 #include "absl/strings/string_view.h"
 #include "core/page_store.h"
@@ -15,6 +17,20 @@ namespace pagetide {
 std::string EncodeManifest(const ManifestRecord& manifest);
 // DATA_LOSS: damage; UNIMPLEMENTED: the version of a newer program. Lengths are checked before use.
 absl::StatusOr<ManifestRecord> ParseManifest(absl::string_view bytes);
+
+ManifestEntry EntryOf(const ManifestRecord& manifest);
+std::string EncodeManifestEntry(const ManifestEntry& entry);
+// Errors as ParseManifest.
+absl::StatusOr<ManifestEntry> ParseManifestEntry(absl::string_view bytes);
+
+// What a PutManifest stores: `manifest` behind the part of `present` (null: there is none) that it
+// keeps, with the next version. INVALID_ARGUMENT names the field and the numbers: name, priority,
+// summary, size, or more kept than `present` has.
+absl::StatusOr<ManifestRecord> ComposeManifest(const ManifestRecord* present,
+                                               const ManifestRecord& manifest);
+
+// Each of the keys once, in the order of the first mention.
+std::vector<PageKey> WithoutRepeats(const std::vector<PageKey>& keys);
 
 }  // namespace pagetide
 

@@ -6,6 +6,7 @@
 #include "absl/strings/match.h"
 #include "absl/strings/str_cat.h"
 #include "base/status_macros.h"
+#include "kvstore/manifest_record.h"
 #include "kvstore/page_record.h"
 #include "kvstore/store_errors.h"
 
@@ -47,17 +48,7 @@ std::vector<PutPageResult> MemoryPageStore::PutPages(std::span<const PutPage> pa
     const PageRecordMeta& meta = pages[i].meta;
     PutPageResult& result = results[i];
     result.status = CheckDeadline("put page", deadline);
-    if (result.status.ok()) result.status = ValidatePageMeta(meta);
-    if (result.status.ok() && pages[i].body.size() != meta.body_bytes) {
-      result.status = absl::InvalidArgumentError(
-          absl::StrCat("put page ", meta.key.digest.ToShortHex(), ": body_bytes is ",
-                       meta.body_bytes, ", the body has ", pages[i].body.size()));
-    }
-    if (result.status.ok() && ChecksumOf(pages[i].body) != meta.checksum) {
-      result.status = absl::InvalidArgumentError(
-          absl::StrCat("put page ", meta.key.digest.ToShortHex(), ": the body's checksum is not ",
-                       meta.checksum.ToHex()));
-    }
+    if (result.status.ok()) result.status = ValidatePutPage(pages[i]);
     if (!result.status.ok()) continue;
     auto body =
         std::make_shared<std::vector<std::byte>>(pages[i].body.begin(), pages[i].body.end());
@@ -71,12 +62,22 @@ std::vector<PutPageResult> MemoryPageStore::PutPages(std::span<const PutPage> pa
     if (options_.capacity_bytes != 0 &&
         stats_.logical_bytes + meta.body_bytes > options_.capacity_bytes) {
       stats_.state = "full";
+      ++stats_.pages_refused;
       result.status = StoreFullError("put page: capacity", meta.body_bytes,
                                      options_.capacity_bytes - stats_.logical_bytes);
       continue;
     }
     Held& held = pages_[meta.key];
-    held = {meta, std::move(body), /*quarantined=*/false, held.ever_read};
+    held = {meta,
+            std::move(body),
+            {pages[i].tokens.begin(), pages[i].tokens.end()},
+            /*quarantined=*/false,
+            held.ever_read};
+    if (held.ever_read) stats_.bytes_ever_read += meta.body_bytes;
+    if (!held.tokens.empty()) {
+      children_[ChildRow{meta.parent->digest, meta.fingerprint, held.tokens}] = meta.key;
+    }
+    stats_.bytes_put_since_hit += meta.body_bytes;
     Report(held, /*removed=*/false);
     ++stats_.pages_put;
     stats_.bytes_put += meta.body_bytes;
@@ -91,6 +92,8 @@ void MemoryPageStore::Quarantine(const PageKey& key, const std::vector<std::byte
   const auto it = pages_.find(key);
   if (it == pages_.end() || it->second.body.get() != body || it->second.quarantined) return;
   it->second.quarantined = true;
+  ForgetChild(it->second);
+  if (it->second.ever_read) stats_.bytes_ever_read -= it->second.meta.body_bytes;
   ++stats_.pages_quarantined;
   Report(it->second, /*removed=*/true);
 }
@@ -137,8 +140,11 @@ std::vector<GetPageResult> MemoryPageStore::GetPages(std::span<const GetPage> pa
     }
     ++stats_.pages_got;
     stats_.bytes_got += body->size();
+    stats_.bytes_put_since_hit = 0;
     const auto it = pages_.find(pages[i].key);
-    if (it != pages_.end() && !std::exchange(it->second.ever_read, true)) ++stats_.pages_ever_read;
+    if (it == pages_.end() || std::exchange(it->second.ever_read, true)) continue;
+    ++stats_.pages_ever_read;
+    if (!it->second.quarantined) stats_.bytes_ever_read += it->second.meta.body_bytes;
   }
   return results;
 }
@@ -157,9 +163,64 @@ absl::StatusOr<std::vector<LookupResult>> MemoryPageStore::LookupPages(
   return results;
 }
 
+void MemoryPageStore::ForgetChild(const Held& held) {
+  if (held.tokens.empty()) return;
+  children_.erase(ChildRow{held.meta.parent->digest, held.meta.fingerprint, held.tokens});
+}
+
+absl::StatusOr<std::vector<PartialResult>> MemoryPageStore::FindPartialPages(
+    std::span<const PartialQuery> queries, MonotonicTime deadline) {
+  PT_RETURN_IF_ERROR(CheckDeadline("find partial pages", deadline));
+  std::vector<PartialResult> results(queries.size());
+  MutexLock lock(&mu_);
+  for (size_t i = 0; i < queries.size(); ++i) {
+    const PartialQuery& query = queries[i];
+    const ChildRow from{
+        query.parent.digest, query.fingerprint, {query.tokens.begin(), query.tokens.end()}};
+    const auto consider = [&](const std::pair<const ChildRow, PageKey>& child) {
+      const auto& [parent, fingerprint, tokens] = child.first;
+      if (parent != query.parent.digest || fingerprint != query.fingerprint) return;
+      const uint64_t common = static_cast<uint64_t>(
+          std::mismatch(tokens.begin(), tokens.end(), query.tokens.begin(), query.tokens.end())
+              .first -
+          tokens.begin());
+      if (common <= results[i].common_tokens) return;
+      const Held& held = pages_.at(child.second);
+      results[i] = {common, child.second, held.meta.checksum, held.meta.body_bytes, tokens};
+    };
+    const auto next = children_.lower_bound(from);
+    if (next != children_.end()) consider(*next);
+    if (next != children_.begin()) consider(*std::prev(next));
+  }
+  return results;
+}
+
+absl::StatusOr<std::vector<PageKey>> MemoryPageStore::SetRetention(std::span<const PageKey> keys,
+                                                                   const Retention& retention,
+                                                                   MonotonicTime deadline) {
+  PT_RETURN_IF_ERROR(CheckDeadline("set retention", deadline));
+  PT_RETURN_IF_ERROR(ValidateRetention(retention, options_.clock->WallNow()));
+  std::vector<PageKey> missing;
+  MutexLock lock(&mu_);
+  for (const PageKey& key : keys) {
+    const auto it = pages_.find(key);
+    if (it == pages_.end() || it->second.quarantined) {
+      missing.push_back(key);
+      continue;
+    }
+    pins_.erase(key);
+    if (retention.pinned_until.has_value()) {
+      pins_.emplace(key, TwoClockEnd::At(*retention.pinned_until, *options_.clock));
+    }
+  }
+  return missing;
+}
+
 bool MemoryPageStore::IsProtected(const PageKey& key) const {
+  const auto pin = pins_.find(key);
+  if (pin != pins_.end() && !pin->second.HasPassed(*options_.clock)) return true;
   for (const auto& [name, manifest] : manifests_) {
-    for (const ManifestPageRef& ref : manifest.pages) {
+    for (const ManifestPageRef& ref : manifest.record.pages) {
       if (ref.key == key) return true;
     }
   }
@@ -174,8 +235,13 @@ absl::StatusOr<uint64_t> MemoryPageStore::DeletePages(std::span<const PageKey> k
   for (const PageKey& key : keys) {
     const auto it = pages_.find(key);
     if (it == pages_.end() || IsProtected(key)) continue;
-    if (!it->second.quarantined) Report(it->second, /*removed=*/true);
+    if (!it->second.quarantined) {
+      Report(it->second, /*removed=*/true);
+      ForgetChild(it->second);
+      if (it->second.ever_read) stats_.bytes_ever_read -= it->second.meta.body_bytes;
+    }
     if (it->second.ever_read) --stats_.pages_ever_read;
+    pins_.erase(key);
     pages_.erase(it);
     ++deleted;
   }
@@ -205,54 +271,71 @@ absl::StatusOr<PutManifestResult> MemoryPageStore::PutManifest(
   PT_RETURN_IF_ERROR(CheckDeadline("put manifest", deadline));
   PT_RETURN_IF_ERROR(CheckStoreName("manifest name", manifest.name));
   MutexLock lock(&mu_);
+  RemoveExpired();
   PT_RETURN_IF_ERROR(CheckFence(fence));
   const auto old = manifests_.find(manifest.name);
-  const uint64_t current = old == manifests_.end() ? 0 : old->second.version;
+  const ManifestRecord* const present = old == manifests_.end() ? nullptr : &old->second.record;
+  const uint64_t current = present == nullptr ? 0 : present->version;
   if (current != expected_version) {
     if (current == expected_version + 1 && !manifest.request_id.empty() &&
-        old->second.request_id == manifest.request_id) {
+        present->request_id == manifest.request_id) {
       return PutManifestResult{true, current, {}};
     }
     return VersionMismatchError(absl::StrCat("manifest ", manifest.name), current,
                                 expected_version);
   }
+  PT_ASSIGN_OR_RETURN(ManifestRecord next, ComposeManifest(present, manifest));
   PutManifestResult result;
-  for (const ManifestPageRef& ref : manifest.pages) {
+  for (const ManifestPageRef& ref : next.pages) {
     if (!IsPresent(ref)) result.missing.push_back(ref.key);
   }
+  result.missing = WithoutRepeats(result.missing);
   if (!result.missing.empty()) return result;
-  ManifestRecord& stored = manifests_[manifest.name];
-  stored = manifest;
-  stored.version = expected_version + 1;
-  stats_.manifests = manifests_.size();
   result.committed = true;
-  result.version = stored.version;
+  result.version = next.version;
+  HeldManifest& stored = manifests_[manifest.name];
+  stored.end.reset();
+  if (next.expires_at.has_value()) {
+    stored.end = TwoClockEnd::OfNewManifest(next, *options_.clock);
+  }
+  stored.record = std::move(next);
+  stats_.manifests = manifests_.size();
   return result;
+}
+
+void MemoryPageStore::RemoveExpired() {
+  for (auto it = manifests_.begin(); it != manifests_.end();) {
+    if (it->second.end.has_value() && it->second.end->HasPassed(*options_.clock)) {
+      it = manifests_.erase(it);
+      ++stats_.manifests_expired;
+    } else {
+      ++it;
+    }
+  }
+  stats_.manifests = manifests_.size();
 }
 
 absl::StatusOr<ManifestRecord> MemoryPageStore::GetManifest(absl::string_view name,
                                                             MonotonicTime deadline) {
   PT_RETURN_IF_ERROR(CheckDeadline("get manifest", deadline));
   MutexLock lock(&mu_);
+  RemoveExpired();
   const auto it = manifests_.find(std::string(name));
   if (it == manifests_.end()) return absl::NotFoundError(absl::StrCat("manifest ", name));
-  return it->second;
+  return it->second.record;
 }
 
-absl::StatusOr<std::vector<ManifestRecord>> MemoryPageStore::ListManifests(
+absl::StatusOr<std::vector<ManifestEntry>> MemoryPageStore::ListManifests(
     absl::string_view name_prefix, absl::string_view after, size_t limit, MonotonicTime deadline) {
   PT_RETURN_IF_ERROR(CheckDeadline("list manifests", deadline));
-  std::vector<ManifestRecord> out;
+  std::vector<ManifestEntry> out;
   MutexLock lock(&mu_);
+  RemoveExpired();
   for (auto it = manifests_.lower_bound(std::string(std::max(name_prefix, after)));
        it != manifests_.end() && out.size() < limit; ++it) {
     if (!absl::StartsWith(it->first, name_prefix)) break;
     if (it->first <= after) continue;
-    ManifestRecord& entry = out.emplace_back();
-    entry.name = it->second.name;
-    entry.version = it->second.version;
-    entry.request_id = it->second.request_id;
-    entry.saved_at = it->second.saved_at;
+    out.push_back(EntryOf(it->second.record));
   }
   return out;
 }
@@ -265,8 +348,8 @@ absl::Status MemoryPageStore::DeleteManifest(absl::string_view name, uint64_t ex
   PT_RETURN_IF_ERROR(CheckFence(fence));
   const auto it = manifests_.find(std::string(name));
   if (it == manifests_.end()) return absl::NotFoundError(absl::StrCat("delete manifest ", name));
-  if (it->second.version != expected_version) {
-    return VersionMismatchError(absl::StrCat("manifest ", name), it->second.version,
+  if (it->second.record.version != expected_version) {
+    return VersionMismatchError(absl::StrCat("manifest ", name), it->second.record.version,
                                 expected_version);
   }
   manifests_.erase(it);
@@ -364,7 +447,14 @@ absl::Status MemoryPageStore::Watch(const WatchCallback& on_events, MonotonicTim
 
 absl::StatusOr<StoreStats> MemoryPageStore::GetStats(MonotonicTime deadline) {
   MutexLock lock(&mu_);
-  return stats_;
+  RemoveExpired();
+  StoreStats stats = stats_;
+  for (const auto& [key, held] : pages_) {
+    if (held.quarantined || !IsProtected(key)) continue;
+    ++stats.protected_pages;
+    stats.protected_bytes += held.meta.body_bytes;
+  }
+  return stats;
 }
 
 absl::StatusOr<ScrubResult> MemoryPageStore::Scrub(uint64_t max_pages, MonotonicTime deadline) {
@@ -386,6 +476,8 @@ absl::StatusOr<ScrubResult> MemoryPageStore::Scrub(uint64_t max_pages, Monotonic
     ++result.verified_pages;
     result.verified_bytes += page.body->size();
   }
+  MutexLock lock(&mu_);
+  stats_.pages_scrubbed += result.verified_pages;
   return result;
 }
 

@@ -6,7 +6,9 @@
 
 #include <map>
 #include <memory>
+#include <optional>
 #include <string>
+#include <tuple>
 #include <utility>
 #include <vector>
 
@@ -14,6 +16,7 @@
 #include "core/page_store.h"
 #include "kvstore/lease_book.h"
 #include "kvstore/residency_feed.h"
+#include "kvstore/retention.h"
 
 namespace pagetide {
 
@@ -37,6 +40,11 @@ class MemoryPageStore final : public PageStore {
                                                         MonotonicTime deadline) override;
   absl::StatusOr<uint64_t> DeletePages(std::span<const PageKey> keys,
                                        MonotonicTime deadline) override;
+  absl::StatusOr<std::vector<PartialResult>> FindPartialPages(std::span<const PartialQuery> queries,
+                                                              MonotonicTime deadline) override;
+  absl::StatusOr<std::vector<PageKey>> SetRetention(std::span<const PageKey> keys,
+                                                    const Retention& retention,
+                                                    MonotonicTime deadline) override;
   absl::Status Barrier(Durability level, MonotonicTime deadline) override;
   absl::StatusOr<PutManifestResult> PutManifest(const ManifestRecord& manifest,
                                                 uint64_t expected_version,
@@ -44,9 +52,9 @@ class MemoryPageStore final : public PageStore {
                                                 MonotonicTime deadline) override;
   absl::StatusOr<ManifestRecord> GetManifest(absl::string_view name,
                                              MonotonicTime deadline) override;
-  absl::StatusOr<std::vector<ManifestRecord>> ListManifests(absl::string_view name_prefix,
-                                                            absl::string_view after, size_t limit,
-                                                            MonotonicTime deadline) override;
+  absl::StatusOr<std::vector<ManifestEntry>> ListManifests(absl::string_view name_prefix,
+                                                           absl::string_view after, size_t limit,
+                                                           MonotonicTime deadline) override;
   absl::Status DeleteManifest(absl::string_view name, uint64_t expected_version,
                               const std::optional<WriteFence>& fence,
                               MonotonicTime deadline) override;
@@ -77,9 +85,15 @@ class MemoryPageStore final : public PageStore {
   struct Held {
     PageRecordMeta meta;
     std::shared_ptr<std::vector<std::byte>> body;  // shared: copied out after the lock is released
+    std::vector<uint32_t> tokens;                  // empty: found by its key only
     bool quarantined = false;
     bool ever_read = false;
   };
+  struct HeldManifest {
+    ManifestRecord record;
+    std::optional<TwoClockEnd> end;
+  };
+  using ChildRow = std::tuple<Digest, Digest, std::vector<uint32_t>>;  // parent, component, tokens
 
   absl::Status CheckDeadline(absl::string_view action, MonotonicTime deadline) const;
   absl::Status CheckFence(const std::optional<WriteFence>& fence) const
@@ -87,13 +101,18 @@ class MemoryPageStore final : public PageStore {
   bool IsPresent(const ManifestPageRef& ref) const ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
   bool IsProtected(const PageKey& key) const ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
   void Quarantine(const PageKey& key, const std::vector<std::byte>* body) ABSL_LOCKS_EXCLUDED(mu_);
+  // Expired manifests go when somebody looks at manifests.
+  void RemoveExpired() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
+  void ForgetChild(const Held& held) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
   void Report(const Held& held, bool removed) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
 
   const Options options_;
   LeaseBook leases_;
   mutable Mutex mu_;
   std::map<PageKey, Held> pages_ ABSL_GUARDED_BY(mu_);
-  std::map<std::string, ManifestRecord, std::less<>> manifests_ ABSL_GUARDED_BY(mu_);
+  std::map<ChildRow, PageKey> children_ ABSL_GUARDED_BY(mu_);  // of pages that are not quarantined
+  std::map<PageKey, TwoClockEnd> pins_ ABSL_GUARDED_BY(mu_);
+  std::map<std::string, HeldManifest, std::less<>> manifests_ ABSL_GUARDED_BY(mu_);
   std::map<std::pair<std::string, std::string>, StoreRecord> records_ ABSL_GUARDED_BY(mu_);
   StoreStats stats_ ABSL_GUARDED_BY(mu_);
   ResidencyFeed feed_;  // appended to under mu_

@@ -1,8 +1,9 @@
 #include "kvstore/page_index.h"
 
 #include <algorithm>
+#include <utility>
 
-#include "absl/container/flat_hash_set.h"
+#include "kvstore/eviction_rank.h"
 
 namespace pagetide {
 
@@ -27,30 +28,91 @@ void PageIndex::LinkNewest(Entry* entry) {
   newest_ = entry;
 }
 
-void PageIndex::CountIn(const Entry& entry) {
-  if (entry.parent.has_value()) ++num_children_[ChildKey(entry.parent->digest, entry.group)];
-  ++totals_.pages;
-  totals_.logical_bytes += entry.place.body_bytes;
-  if (entry.prefix.has_value()) {
-    feed_.Append({*entry.prefix, entry.group, entry.place.body_bytes, /*removed=*/false});
+bool PageIndex::HasChildren(const Entry& entry) const {
+  if (!entry.prefix.has_value()) return false;
+  const auto it = families_.find(FamilyKey(entry.prefix->digest, entry.group));
+  return it != families_.end() && it->second.num_children > 0;
+}
+
+bool PageIndex::IsProtected(const PageKey& key) const {
+  if (protects_.contains(key)) return true;
+  const auto it = timed_.find(key);
+  return it != timed_.end() && it->second.pin_end.has_value() &&
+         !it->second.pin_end->HasPassed(*clock_);
+}
+
+void PageIndex::Withdraw(Entry* entry) {
+  if (!std::exchange(entry->is_candidate, false)) return;
+  candidates_.erase(entry);
+}
+
+void PageIndex::Consider(Entry* entry) {
+  const bool is_protected = IsProtected(entry->key);
+  const bool counts = is_protected && !entry->quarantined;
+  if (counts != entry->is_counted_protected) {
+    entry->is_counted_protected = counts;
+    totals_.protected_pages += counts ? 1 : -1;
+    totals_.protected_bytes += counts ? entry->place.body_bytes : -entry->place.body_bytes;
+  }
+  if (is_protected || (HasChildren(*entry) && !entry->quarantined)) {
+    Withdraw(entry);
+  } else if (!std::exchange(entry->is_candidate, true)) {
+    candidates_.insert(entry);
   }
 }
 
-void PageIndex::CountOut(const Entry& entry) {
-  if (entry.parent.has_value()) {
-    const auto it = num_children_.find(ChildKey(entry.parent->digest, entry.group));
-    if (--it->second == 0) num_children_.erase(it);
+void PageIndex::Rerank(Entry* entry) {
+  Withdraw(entry);
+  entry->rank = EvictionRank(entry->access_number, pages_.size(), entry->depth, entry->priority);
+  Consider(entry);
+}
+
+void PageIndex::ReconsiderKey(const PageKey& key) {
+  if (const auto it = pages_.find(key); it != pages_.end()) Consider(&it->second);
+}
+
+void PageIndex::JoinFamily(Entry* entry) {
+  if (!entry->prefix.has_value()) return;
+  families_[FamilyKey(entry->prefix->digest, entry->group)].members.push_back(entry);
+}
+
+void PageIndex::LeaveFamily(Entry* entry) {
+  if (!entry->prefix.has_value()) return;
+  const auto it = families_.find(FamilyKey(entry->prefix->digest, entry->group));
+  auto& members = it->second.members;
+  members.erase(std::find(members.begin(), members.end(), entry));
+  if (members.empty() && it->second.num_children == 0) families_.erase(it);
+}
+
+void PageIndex::CountIn(Entry* entry) {
+  if (entry->parent.has_value()) {
+    Family& family = families_[FamilyKey(entry->parent->digest, entry->group)];
+    if (family.num_children++ == 0) {
+      for (Entry* parent : family.members) Consider(parent);
+    }
+  }
+  ++totals_.pages;
+  totals_.logical_bytes += entry->place.body_bytes;
+  if (entry->ever_read) totals_.bytes_ever_read += entry->place.body_bytes;
+  if (entry->prefix.has_value()) {
+    feed_.Append({*entry->prefix, entry->group, entry->place.body_bytes, /*removed=*/false});
+  }
+}
+
+void PageIndex::CountOut(Entry* entry) {
+  if (entry->parent.has_value()) {
+    const auto it = families_.find(FamilyKey(entry->parent->digest, entry->group));
+    if (--it->second.num_children == 0) {
+      for (Entry* parent : it->second.members) Consider(parent);
+      if (it->second.members.empty()) families_.erase(it);
+    }
   }
   --totals_.pages;
-  totals_.logical_bytes -= entry.place.body_bytes;
-  if (entry.prefix.has_value()) {
-    feed_.Append({*entry.prefix, entry.group, entry.place.body_bytes, /*removed=*/true});
+  totals_.logical_bytes -= entry->place.body_bytes;
+  if (entry->ever_read) totals_.bytes_ever_read -= entry->place.body_bytes;
+  if (entry->prefix.has_value()) {
+    feed_.Append({*entry->prefix, entry->group, entry->place.body_bytes, /*removed=*/true});
   }
-}
-
-bool PageIndex::HasChildren(const Entry& entry) const {
-  return entry.prefix.has_value() &&
-         num_children_.contains(ChildKey(entry.prefix->digest, entry.group));
 }
 
 void PageIndex::Touch(std::span<const PageKey> keys, bool read) {
@@ -59,22 +121,26 @@ void PageIndex::Touch(std::span<const PageKey> keys, bool read) {
     const auto it = pages_.find(keys[i]);
     if (it == pages_.end()) continue;
     Entry& entry = it->second;
+    Withdraw(&entry);
     Unlink(&entry);
     LinkNewest(&entry);
+    Rerank(&entry);
     if (read && !entry.ever_read) {
       entry.ever_read = true;
       ++totals_.pages_ever_read;
+      if (!entry.quarantined) totals_.bytes_ever_read += entry.place.body_bytes;
     }
   }
 }
 
-void PageIndex::Publish(const PageRecordMeta& meta, const PagePlace& place, bool quarantined,
-                        MonotonicTime now) {
+void PageIndex::Publish(const PageRecordMeta& meta, const PagePlace& place, bool quarantined) {
   MutexLock lock(&mu_);
   const auto [it, inserted] = pages_.try_emplace(meta.key);
   Entry& entry = it->second;
   if (!inserted) {
-    if (!entry.quarantined) CountOut(entry);
+    Withdraw(&entry);
+    if (!entry.quarantined) CountOut(&entry);
+    LeaveFamily(&entry);
     entry.place.segment->live_bytes.fetch_sub(SegmentFiles::Footprint(entry.place.record_bytes()),
                                               std::memory_order_relaxed);
     Unlink(&entry);
@@ -85,22 +151,28 @@ void PageIndex::Publish(const PageRecordMeta& meta, const PagePlace& place, bool
   entry.prefix = meta.prefix;
   entry.parent = meta.parent;
   entry.group = meta.group;
+  entry.depth = meta.depth;
   entry.quarantined = quarantined;
   put_bytes_ += SegmentFiles::Footprint(place.record_bytes());
   entry.put_bytes_before = put_bytes_;
-  entry.put_at = now;
+  entry.put_at = clock_->MonotonicNow();
   keys_in_[place.segment->id].push_back(meta.key);
+  JoinFamily(&entry);
   LinkNewest(&entry);
-  if (!quarantined) CountIn(entry);
+  if (!quarantined) CountIn(&entry);
+  Rerank(&entry);
 }
 
 bool PageIndex::Quarantine(const PageKey& key, const PagePlace& place) {
   MutexLock lock(&mu_);
   const auto it = pages_.find(key);
   if (it == pages_.end() || !it->second.place.SameAs(place)) return false;
-  if (it->second.quarantined) return true;
-  CountOut(it->second);
-  it->second.quarantined = true;
+  Entry& entry = it->second;
+  if (entry.quarantined) return true;
+  Withdraw(&entry);
+  CountOut(&entry);
+  entry.quarantined = true;
+  Consider(&entry);
   return true;
 }
 
@@ -117,7 +189,13 @@ bool PageIndex::Relocate(const PageKey& key, const PagePlace& from, const PagePl
 
 PagePlace PageIndex::EraseAt(Pages::iterator it) {
   Entry& entry = it->second;
-  if (!entry.quarantined) CountOut(entry);
+  Withdraw(&entry);
+  if (!entry.quarantined) CountOut(&entry);
+  LeaveFamily(&entry);
+  if (entry.is_counted_protected) {
+    --totals_.protected_pages;
+    totals_.protected_bytes -= entry.place.body_bytes;
+  }
   PagePlace place = entry.place;
   place.segment->live_bytes.fetch_sub(SegmentFiles::Footprint(place.record_bytes()),
                                       std::memory_order_relaxed);
@@ -130,7 +208,8 @@ PagePlace PageIndex::EraseAt(Pages::iterator it) {
 std::optional<PagePlace> PageIndex::Erase(const PageKey& key) {
   MutexLock lock(&mu_);
   const auto it = pages_.find(key);
-  if (it == pages_.end() || protects_.contains(key)) return std::nullopt;
+  if (it == pages_.end() || IsProtected(key)) return std::nullopt;
+  timed_.erase(key);
   return EraseAt(it);
 }
 
@@ -161,53 +240,127 @@ std::vector<PageKey> PageIndex::Protect(std::span<const ManifestPageRef> pages) 
     if (it == pages_.end() || !Matches(it->second, ref)) missing.push_back(ref.key);
   }
   if (!missing.empty()) return missing;
-  for (const ManifestPageRef& ref : pages) ++protects_[ref.key];
+  for (const ManifestPageRef& ref : pages) {
+    if (++protects_[ref.key] == 1) ReconsiderKey(ref.key);
+  }
   return missing;
 }
 
 void PageIndex::ProtectAnyway(std::span<const ManifestPageRef> pages) {
   MutexLock lock(&mu_);
-  for (const ManifestPageRef& ref : pages) ++protects_[ref.key];
+  for (const ManifestPageRef& ref : pages) {
+    if (++protects_[ref.key] == 1) ReconsiderKey(ref.key);
+  }
 }
 
 void PageIndex::Unprotect(std::span<const ManifestPageRef> pages) {
   MutexLock lock(&mu_);
   for (const ManifestPageRef& ref : pages) {
     const auto it = protects_.find(ref.key);
-    if (it != protects_.end() && --it->second == 0) protects_.erase(it);
+    if (it == protects_.end() || --it->second > 0) continue;
+    protects_.erase(it);
+    ReconsiderKey(ref.key);
   }
 }
 
-std::vector<PageKey> PageIndex::PickVictims(uint64_t bytes, const Grace& grace,
-                                            MonotonicTime now) const {
-  std::vector<PageKey> victims;
-  absl::flat_hash_set<const Entry*> picked;
-  absl::flat_hash_map<ChildKey, uint32_t> children_picked;
-  uint64_t found = 0;
-  // Each pass takes the leaves of what is left; a chain older than everything else needs one pass a
-  // page.
-  constexpr int kMaxPasses = 64;
+bool PageIndex::SetRetention(const PageKey& key, const Retention& retention,
+                             absl::Duration at_least) {
   MutexLock lock(&mu_);
-  for (int pass = 0; pass < kMaxPasses && found < bytes; ++pass) {
-    const size_t before = victims.size();
-    for (const Entry* e = oldest_; e != nullptr && found < bytes; e = e->newer) {
-      if (protects_.contains(e->key) || picked.contains(e)) continue;
-      if (put_bytes_ - e->put_bytes_before < grace.put_bytes && now - e->put_at < grace.time) {
-        continue;
-      }
-      if (HasChildren(*e)) {
-        const ChildKey self(e->prefix->digest, e->group);
-        const auto it = children_picked.find(self);
-        if (it == children_picked.end() || it->second < num_children_.find(self)->second) continue;
-      }
-      if (e->parent.has_value() && !e->quarantined) {
-        ++children_picked[ChildKey(e->parent->digest, e->group)];
-      }
-      picked.insert(e);
-      victims.push_back(e->key);
-      found += SegmentFiles::Footprint(e->place.record_bytes());
+  const auto it = pages_.find(key);
+  if (it == pages_.end() || it->second.quarantined) return false;
+  timed_.erase(key);
+  if (retention.expires_at.has_value() || retention.pinned_until.has_value()) {
+    Timed& timed = timed_[key];
+    timed.retention = retention;
+    if (retention.expires_at.has_value()) {
+      timed.priority_end = TwoClockEnd::At(*retention.expires_at, *clock_, at_least);
     }
-    if (victims.size() == before) break;
+    if (retention.pinned_until.has_value()) {
+      timed.pin_end = TwoClockEnd::At(*retention.pinned_until, *clock_, at_least);
+    }
+  }
+  it->second.priority = retention.priority;
+  Rerank(&it->second);
+  return true;
+}
+
+std::vector<std::pair<PageKey, Retention>> PageIndex::InheritPriority(
+    std::span<const ManifestPageRef> pages, uint32_t priority) {
+  std::vector<std::pair<PageKey, Retention>> changed;
+  MutexLock lock(&mu_);
+  for (const ManifestPageRef& ref : pages) {
+    const auto it = pages_.find(ref.key);
+    if (it == pages_.end() || it->second.priority >= priority) continue;
+    it->second.priority = priority;
+    Retention retention;
+    retention.priority = priority;
+    if (const auto timed = timed_.find(ref.key); timed != timed_.end()) {
+      retention.pinned_until = timed->second.retention.pinned_until;
+      timed->second.priority_end.reset();
+      timed->second.retention = retention;
+    }
+    Rerank(&it->second);
+    changed.emplace_back(ref.key, retention);
+  }
+  return changed;
+}
+
+void PageIndex::ApplyExpiries() {
+  MutexLock lock(&mu_);
+  for (auto it = timed_.begin(); it != timed_.end();) {
+    Timed& timed = it->second;
+    const auto page = pages_.find(it->first);
+    if (timed.priority_end.has_value() && timed.priority_end->HasPassed(*clock_)) {
+      timed.priority_end.reset();
+      if (page != pages_.end()) {
+        page->second.priority = 0;
+        Rerank(&page->second);
+      }
+    }
+    if (timed.pin_end.has_value() && timed.pin_end->HasPassed(*clock_)) timed.pin_end.reset();
+    if (page != pages_.end()) Consider(&page->second);
+    if (!timed.priority_end.has_value() && !timed.pin_end.has_value()) {
+      timed_.erase(it++);
+    } else {
+      ++it;
+    }
+  }
+}
+
+std::vector<PageKey> PageIndex::PickVictims(uint64_t bytes, const Grace& grace) const {
+  std::vector<PageKey> victims;
+  absl::flat_hash_map<FamilyKey, uint32_t> children_picked;
+  // Pages whose children have all been picked, smallest rank first.
+  const auto later = [](const Entry* a, const Entry* b) { return ByRank()(b, a); };
+  std::vector<const Entry*> freed;
+  uint64_t found = 0;
+  const MonotonicTime now = clock_->MonotonicNow();
+  MutexLock lock(&mu_);
+  auto next = candidates_.begin();
+  while (found < bytes && (next != candidates_.end() || !freed.empty())) {
+    const Entry* e = nullptr;
+    if (next != candidates_.end() && (freed.empty() || ByRank()(*next, freed.front()))) {
+      e = *next++;
+    } else {
+      e = freed.front();
+      std::pop_heap(freed.begin(), freed.end(), later);
+      freed.pop_back();
+    }
+    if (!e->quarantined && put_bytes_ - e->put_bytes_before < grace.put_bytes &&
+        now - e->put_at < grace.time) {
+      continue;
+    }
+    victims.push_back(e->key);
+    found += SegmentFiles::Footprint(e->place.record_bytes());
+    if (!e->parent.has_value() || e->quarantined) continue;
+    const FamilyKey parent(e->parent->digest, e->group);
+    const Family& family = families_.find(parent)->second;
+    if (++children_picked[parent] < family.num_children) continue;
+    for (const Entry* member : family.members) {
+      if (member->is_counted_protected || member->is_candidate) continue;
+      freed.push_back(member);
+      std::push_heap(freed.begin(), freed.end(), later);
+    }
   }
   return victims;
 }
@@ -237,6 +390,11 @@ std::vector<std::pair<PageKey, uint64_t>> PageIndex::AccessedSince(uint64_t numb
 void PageIndex::StartAccessNumbersAt(uint64_t number) {
   MutexLock lock(&mu_);
   last_access_number_ = number;
+}
+
+void PageIndex::RerankAll() {
+  MutexLock lock(&mu_);
+  for (auto& [key, entry] : pages_) Rerank(&entry);
 }
 
 std::vector<StoreEvent> PageIndex::Snapshot(uint64_t* next_number) const {

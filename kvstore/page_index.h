@@ -1,9 +1,9 @@
 // PageIndex: what the store knows of each page, in memory: where it is, whether it may be dropped,
 // and in which order. The durable copy of the same facts is StoreDatabase's.
 //
-// Pages leave by recency, a page after the pages that continue it (tail first), never while a
-// manifest protects it. About 250 bytes a page. Thread-safe; no call does I/O, none is longer than
-// a few microseconds a page.
+// Pages leave by recency and cost (EvictionRank), a page after the pages that continue it (tail
+// first), never while a manifest or a pin protects it. About 350 bytes a page. Thread-safe; no call
+// does I/O, none is longer than a few microseconds a page.
 #ifndef PAGETIDE_KVSTORE_PAGE_INDEX_H_
 #define PAGETIDE_KVSTORE_PAGE_INDEX_H_
 
@@ -14,11 +14,13 @@
 #include <utility>
 #include <vector>
 
+#include "absl/container/btree_set.h"
 #include "absl/container/flat_hash_map.h"
 #include "absl/container/node_hash_map.h"
 #include "base/mutex.h"
 #include "core/page_store.h"
 #include "kvstore/residency_feed.h"
+#include "kvstore/retention.h"
 #include "kvstore/segment_files.h"
 
 namespace pagetide {
@@ -47,9 +49,12 @@ class PageIndex {
     uint64_t pages = 0;
     uint64_t logical_bytes = 0;
     uint64_t pages_ever_read = 0;
+    uint64_t bytes_ever_read = 0;  // of the present ones
+    uint64_t protected_pages = 0;
+    uint64_t protected_bytes = 0;
   };
 
-  PageIndex() = default;
+  explicit PageIndex(const Clock* clock) : clock_(clock) {}
   PageIndex(const PageIndex&) = delete;
   PageIndex& operator=(const PageIndex&) = delete;
 
@@ -59,14 +64,13 @@ class PageIndex {
   void Touch(std::span<const PageKey> keys, bool read);
   // Inserts the page as the most recent, or replaces the one under the same key (which was
   // quarantined); protection belongs to the key.
-  void Publish(const PageRecordMeta& meta, const PagePlace& place, bool quarantined,
-               MonotonicTime now);
+  void Publish(const PageRecordMeta& meta, const PagePlace& place, bool quarantined);
   // The page is damaged: it counts as absent until it is put again. False if it is at another place
   // now.
   bool Quarantine(const PageKey& key, const PagePlace& place);
   // False if the page is not at `from` any more.
   bool Relocate(const PageKey& key, const PagePlace& from, const PagePlace& to);
-  // Removes the page unless it is protected. Returns its place.
+  // Removes the page, its retention and all unless it is protected. Returns its place.
   std::optional<PagePlace> Erase(const PageKey& key);
   // Removes a quarantined page, protected or not (the protection stays, for the page put in its
   // stead). False if it is not at `place` any more.
@@ -81,14 +85,24 @@ class PageIndex {
   // Those that are absent, quarantined or of another checksum now.
   std::vector<PageKey> Missing(std::span<const ManifestPageRef> pages) const;
 
+  // Replaces the page's retention. `at_least`: its times pass no sooner than that from now. False
+  // if the page is absent or quarantined.
+  bool SetRetention(const PageKey& key, const Retention& retention, absl::Duration at_least);
+  // A manifest of this priority names the pages no more: those that had less get it. Returns them.
+  std::vector<std::pair<PageKey, Retention>> InheritPriority(std::span<const ManifestPageRef> pages,
+                                                             uint32_t priority);
+  // Ends the pins and priorities whose time has passed.
+  void ApplyExpiries();
+
   // A page that was just put may be about to be named by a manifest: it is kept until `put_bytes`
   // more have been put after it, or for `time`, whichever is shorter.
   struct Grace {
     uint64_t put_bytes = 0;
     absl::Duration time;
   };
-  // Pages to drop next, oldest first, about `bytes` of them; empty when nothing may be dropped.
-  std::vector<PageKey> PickVictims(uint64_t bytes, const Grace& grace, MonotonicTime now) const;
+  // Pages to drop next, in this order, about `bytes` of them: damaged ones first, then by
+  // EvictionRank, none before its children. Empty when nothing may be dropped.
+  std::vector<PageKey> PickVictims(uint64_t bytes, const Grace& grace) const;
   // Keys of the pages that were put into the segment and may still be there.
   std::vector<PageKey> KeysIn(uint64_t segment) const;
   void ForgetSegment(uint64_t segment);
@@ -96,8 +110,10 @@ class PageIndex {
   // Pages whose last access has a number above `number`, most recent first, at most `limit`: what
   // the durable copy of the order lacks. Numbers only grow, so the rest of the order is older.
   std::vector<std::pair<PageKey, uint64_t>> AccessedSince(uint64_t number, size_t limit) const;
-  // Continues the numbers of an earlier life.
+  // Before the first page: continues the numbers of an earlier life.
   void StartAccessNumbersAt(uint64_t number);
+  // After the last page of an opening: ranks them all by what is there now.
+  void RerankAll();
 
   // Present, keyed pages, and the feed number that follows this state exactly.
   std::vector<StoreEvent> Snapshot(uint64_t* next_number) const;
@@ -111,34 +127,70 @@ class PageIndex {
     Checksum128 checksum;
     std::optional<PrefixKey> prefix, parent;
     uint32_t group = 0;
+    uint32_t depth = 0;
     uint64_t access_number = 0;
+    uint64_t rank = 0;              // EvictionRank as of the last access
     uint64_t put_bytes_before = 0;  // of all pages put so far, when this one was
     MonotonicTime put_at;
+    uint32_t priority = kDefaultPriority;
     bool quarantined = false;
     bool ever_read = false;
+    bool is_counted_protected = false;  // in totals_
+    bool is_candidate = false;          // in candidates_
     Entry* older = nullptr;
     Entry* newer = nullptr;
   };
-  using ChildKey = std::pair<Digest, uint32_t>;  // prefix, layer group
+  using Pages = absl::node_hash_map<PageKey, Entry>;  // nodes: entries are linked
+  using FamilyKey = std::pair<Digest, uint32_t>;      // prefix, layer group
+  // The pages of one prefix (one a shard), and how many present pages follow them.
+  struct Family {
+    std::vector<Entry*> members;
+    uint32_t num_children = 0;
+  };
+  struct Timed {
+    std::optional<TwoClockEnd> priority_end;
+    std::optional<TwoClockEnd> pin_end;
+    Retention retention;  // as it was set
+  };
+  struct ByRank {
+    bool operator()(const Entry* a, const Entry* b) const {
+      // Damaged pages are of no use; access numbers make the rest a total order.
+      if (a->quarantined != b->quarantined) return a->quarantined;
+      if (a->rank != b->rank) return a->rank < b->rank;
+      return a->access_number < b->access_number;
+    }
+  };
 
   static bool Matches(const Entry& entry, const ManifestPageRef& ref) {
     return !entry.quarantined && entry.checksum == ref.checksum;
   }
   void Unlink(Entry* entry) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
   void LinkNewest(Entry* entry) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
-  // Counts the entry in or out of totals, children and the feed.
-  void CountIn(const Entry& entry) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
-  void CountOut(const Entry& entry) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
-  using Pages = absl::node_hash_map<PageKey, Entry>;  // nodes: entries are linked
+  // Counts the entry in or out of totals, its parents' children and the feed.
+  void CountIn(Entry* entry) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
+  void CountOut(Entry* entry) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
+  void JoinFamily(Entry* entry) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
+  void LeaveFamily(Entry* entry) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
   PagePlace EraseAt(Pages::iterator it) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
   bool HasChildren(const Entry& entry) const ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
+  bool IsProtected(const PageKey& key) const ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
+  // Around every change of what candidacy and its order depend on: rank, quarantine, children,
+  // protection.
+  void Withdraw(Entry* entry) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
+  void Consider(Entry* entry) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
+  void Rerank(Entry* entry) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
+  void ReconsiderKey(const PageKey& key) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
 
+  const Clock* const clock_;
   mutable Mutex mu_;
   Pages pages_ ABSL_GUARDED_BY(mu_);
   // How many manifests name a key. A key may be absent: its page was lost or never came back.
   absl::flat_hash_map<PageKey, uint32_t> protects_ ABSL_GUARDED_BY(mu_);
-  absl::flat_hash_map<ChildKey, uint32_t> num_children_ ABSL_GUARDED_BY(mu_);
+  absl::flat_hash_map<PageKey, Timed> timed_ ABSL_GUARDED_BY(mu_);  // retentions with an end
+  absl::flat_hash_map<FamilyKey, Family> families_ ABSL_GUARDED_BY(mu_);
   absl::flat_hash_map<uint64_t, std::vector<PageKey>> keys_in_ ABSL_GUARDED_BY(mu_);
+  // What may go now: without children (or damaged) and not protected.
+  absl::btree_set<Entry*, ByRank> candidates_ ABSL_GUARDED_BY(mu_);
   Entry* oldest_ ABSL_GUARDED_BY(mu_) = nullptr;
   Entry* newest_ ABSL_GUARDED_BY(mu_) = nullptr;
   Totals totals_ ABSL_GUARDED_BY(mu_);

@@ -45,6 +45,34 @@ absl::Status ValidatePageMeta(const PageRecordMeta& meta) {
   return absl::OkStatus();
 }
 
+absl::Status ValidatePutPage(const PutPage& page) {
+  const PageRecordMeta& meta = page.meta;
+  PT_RETURN_IF_ERROR(ValidatePageMeta(meta));
+  const std::string what = absl::StrCat("put page ", meta.key.digest.ToShortHex());
+  if (page.body.size() != meta.body_bytes) {
+    return absl::InvalidArgumentError(absl::StrCat(what, ": body_bytes is ", meta.body_bytes,
+                                                   ", the body has ", page.body.size()));
+  }
+  if (!page.tokens.empty()) {
+    if (page.tokens.size() > kMaxIndexedPageTokens) {
+      return absl::InvalidArgumentError(absl::StrCat(what, ": tokens has ", page.tokens.size(),
+                                                     " entries, at most ", kMaxIndexedPageTokens));
+    }
+    // Whoever finds the page by its tokens trusts that it is theirs.
+    if (!meta.prefix.has_value() || !meta.parent.has_value() ||
+        NextPrefixKey(*meta.parent, page.tokens) != *meta.prefix) {
+      return absl::InvalidArgumentError(
+          absl::StrCat(what, ": parent and the ", page.tokens.size(),
+                       " tokens do not make the prefix key of the page"));
+    }
+  }
+  if (ChecksumOf(page.body) != meta.checksum) {
+    return absl::InvalidArgumentError(
+        absl::StrCat(what, ": the body's checksum is not ", meta.checksum.ToHex()));
+  }
+  return absl::OkStatus();
+}
+
 uint32_t PageRecordHeaderBytes(const PageRecordMeta& meta) {
   return kPageRecordFixedBytes + static_cast<uint32_t>(meta.numerics_id.size());
 }

@@ -53,6 +53,9 @@ struct PageRecordHeader {
 // INVALID_ARGUMENT names the field and the numbers: numerics id or body too long.
 absl::Status ValidatePageMeta(const PageRecordMeta& meta);
 
+// ValidatePageMeta, and the body is what the meta says, and the tokens make the prefix key.
+absl::Status ValidatePutPage(const PutPage& page);
+
 // Bytes that EncodePageRecordHeader makes of this meta.
 uint32_t PageRecordHeaderBytes(const PageRecordMeta& meta);
 // The meta is valid and the body raw.

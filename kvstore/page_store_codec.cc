@@ -1,5 +1,6 @@
 #include "kvstore/page_store_codec.h"
 
+#include <limits>
 #include <utility>
 
 #include "absl/strings/str_cat.h"
@@ -29,6 +30,36 @@ void EncodeChecksum(const Checksum128& checksum, v1::BodyChecksum* out) {
 
 Checksum128 DecodeChecksum(const v1::BodyChecksum& checksum) {
   return {checksum.low(), checksum.high()};
+}
+
+google::protobuf::Timestamp EncodeTime(absl::Time t) {
+  const absl::Time whole = absl::FromUnixSeconds(absl::ToUnixSeconds(t));  // rounds down
+  google::protobuf::Timestamp out;
+  out.set_seconds(absl::ToUnixSeconds(t));
+  out.set_nanos(static_cast<int32_t>(absl::ToInt64Nanoseconds(t - whole)));
+  return out;
+}
+
+absl::StatusOr<absl::Time> DecodeTime(absl::string_view field,
+                                      const google::protobuf::Timestamp& t) {
+  // Stored are nanoseconds in 64 bits, which end in the year 2262.
+  constexpr int64_t kMaxSeconds = std::numeric_limits<int64_t>::max() / 1000000000 - 1;
+  if (t.seconds() < -kMaxSeconds || t.seconds() > kMaxSeconds || t.nanos() < 0 ||
+      t.nanos() >= 1000000000) {
+    return absl::InvalidArgumentError(absl::StrCat(field, " is ", t.seconds(), " s, ", t.nanos(),
+                                                   " ns: seconds are at most ", kMaxSeconds,
+                                                   " either way, nanos 0 to 999999999"));
+  }
+  return absl::FromUnixSeconds(t.seconds()) + absl::Nanoseconds(t.nanos());
+}
+
+absl::StatusOr<PrefixKey> DecodePrefixKey(absl::string_view field, const std::string& bytes) {
+  PT_ASSIGN_OR_RETURN(const Digest digest, DecodeDigest(field, bytes));
+  return PrefixKey{digest};
+}
+
+absl::StatusOr<Digest> DecodeFingerprint(absl::string_view field, const std::string& bytes) {
+  return DecodeDigest(field, bytes);
 }
 
 void EncodePageHeader(const PageRecordMeta& meta, v1::PageHeader* out) {
@@ -100,9 +131,13 @@ void EncodeManifestMessage(const ManifestRecord& manifest, v1::Manifest* out) {
   }
   out->set_payload(manifest.payload);
   out->set_request_id(manifest.request_id);
-  const int64_t nanos = absl::ToUnixNanos(manifest.saved_at);
-  out->mutable_saved_at()->set_seconds(nanos / 1000000000);
-  out->mutable_saved_at()->set_nanos(static_cast<int32_t>(nanos % 1000000000));
+  *out->mutable_saved_at() = EncodeTime(manifest.saved_at);
+  out->set_summary(manifest.summary);
+  if (manifest.expires_at.has_value())
+    *out->mutable_expires_at() = EncodeTime(*manifest.expires_at);
+  out->set_priority(manifest.priority);
+  out->set_keep_pages(manifest.keep_pages);
+  out->set_keep_payload_bytes(manifest.keep_payload_bytes);
 }
 
 absl::StatusOr<ManifestRecord> DecodeManifestMessage(const v1::Manifest& manifest) {
@@ -117,9 +152,67 @@ absl::StatusOr<ManifestRecord> DecodeManifestMessage(const v1::Manifest& manifes
   }
   record.payload = manifest.payload();
   record.request_id = manifest.request_id();
-  record.saved_at = absl::FromUnixSeconds(manifest.saved_at().seconds()) +
-                    absl::Nanoseconds(manifest.saved_at().nanos());
+  PT_ASSIGN_OR_RETURN(record.saved_at, DecodeTime("manifest.saved_at", manifest.saved_at()));
+  record.summary = manifest.summary();
+  if (manifest.has_expires_at()) {
+    PT_ASSIGN_OR_RETURN(record.expires_at,
+                        DecodeTime("manifest.expires_at", manifest.expires_at()));
+  }
+  if (manifest.has_priority()) record.priority = manifest.priority();
+  record.keep_pages = manifest.keep_pages();
+  record.keep_payload_bytes = manifest.keep_payload_bytes();
   return record;
+}
+
+void EncodeManifestEntry(const ManifestEntry& entry, v1::ListManifestsResponse::Entry* out) {
+  out->set_name(entry.name);
+  out->set_version(entry.version);
+  out->set_num_pages(entry.num_pages);
+  out->set_payload_bytes(entry.payload_bytes);
+  out->set_request_id(entry.request_id);
+  *out->mutable_saved_at() = EncodeTime(entry.saved_at);
+  out->set_summary(entry.summary);
+  if (entry.expires_at.has_value()) *out->mutable_expires_at() = EncodeTime(*entry.expires_at);
+  out->set_priority(entry.priority);
+}
+
+absl::StatusOr<ManifestEntry> DecodeManifestEntry(const v1::ListManifestsResponse::Entry& entry) {
+  ManifestEntry out;
+  out.name = entry.name();
+  out.version = entry.version();
+  out.num_pages = entry.num_pages();
+  out.payload_bytes = entry.payload_bytes();
+  out.request_id = entry.request_id();
+  PT_ASSIGN_OR_RETURN(out.saved_at, DecodeTime("manifests.saved_at", entry.saved_at()));
+  out.summary = entry.summary();
+  if (entry.has_expires_at()) {
+    PT_ASSIGN_OR_RETURN(out.expires_at, DecodeTime("manifests.expires_at", entry.expires_at()));
+  }
+  out.priority = entry.priority();
+  return out;
+}
+
+void EncodeRetention(const Retention& retention, v1::Retention* out) {
+  out->set_priority(retention.priority);
+  if (retention.expires_at.has_value()) {
+    *out->mutable_expires_at() = EncodeTime(*retention.expires_at);
+  }
+  if (retention.pinned_until.has_value()) {
+    *out->mutable_pinned_until() = EncodeTime(*retention.pinned_until);
+  }
+}
+
+absl::StatusOr<Retention> DecodeRetention(const v1::Retention& retention) {
+  Retention out;
+  if (retention.has_priority()) out.priority = retention.priority();
+  if (retention.has_expires_at()) {
+    PT_ASSIGN_OR_RETURN(out.expires_at, DecodeTime("retention.expires_at", retention.expires_at()));
+  }
+  if (retention.has_pinned_until()) {
+    PT_ASSIGN_OR_RETURN(out.pinned_until,
+                        DecodeTime("retention.pinned_until", retention.pinned_until()));
+  }
+  return out;
 }
 
 void EncodeStats(const StoreStats& stats, v1::GetStoreStatsResponse* out) {
@@ -138,6 +231,16 @@ void EncodeStats(const StoreStats& stats, v1::GetStoreStatsResponse* out) {
   out->set_manifests(stats.manifests);
   out->set_state(stats.state);
   out->set_engine(stats.engine);
+  out->set_manifests_expired(stats.manifests_expired);
+  out->set_protected_pages(stats.protected_pages);
+  out->set_protected_bytes(stats.protected_bytes);
+  out->set_bytes_evicted(stats.bytes_evicted);
+  out->set_pages_refused(stats.pages_refused);
+  out->set_disk_free_bytes(stats.disk_free_bytes);
+  out->set_bytes_ever_read(stats.bytes_ever_read);
+  out->set_bytes_put_since_hit(stats.bytes_put_since_hit);
+  out->set_efficacy_alarm(stats.efficacy_alarm);
+  out->set_pages_scrubbed(stats.pages_scrubbed);
 }
 
 StoreStats DecodeStats(const v1::GetStoreStatsResponse& stats) {
@@ -157,6 +260,16 @@ StoreStats DecodeStats(const v1::GetStoreStatsResponse& stats) {
   out.manifests = stats.manifests();
   out.state = stats.state();
   out.engine = stats.engine();
+  out.manifests_expired = stats.manifests_expired();
+  out.protected_pages = stats.protected_pages();
+  out.protected_bytes = stats.protected_bytes();
+  out.bytes_evicted = stats.bytes_evicted();
+  out.pages_refused = stats.pages_refused();
+  out.disk_free_bytes = stats.disk_free_bytes();
+  out.bytes_ever_read = stats.bytes_ever_read();
+  out.bytes_put_since_hit = stats.bytes_put_since_hit();
+  out.efficacy_alarm = stats.efficacy_alarm();
+  out.pages_scrubbed = stats.pages_scrubbed();
   return out;
 }
 

@@ -21,6 +21,14 @@ absl::StatusOr<PageKey> DecodePageKey(absl::string_view field, const std::string
 void EncodeChecksum(const Checksum128& checksum, v1::BodyChecksum* out);
 Checksum128 DecodeChecksum(const v1::BodyChecksum& checksum);
 
+google::protobuf::Timestamp EncodeTime(absl::Time t);
+// INVALID_ARGUMENT names the field: nanos or seconds out of range.
+absl::StatusOr<absl::Time> DecodeTime(absl::string_view field,
+                                      const google::protobuf::Timestamp& t);
+
+absl::StatusOr<PrefixKey> DecodePrefixKey(absl::string_view field, const std::string& bytes);
+absl::StatusOr<Digest> DecodeFingerprint(absl::string_view field, const std::string& bytes);
+
 void EncodePageHeader(const PageRecordMeta& meta, v1::PageHeader* out);
 absl::StatusOr<PageRecordMeta> DecodePageHeader(const v1::PageHeader& header);
 
@@ -29,6 +37,12 @@ absl::StatusOr<Durability> DecodeDurability(v1::Durability level);
 
 void EncodeManifestMessage(const ManifestRecord& manifest, v1::Manifest* out);
 absl::StatusOr<ManifestRecord> DecodeManifestMessage(const v1::Manifest& manifest);
+
+void EncodeManifestEntry(const ManifestEntry& entry, v1::ListManifestsResponse::Entry* out);
+absl::StatusOr<ManifestEntry> DecodeManifestEntry(const v1::ListManifestsResponse::Entry& entry);
+
+void EncodeRetention(const Retention& retention, v1::Retention* out);
+absl::StatusOr<Retention> DecodeRetention(const v1::Retention& retention);
 
 void EncodeStats(const StoreStats& stats, v1::GetStoreStatsResponse* out);
 StoreStats DecodeStats(const v1::GetStoreStatsResponse& stats);

@@ -22,6 +22,7 @@ namespace {
 // Of one stream or call; the service allows more.
 constexpr size_t kMaxStreamPages = 1024;
 constexpr size_t kMaxKeys = 16384;
+constexpr size_t kMaxPartialQueries = 64;
 constexpr char kPutPages[] = "/pagetide.v1.PageStoreService/PutPages";
 constexpr char kGetPages[] = "/pagetide.v1.PageStoreService/GetPages";
 
@@ -190,12 +191,7 @@ std::vector<PutPageResult> RemotePageStore::PutPages(std::span<const PutPage> pa
   std::vector<PutPage> good;
   std::vector<size_t> index;
   for (size_t i = 0; i < pages.size(); ++i) {
-    results[i].status = ValidatePageMeta(pages[i].meta);
-    if (results[i].status.ok() && pages[i].body.size() != pages[i].meta.body_bytes) {
-      results[i].status = absl::InvalidArgumentError(
-          absl::StrCat("put page ", pages[i].meta.key.digest.ToShortHex(), ": body_bytes is ",
-                       pages[i].meta.body_bytes, ", the body has ", pages[i].body.size()));
-    }
+    results[i].status = ValidatePutPage(pages[i]);
     if (!results[i].status.ok()) continue;
     good.push_back(pages[i]);
     index.push_back(i);
@@ -219,6 +215,7 @@ void RemotePageStore::PutStream(std::span<const PutPage> pages, Durability level
   bool open = true;
   for (size_t i = 0; open && i < pages.size(); ++i) {
     EncodePageHeader(pages[i].meta, header.mutable_header());
+    header.mutable_header()->mutable_tokens()->Add(pages[i].tokens.begin(), pages[i].tokens.end());
     const std::span<const std::byte> body = pages[i].body;
     for (uint64_t at = 0; open && at < body.size(); at += kPagePartBytes) {
       // Copied: the transport may still hold a slice of a failed call when the caller reuses the
@@ -373,6 +370,62 @@ absl::StatusOr<uint64_t> RemotePageStore::DeletePages(std::span<const PageKey> k
   return deleted;
 }
 
+absl::StatusOr<std::vector<PartialResult>> RemotePageStore::FindPartialPages(
+    std::span<const PartialQuery> queries, MonotonicTime deadline) {
+  std::vector<PartialResult> results;
+  results.reserve(queries.size());
+  for (size_t at = 0; at < queries.size(); at += kMaxPartialQueries) {
+    v1::FindPartialPagesRequest request;
+    const auto chunk = queries.subspan(at, std::min(kMaxPartialQueries, queries.size() - at));
+    for (const PartialQuery& query : chunk) {
+      auto* out = request.add_queries();
+      out->set_parent_prefix_key(query.parent.digest.ToBytes());
+      out->set_fingerprint(query.fingerprint.ToBytes());
+      // No page has more.
+      const size_t n = std::min<size_t>(query.tokens.size(), kMaxIndexedPageTokens);
+      out->mutable_tokens()->Add(query.tokens.begin(), query.tokens.begin() + n);
+    }
+    v1::FindPartialPagesResponse response;
+    PT_RETURN_IF_ERROR(
+        Call(&v1::PageStoreService::Stub::FindPartialPages, request, &response, deadline));
+    if (static_cast<size_t>(response.results_size()) != chunk.size()) {
+      return absl::InternalError(absl::StrCat("find partial pages: ", response.results_size(),
+                                              " results for ", chunk.size(), " queries"));
+    }
+    for (const auto& result : response.results()) {
+      PartialResult& out = results.emplace_back();
+      if (result.common_tokens() == 0) continue;
+      out.common_tokens = result.common_tokens();
+      PT_ASSIGN_OR_RETURN(out.key, DecodePageKey("results.page_key", result.page_key()));
+      out.checksum = DecodeChecksum(result.checksum());
+      out.body_bytes = result.body_bytes();
+      out.tokens.assign(result.tokens().begin(), result.tokens().end());
+    }
+  }
+  return results;
+}
+
+absl::StatusOr<std::vector<PageKey>> RemotePageStore::SetRetention(std::span<const PageKey> keys,
+                                                                   const Retention& retention,
+                                                                   MonotonicTime deadline) {
+  std::vector<PageKey> missing;
+  for (size_t at = 0; at < keys.size(); at += kMaxKeys) {
+    v1::SetRetentionRequest request;
+    EncodeRetention(retention, request.mutable_retention());
+    for (const PageKey& key : keys.subspan(at, std::min(kMaxKeys, keys.size() - at))) {
+      request.add_page_keys(key.digest.ToBytes());
+    }
+    v1::SetRetentionResponse response;
+    PT_RETURN_IF_ERROR(
+        Call(&v1::PageStoreService::Stub::SetRetention, request, &response, deadline));
+    for (const std::string& raw : response.missing_page_keys()) {
+      PT_ASSIGN_OR_RETURN(const PageKey key, DecodePageKey("missing_page_keys", raw));
+      missing.push_back(key);
+    }
+  }
+  return missing;
+}
+
 absl::Status RemotePageStore::Barrier(Durability level, MonotonicTime deadline) {
   v1::BarrierRequest request;
   request.set_level(EncodeDurability(level));
@@ -411,9 +464,9 @@ absl::StatusOr<ManifestRecord> RemotePageStore::GetManifest(absl::string_view na
   return DecodeManifestMessage(response.manifest());
 }
 
-absl::StatusOr<std::vector<ManifestRecord>> RemotePageStore::ListManifests(
+absl::StatusOr<std::vector<ManifestEntry>> RemotePageStore::ListManifests(
     absl::string_view name_prefix, absl::string_view after, size_t limit, MonotonicTime deadline) {
-  std::vector<ManifestRecord> manifests;
+  std::vector<ManifestEntry> manifests;
   std::string token(after);
   while (manifests.size() < limit) {
     v1::ListManifestsRequest request;
@@ -424,9 +477,8 @@ absl::StatusOr<std::vector<ManifestRecord>> RemotePageStore::ListManifests(
     PT_RETURN_IF_ERROR(
         Call(&v1::PageStoreService::Stub::ListManifests, request, &response, deadline));
     for (const auto& entry : response.manifests()) {
-      ManifestRecord& manifest = manifests.emplace_back();
-      manifest.name = entry.name();
-      manifest.version = entry.version();
+      PT_ASSIGN_OR_RETURN(ManifestEntry manifest, DecodeManifestEntry(entry));
+      manifests.push_back(std::move(manifest));
     }
     token = response.next_page_token();
     if (token.empty()) break;

@@ -31,6 +31,11 @@ class RemotePageStore final : public PageStore {
                                                         MonotonicTime deadline) override;
   absl::StatusOr<uint64_t> DeletePages(std::span<const PageKey> keys,
                                        MonotonicTime deadline) override;
+  absl::StatusOr<std::vector<PartialResult>> FindPartialPages(std::span<const PartialQuery> queries,
+                                                              MonotonicTime deadline) override;
+  absl::StatusOr<std::vector<PageKey>> SetRetention(std::span<const PageKey> keys,
+                                                    const Retention& retention,
+                                                    MonotonicTime deadline) override;
   absl::Status Barrier(Durability level, MonotonicTime deadline) override;
   absl::StatusOr<PutManifestResult> PutManifest(const ManifestRecord& manifest,
                                                 uint64_t expected_version,
@@ -38,9 +43,9 @@ class RemotePageStore final : public PageStore {
                                                 MonotonicTime deadline) override;
   absl::StatusOr<ManifestRecord> GetManifest(absl::string_view name,
                                              MonotonicTime deadline) override;
-  absl::StatusOr<std::vector<ManifestRecord>> ListManifests(absl::string_view name_prefix,
-                                                            absl::string_view after, size_t limit,
-                                                            MonotonicTime deadline) override;
+  absl::StatusOr<std::vector<ManifestEntry>> ListManifests(absl::string_view name_prefix,
+                                                           absl::string_view after, size_t limit,
+                                                           MonotonicTime deadline) override;
   absl::Status DeleteManifest(absl::string_view name, uint64_t expected_version,
                               const std::optional<WriteFence>& fence,
                               MonotonicTime deadline) override;

@@ -46,6 +46,17 @@ absl::StatusOr<std::vector<LookupResult>> RetryingPageStore::LookupPages(
   return Repeat(deadline, [&] { return inner()->LookupPages(keys, deadline); });
 }
 
+absl::StatusOr<std::vector<PartialResult>> RetryingPageStore::FindPartialPages(
+    std::span<const PartialQuery> queries, MonotonicTime deadline) {
+  return Repeat(deadline, [&] { return inner()->FindPartialPages(queries, deadline); });
+}
+
+absl::StatusOr<std::vector<PageKey>> RetryingPageStore::SetRetention(std::span<const PageKey> keys,
+                                                                     const Retention& retention,
+                                                                     MonotonicTime deadline) {
+  return Repeat(deadline, [&] { return inner()->SetRetention(keys, retention, deadline); });
+}
+
 absl::Status RetryingPageStore::Barrier(Durability level, MonotonicTime deadline) {
   return Repeat(deadline, [&] { return inner()->Barrier(level, deadline); });
 }
@@ -65,7 +76,7 @@ absl::StatusOr<ManifestRecord> RetryingPageStore::GetManifest(absl::string_view 
   return Repeat(deadline, [&] { return inner()->GetManifest(name, deadline); });
 }
 
-absl::StatusOr<std::vector<ManifestRecord>> RetryingPageStore::ListManifests(
+absl::StatusOr<std::vector<ManifestEntry>> RetryingPageStore::ListManifests(
     absl::string_view name_prefix, absl::string_view after, size_t limit, MonotonicTime deadline) {
   return Repeat(deadline,
                 [&] { return inner()->ListManifests(name_prefix, after, limit, deadline); });

@@ -28,6 +28,11 @@ class RetryingPageStore final : public DecoratingPageStore {
                                       MonotonicTime deadline) override;
   absl::StatusOr<std::vector<LookupResult>> LookupPages(std::span<const PageKey> keys,
                                                         MonotonicTime deadline) override;
+  absl::StatusOr<std::vector<PartialResult>> FindPartialPages(std::span<const PartialQuery> queries,
+                                                              MonotonicTime deadline) override;
+  absl::StatusOr<std::vector<PageKey>> SetRetention(std::span<const PageKey> keys,
+                                                    const Retention& retention,
+                                                    MonotonicTime deadline) override;
   absl::Status Barrier(Durability level, MonotonicTime deadline) override;
   absl::StatusOr<PutManifestResult> PutManifest(const ManifestRecord& manifest,
                                                 uint64_t expected_version,
@@ -35,9 +40,9 @@ class RetryingPageStore final : public DecoratingPageStore {
                                                 MonotonicTime deadline) override;
   absl::StatusOr<ManifestRecord> GetManifest(absl::string_view name,
                                              MonotonicTime deadline) override;
-  absl::StatusOr<std::vector<ManifestRecord>> ListManifests(absl::string_view name_prefix,
-                                                            absl::string_view after, size_t limit,
-                                                            MonotonicTime deadline) override;
+  absl::StatusOr<std::vector<ManifestEntry>> ListManifests(absl::string_view name_prefix,
+                                                           absl::string_view after, size_t limit,
+                                                           MonotonicTime deadline) override;
   absl::StatusOr<StoreRecord> GetRecord(absl::string_view kind, absl::string_view key,
                                         MonotonicTime deadline) override;
   absl::StatusOr<std::vector<StoreRecord>> ListRecords(absl::string_view kind,

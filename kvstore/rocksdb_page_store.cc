@@ -55,6 +55,7 @@ absl::Status RocksdbPageStoreOptions::Validate() const {
 RocksdbPageStore::RocksdbPageStore(RocksdbPageStoreOptions options)
     : options_(std::move(options)),
       segment_bytes_(SegmentBytesFor(options_)),
+      index_(options_.clock),
       leases_(options_.clock) {}
 
 // ---- durability --------------------------------------------------------------------------------
@@ -118,17 +119,7 @@ absl::Status RocksdbPageStore::Barrier(Durability level, MonotonicTime deadline)
 PutPageResult RocksdbPageStore::PutOne(const PutPage& page, MonotonicTime deadline) {
   PutPageResult result;
   const PageRecordMeta& meta = page.meta;
-  result.status = ValidatePageMeta(meta);
-  if (result.status.ok() && page.body.size() != meta.body_bytes) {
-    result.status = absl::InvalidArgumentError(
-        absl::StrCat("put page ", meta.key.digest.ToShortHex(), ": body_bytes is ", meta.body_bytes,
-                     ", the body has ", page.body.size()));
-  }
-  if (result.status.ok() && ChecksumOf(page.body) != meta.checksum) {
-    result.status = absl::InvalidArgumentError(
-        absl::StrCat("put page ", meta.key.digest.ToShortHex(), ": the body's checksum is not ",
-                     meta.checksum.ToHex()));
-  }
+  result.status = ValidatePutPage(page);
   if (!result.status.ok()) return result;
 
   const KeyedLock::Hold hold(&keys_, {PageLock(meta.key)});
@@ -141,7 +132,10 @@ PutPageResult RocksdbPageStore::PutOne(const PutPage& page, MonotonicTime deadli
   const std::string header = EncodePageRecordHeader(meta);
   const uint64_t record_bytes = header.size() + page.body.size();
   result.status = WaitForRoom(record_bytes, deadline);
-  if (!result.status.ok()) return result;
+  if (!result.status.ok()) {
+    counters_.pages_refused.fetch_add(1, std::memory_order_relaxed);
+    return result;
+  }
   auto range = segments_->Reserve(record_bytes);
   if (!range.ok()) {
     result.status = range.status();
@@ -159,15 +153,19 @@ PutPageResult RocksdbPageStore::PutOne(const PutPage& page, MonotonicTime deadli
   segments_->Commit(*range);
   PagePlace place{range->segment, range->offset, static_cast<uint32_t>(header.size()),
                   page.body.size()};
+  std::string child_row;
+  if (!page.tokens.empty()) {
+    child_row = StoreDatabase::ChildRow(*meta.parent, meta.fingerprint, page.tokens);
+  }
   const absl::Status indexed = db_->PutPage(meta.key, header, place.segment->id, place.offset,
-                                            /*quarantined=*/false);
+                                            /*quarantined=*/false, child_row);
   if (!indexed.ok()) {
     range->segment->live_bytes.fetch_sub(SegmentFiles::Footprint(record_bytes),
                                          std::memory_order_relaxed);
     result.status = Fail(indexed);
     return result;
   }
-  index_.Publish(meta, place, /*quarantined=*/false, options_.clock->MonotonicNow());
+  index_.Publish(meta, place, /*quarantined=*/false);
   counters_.pages_put.fetch_add(1, std::memory_order_relaxed);
   counters_.bytes_put.fetch_add(page.body.size(), std::memory_order_relaxed);
   result.checksum = meta.checksum;
@@ -267,6 +265,10 @@ std::vector<GetPageResult> RocksdbPageStore::GetPages(std::span<const GetPage> p
       counters_.pages_missed.fetch_add(1, std::memory_order_relaxed);
     }
   }
+  if (!hits.empty()) {
+    counters_.bytes_put_at_hit.store(counters_.bytes_put.load(std::memory_order_relaxed),
+                                     std::memory_order_relaxed);
+  }
   index_.Touch(hits, /*read=*/true);
   return results;
 }
@@ -297,6 +299,56 @@ absl::StatusOr<uint64_t> RocksdbPageStore::DeletePages(std::span<const PageKey> 
     ++deleted;
   }
   return deleted;
+}
+
+absl::StatusOr<std::vector<PartialResult>> RocksdbPageStore::FindPartialPages(
+    std::span<const PartialQuery> queries, MonotonicTime deadline) {
+  std::vector<PartialResult> results(queries.size());
+  for (size_t i = 0; i < queries.size(); ++i) {
+    const PartialQuery& query = queries[i];
+    if (deadline <= options_.clock->MonotonicNow()) return DeadlineError("find partial pages");
+    PT_ASSIGN_OR_RETURN(std::vector<StoreDatabase::Child> neighbours,
+                        db_->FindNeighbours(query.parent, query.fingerprint, query.tokens,
+                                            [this](const PageKey& key) {
+                                              const auto page = index_.Find(key);
+                                              return page.has_value() && !page->quarantined;
+                                            }));
+    for (StoreDatabase::Child& child : neighbours) {
+      const uint64_t common =
+          static_cast<uint64_t>(std::mismatch(child.tokens.begin(), child.tokens.end(),
+                                              query.tokens.begin(), query.tokens.end())
+                                    .first -
+                                child.tokens.begin());
+      const std::optional<IndexedPage> page = index_.Find(child.key);
+      if (common <= results[i].common_tokens || !page.has_value()) continue;
+      results[i] = {common, child.key, page->checksum, page->place.body_bytes,
+                    std::move(child.tokens)};
+    }
+  }
+  return results;
+}
+
+absl::StatusOr<std::vector<PageKey>> RocksdbPageStore::SetRetention(std::span<const PageKey> keys,
+                                                                    const Retention& retention,
+                                                                    MonotonicTime deadline) {
+  PT_RETURN_IF_ERROR(CheckNotFailed());
+  PT_RETURN_IF_ERROR(ValidateRetention(retention, options_.clock->WallNow()));
+  // From here on pinned pages are protected, whatever becomes of the call: at worst too long.
+  std::vector<PageKey> set;
+  std::vector<PageKey> missing;
+  for (const PageKey& key : keys) {
+    (index_.SetRetention(key, retention, absl::ZeroDuration()) ? set : missing).push_back(key);
+  }
+  if (set.empty()) return missing;
+  if (retention.pinned_until.has_value()) {
+    PT_RETURN_IF_ERROR(Barrier(Durability::kLocal, deadline));
+  }
+  // Not under the keys' locks: a page that was quarantined and dropped meanwhile leaves a retention
+  // without a page, which the next opening drops.
+  const absl::Status written =
+      db_->PutRetention(set, retention, /*sync=*/retention.pinned_until.has_value());
+  if (!written.ok()) return Fail(written);
+  return missing;
 }
 
 // ---- manifests ---------------------------------------------------------------------------------
@@ -341,34 +393,36 @@ absl::StatusOr<PutManifestResult> RocksdbPageStore::PutManifest(
     return VersionMismatchError(absl::StrCat("manifest ", manifest.name), current,
                                 expected_version);
   }
+  PT_ASSIGN_OR_RETURN(const ManifestRecord next,
+                      ComposeManifest(old.has_value() ? &*old : nullptr, manifest));
   PutManifestResult result;
-  result.missing = index_.Protect(manifest.pages);
+  result.missing = WithoutRepeats(index_.Protect(next.pages));
   if (!result.missing.empty()) return result;
   // From here on the pages are protected; they stay so only if the manifest gets written.
   const absl::Status durable = Barrier(Durability::kLocal, deadline);
   if (!durable.ok()) {
-    index_.Unprotect(manifest.pages);
+    index_.Unprotect(next.pages);
     return durable;
   }
-  result.missing = index_.Missing(manifest.pages);  // quarantined during the barrier
+  result.missing = WithoutRepeats(index_.Missing(next.pages));  // quarantined during the barrier
   if (!result.missing.empty()) {
-    index_.Unprotect(manifest.pages);
+    index_.Unprotect(next.pages);
     return result;
   }
-  ManifestRecord stored = manifest;
-  stored.version = expected_version + 1;
-  const absl::Status written =
-      db_->PutSynced(Table::kManifests, manifest.name, EncodeManifest(stored));
+  const absl::Status written = db_->PutManifest(next);
   // If the write failed it may still be on disk: the pages stay protected until the store is
   // reopened.
   if (!written.ok()) return Fail(written);
+  expiries_.Set(next.name, next.expires_at.has_value()
+                               ? std::optional(TwoClockEnd::OfNewManifest(next, *options_.clock))
+                               : std::nullopt);
   if (old.has_value()) {
     index_.Unprotect(old->pages);
   } else {
     counters_.manifests.fetch_add(1, std::memory_order_relaxed);
   }
   result.committed = true;
-  result.version = stored.version;
+  result.version = next.version;
   return result;
 }
 
@@ -379,21 +433,18 @@ absl::StatusOr<ManifestRecord> RocksdbPageStore::GetManifest(absl::string_view n
   return *std::move(manifest);
 }
 
-absl::StatusOr<std::vector<ManifestRecord>> RocksdbPageStore::ListManifests(
+absl::StatusOr<std::vector<ManifestEntry>> RocksdbPageStore::ListManifests(
     absl::string_view name_prefix, absl::string_view after, size_t limit, MonotonicTime deadline) {
-  std::vector<ManifestRecord> manifests;
-  if (limit == 0) return manifests;
-  PT_RETURN_IF_ERROR(db_->Scan(Table::kManifests, name_prefix, after,
+  std::vector<ManifestEntry> entries;
+  if (limit == 0) return entries;
+  PT_RETURN_IF_ERROR(db_->Scan(Table::kManifestEntries, name_prefix, after,
                                [&](absl::string_view name, absl::string_view value) {
-                                 absl::StatusOr<ManifestRecord> manifest = ParseManifest(value);
-                                 if (!manifest.ok())
-                                   return true;  // reading it by name says what is wrong
-                                 manifest->pages.clear();
-                                 manifest->payload.clear();
-                                 manifests.push_back(*std::move(manifest));
-                                 return manifests.size() < limit;
+                                 absl::StatusOr<ManifestEntry> entry = ParseManifestEntry(value);
+                                 // Reading it by name says what is wrong.
+                                 if (entry.ok()) entries.push_back(*std::move(entry));
+                                 return entries.size() < limit;
                                }));
-  return manifests;
+  return entries;
 }
 
 absl::Status RocksdbPageStore::DeleteManifest(absl::string_view name, uint64_t expected_version,
@@ -409,9 +460,31 @@ absl::Status RocksdbPageStore::DeleteManifest(absl::string_view name, uint64_t e
   if (old->version != expected_version) {
     return VersionMismatchError(absl::StrCat("manifest ", name), old->version, expected_version);
   }
-  if (const absl::Status s = db_->DeleteSynced(Table::kManifests, name); !s.ok()) return Fail(s);
-  index_.Unprotect(old->pages);
+  return ForgetManifest(*old);
+}
+
+absl::Status RocksdbPageStore::ForgetManifest(const ManifestRecord& manifest) {
+  const auto kept = index_.InheritPriority(manifest.pages, manifest.priority);
+  if (const absl::Status s = db_->DeleteManifest(manifest.name, kept); !s.ok()) return Fail(s);
+  index_.Unprotect(manifest.pages);
+  expiries_.Set(manifest.name, std::nullopt);
   counters_.manifests.fetch_sub(1, std::memory_order_relaxed);
+  return absl::OkStatus();
+}
+
+absl::Status RocksdbPageStore::RemoveExpiredManifests() {
+  for (const std::string& name : expiries_.Passed(*options_.clock)) {
+    const KeyedLock::Hold hold(&keys_, {ManifestLock(name)});
+    // It may have been written anew, with another end or none, since it was listed.
+    if (!expiries_.HasPassed(name, *options_.clock)) continue;
+    PT_ASSIGN_OR_RETURN(const std::optional<ManifestRecord> manifest, ReadManifest(name));
+    if (!manifest.has_value()) {
+      expiries_.Set(name, std::nullopt);
+      continue;
+    }
+    PT_RETURN_IF_ERROR(ForgetManifest(*manifest));
+    counters_.manifests_expired.fetch_add(1, std::memory_order_relaxed);
+  }
   return absl::OkStatus();
 }
 
@@ -539,6 +612,20 @@ absl::StatusOr<StoreStats> RocksdbPageStore::GetStats(MonotonicTime deadline) {
   stats.bytes_put = counters_.bytes_put.load(std::memory_order_relaxed);
   stats.bytes_got = counters_.bytes_got.load(std::memory_order_relaxed);
   stats.manifests = counters_.manifests.load(std::memory_order_relaxed);
+  stats.manifests_expired = counters_.manifests_expired.load(std::memory_order_relaxed);
+  stats.protected_pages = totals.protected_pages;
+  stats.protected_bytes = totals.protected_bytes;
+  stats.bytes_ever_read = totals.bytes_ever_read;
+  stats.bytes_evicted = counters_.bytes_evicted.load(std::memory_order_relaxed);
+  stats.pages_refused = counters_.pages_refused.load(std::memory_order_relaxed);
+  stats.pages_scrubbed = counters_.pages_scrubbed.load(std::memory_order_relaxed);
+  stats.bytes_put_since_hit =
+      stats.bytes_put - counters_.bytes_put_at_hit.load(std::memory_order_relaxed);
+  stats.efficacy_alarm = options_.efficacy_alarm_bytes != 0 &&
+                         stats.bytes_put_since_hit >= options_.efficacy_alarm_bytes;
+  if (const auto free = options_.file_system->FreeBytes(options_.dir); free.ok()) {
+    stats.disk_free_bytes = *free;
+  }
   stats.engine = "rocksdb+segments";
   if (!CheckNotFailed().ok()) {
     stats.state = "failed";

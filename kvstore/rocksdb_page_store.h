@@ -25,6 +25,7 @@
 #include "kvstore/keyed_lock.h"
 #include "kvstore/lease_book.h"
 #include "kvstore/page_index.h"
+#include "kvstore/retention.h"
 #include "kvstore/segment_files.h"
 #include "kvstore/store_database.h"
 
@@ -45,6 +46,12 @@ struct RocksdbPageStoreOptions {
   // A page is not evicted before an eighth of the capacity was put after it, or before this time
   // has passed: its writer may be about to name it in a manifest.
   absl::Duration put_grace = absl::Seconds(30);
+  // A store that took this many bytes since it last gave a page back raises its efficacy alarm.
+  // 0: never.
+  uint64_t efficacy_alarm_bytes = uint64_t{16} << 30;
+  // After an opening nothing expires for this long: a machine that just started may not have set
+  // its wall clock yet.
+  absl::Duration expiry_grace = absl::Minutes(10);
   // How often access order is written. What is newer is lost in a crash: recency only.
   absl::Duration access_period = absl::Seconds(10);
   const Clock* clock = Clock::Real();
@@ -77,6 +84,11 @@ class RocksdbPageStore final : public PageStore {
                                                         MonotonicTime deadline) override;
   absl::StatusOr<uint64_t> DeletePages(std::span<const PageKey> keys,
                                        MonotonicTime deadline) override;
+  absl::StatusOr<std::vector<PartialResult>> FindPartialPages(std::span<const PartialQuery> queries,
+                                                              MonotonicTime deadline) override;
+  absl::StatusOr<std::vector<PageKey>> SetRetention(std::span<const PageKey> keys,
+                                                    const Retention& retention,
+                                                    MonotonicTime deadline) override;
   absl::Status Barrier(Durability level, MonotonicTime deadline) override;
   absl::StatusOr<PutManifestResult> PutManifest(const ManifestRecord& manifest,
                                                 uint64_t expected_version,
@@ -84,9 +96,9 @@ class RocksdbPageStore final : public PageStore {
                                                 MonotonicTime deadline) override;
   absl::StatusOr<ManifestRecord> GetManifest(absl::string_view name,
                                              MonotonicTime deadline) override;
-  absl::StatusOr<std::vector<ManifestRecord>> ListManifests(absl::string_view name_prefix,
-                                                            absl::string_view after, size_t limit,
-                                                            MonotonicTime deadline) override;
+  absl::StatusOr<std::vector<ManifestEntry>> ListManifests(absl::string_view name_prefix,
+                                                           absl::string_view after, size_t limit,
+                                                           MonotonicTime deadline) override;
   absl::Status DeleteManifest(absl::string_view name, uint64_t expected_version,
                               const std::optional<WriteFence>& fence,
                               MonotonicTime deadline) override;
@@ -110,12 +122,19 @@ class RocksdbPageStore final : public PageStore {
   absl::StatusOr<ScrubResult> Scrub(uint64_t max_pages, MonotonicTime deadline) override;
   absl::StatusOr<uint64_t> Compact(MonotonicTime deadline) override;
 
+  // Runs the upkeep (expiry, reclaim) and returns when it is done. For tests, and for whoever wants
+  // the room now.
+  void WaitForUpkeep();
+
   const Recovery& recovery() const { return recovery_; }
 
  private:
   struct Counters {  // relaxed: statistics
     std::atomic<uint64_t> pages_put{0}, pages_got{0}, pages_missed{0}, pages_evicted{0};
     std::atomic<uint64_t> pages_quarantined{0}, bytes_put{0}, bytes_got{0}, manifests{0};
+    std::atomic<uint64_t> manifests_expired{0}, bytes_evicted{0}, pages_refused{0};
+    std::atomic<uint64_t> pages_scrubbed{0};
+    std::atomic<uint64_t> bytes_put_at_hit{0};  // bytes_put when a page was last read
   };
 
   explicit RocksdbPageStore(RocksdbPageStoreOptions options);
@@ -134,6 +153,10 @@ class RocksdbPageStore final : public PageStore {
   // Version 0 when there is none.
   absl::StatusOr<StoreRecord> ReadRecord(absl::string_view kind, absl::string_view key) const;
   absl::StatusOr<std::optional<ManifestRecord>> ReadManifest(absl::string_view name) const;
+
+  // The manifest's name is locked. Makes its pages evictable unless something else holds them.
+  absl::Status ForgetManifest(const ManifestRecord& manifest);
+  absl::Status RemoveExpiredManifests();
 
   // OK, or STORE_FAILED once an fsync or an index write was refused.
   absl::Status CheckNotFailed() const ABSL_LOCKS_EXCLUDED(barrier_mu_);
@@ -162,6 +185,7 @@ class RocksdbPageStore final : public PageStore {
   std::unique_ptr<SegmentFiles> segments_;  // const after Open
   Recovery recovery_;                       // const after Open
   PageIndex index_;
+  ExpiryList expiries_;  // of manifests, by name
   LeaseBook leases_;
   // Keys: "p" + page key, "m" + manifest name, "r" + record row, "l" + lease name. Never nested.
   KeyedLock keys_;

@@ -56,6 +56,16 @@ absl::Status RocksdbPageStore::WaitForRoom(uint64_t bytes, MonotonicTime deadlin
   return absl::OkStatus();
 }
 
+void RocksdbPageStore::WaitForUpkeep() {
+  MutexLock lock(&upkeep_mu_);
+  // A round that runs now may have begun before what the caller did.
+  for (const uint64_t target = reclaims_done_ + 2; reclaims_done_ < target && !stopping_;) {
+    room_wanted_ = true;
+    upkeep_wake_.SignalAll();
+    room_made_.WaitWithTimeout(&upkeep_mu_, absl::Seconds(1));
+  }
+}
+
 void RocksdbPageStore::RunUpkeep() {
   MonotonicTime next_access = options_.clock->MonotonicNow() + options_.access_period;
   for (bool stop = false; !stop;) {
@@ -66,6 +76,11 @@ void RocksdbPageStore::RunUpkeep() {
       room_wanted_ = false;
     }
     index_bytes_.store(db_->PhysicalBytes(), std::memory_order_relaxed);
+    index_.ApplyExpiries();
+    if (!stop && CheckNotFailed().ok()) {
+      const absl::Status s = RemoveExpiredManifests();
+      if (!s.ok()) LogWarning("store", "expired manifests: ", s.ToString());
+    }
     if (!stop && options_.capacity_bytes != 0 && PhysicalBytes() > LowWater() &&
         CheckNotFailed().ok()) {
       const auto reclaimed = ReclaimTo(LowWater());
@@ -99,7 +114,7 @@ void RocksdbPageStore::WriteAccessOrder() {
 uint64_t RocksdbPageStore::EvictPages(uint64_t bytes) {
   uint64_t freed = 0;
   const PageIndex::Grace grace{options_.capacity_bytes / 8, options_.put_grace};
-  for (const PageKey& key : index_.PickVictims(bytes, grace, options_.clock->MonotonicNow())) {
+  for (const PageKey& key : index_.PickVictims(bytes, grace)) {
     const KeyedLock::Hold hold(&keys_, {absl::StrCat("p", key.digest.view())});
     const std::optional<PagePlace> place = index_.Erase(key);
     if (!place.has_value()) continue;  // protected or gone in the meantime
@@ -108,6 +123,7 @@ uint64_t RocksdbPageStore::EvictPages(uint64_t bytes) {
       return freed;
     }
     freed += SegmentFiles::Footprint(place->record_bytes());
+    counters_.bytes_evicted.fetch_add(place->body_bytes, std::memory_order_relaxed);
     counters_.pages_evicted.fetch_add(1, std::memory_order_relaxed);
   }
   return freed;
@@ -270,6 +286,7 @@ absl::StatusOr<ScrubResult> RocksdbPageStore::Scrub(uint64_t max_pages, Monotoni
         return verified;
       }
       ++result.verified_pages;
+      counters_.pages_scrubbed.fetch_add(1, std::memory_order_relaxed);
       result.verified_bytes += page->place.body_bytes;
     }
     if (more) {

@@ -122,15 +122,22 @@ absl::Status RocksdbPageStore::RecoverPages() {
   std::stable_sort(found.begin(), found.end(), [](const Found& a, const Found& b) {
     return a.access_number < b.access_number;
   });
+  const uint64_t last_number = found.empty() ? 0 : found.back().access_number;
+  access_written_ = last_number + found.size();
+  index_.StartAccessNumbersAt(last_number);
   for (const Found& f : found) {
     f.place.segment->live_bytes.fetch_add(SegmentFiles::Footprint(f.place.record_bytes()),
                                           std::memory_order_relaxed);
-    index_.Publish(f.meta, f.place, f.quarantined, options_.clock->MonotonicNow());
+    index_.Publish(f.meta, f.place, f.quarantined);
   }
-  if (!found.empty()) {
-    access_written_ = found.back().access_number + found.size();
-    index_.StartAccessNumbersAt(access_written_);
+  PT_ASSIGN_OR_RETURN(const auto retentions, db_->ReadRetentions());
+  for (const auto& [key, retention] : retentions) {
+    if (!index_.SetRetention(key, retention, options_.expiry_grace) &&
+        !index_.Find(key).has_value()) {
+      PT_RETURN_IF_ERROR(db_->DeletePage(key));  // it has no page
+    }
   }
+  index_.RerankAll();
   return absl::OkStatus();
 }
 
@@ -146,6 +153,10 @@ absl::Status RocksdbPageStore::RecoverManifestsAndLeases() {
         }
         recovery_.lost_manifest_pages += index_.Missing(manifest->pages).size();
         index_.ProtectAnyway(manifest->pages);
+        if (manifest->expires_at.has_value()) {
+          expiries_.Set(
+              name, TwoClockEnd::At(*manifest->expires_at, *options_.clock, options_.expiry_grace));
+        }
         return true;
       }));
   counters_.manifests.store(manifests, std::memory_order_relaxed);

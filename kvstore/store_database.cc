@@ -12,6 +12,8 @@
 #include "absl/strings/str_cat.h"
 #include "base/little_endian.h"
 #include "base/status_macros.h"
+#include "kvstore/manifest_record.h"
+#include "kvstore/retention.h"
 
 namespace pagetide {
 namespace {
@@ -19,9 +21,11 @@ namespace {
 using Table = StoreDatabase::Table;
 
 constexpr std::array<const char*, StoreDatabase::kNumTables> kTableNames = {
-    "pages", "durable", "access", "manifests", "records", "leases", "meta"};
+    "pages", "durable",  "access",     "manifests", "records",         "leases",
+    "meta",  "children", "child_rows", "retention", "manifest_entries"};
 constexpr uint8_t kIndexVersion = 1;
 constexpr uint8_t kQuarantinedFlag = 1;
+constexpr size_t kChildRowPrefix = 32 + 32;  // parent, fingerprint
 
 rocksdb::Slice ToSlice(absl::string_view text) {
   return rocksdb::Slice(text.data(), text.size());
@@ -124,17 +128,19 @@ absl::StatusOr<std::unique_ptr<StoreDatabase>> StoreDatabase::Open(Options optio
   } else {
     LittleEndianReader in(*schema);
     const uint32_t version = in.Take<uint32_t>();
-    if (!in.ok() || version != kSchemaVersion) {
+    if (!in.ok() || version < 1 || version > kSchemaVersion) {
       return absl::FailedPreconditionError(absl::StrCat("open store index ", options.dir,
                                                         ": schema version ", version,
                                                         ", this program knows ", kSchemaVersion));
     }
+    if (version < kSchemaVersion) PT_RETURN_IF_ERROR(self->Upgrade());
   }
   return self;
 }
 
 absl::Status StoreDatabase::PutPage(const PageKey& key, absl::string_view header, uint64_t segment,
-                                    uint64_t offset, bool quarantined) {
+                                    uint64_t offset, bool quarantined,
+                                    absl::string_view child_row) {
   std::string value;
   AppendLittleEndian<uint8_t>(&value, kIndexVersion);
   AppendLittleEndian<uint8_t>(&value, quarantined ? kQuarantinedFlag : 0);
@@ -143,11 +149,22 @@ absl::Status StoreDatabase::PutPage(const PageKey& key, absl::string_view header
   value.append(header.data(), header.size());
   rocksdb::WriteBatch batch;
   batch.Put(impl_->Of(Table::kPages), ToSlice(key.digest.view()), value);
+  if (!child_row.empty()) {
+    batch.Put(impl_->Of(Table::kChildren), ToSlice(child_row), ToSlice(key.digest.view()));
+    batch.Put(impl_->Of(Table::kChildRows), ToSlice(key.digest.view()), ToSlice(child_row));
+  }
   return impl_->Write(&batch, /*sync=*/false, "write index entry");
 }
 
 absl::Status StoreDatabase::DeletePage(const PageKey& key) {
+  PT_ASSIGN_OR_RETURN(const std::optional<std::string> child_row,
+                      Get(Table::kChildRows, key.digest.view()));
   rocksdb::WriteBatch batch;
+  if (child_row.has_value()) {
+    batch.Delete(impl_->Of(Table::kChildren), *child_row);
+    batch.Delete(impl_->Of(Table::kChildRows), ToSlice(key.digest.view()));
+  }
+  batch.Delete(impl_->Of(Table::kRetention), ToSlice(key.digest.view()));
   batch.Delete(impl_->Of(Table::kPages), ToSlice(key.digest.view()));
   batch.Delete(impl_->Of(Table::kAccess), ToSlice(key.digest.view()));
   return impl_->Write(&batch, /*sync=*/false, "delete index entry");
@@ -160,6 +177,114 @@ absl::Status StoreDatabase::MarkQuarantined(const PageKey& key) {
   rocksdb::WriteBatch batch;
   batch.Put(impl_->Of(Table::kPages), ToSlice(key.digest.view()), *value);
   return impl_->Write(&batch, /*sync=*/false, "quarantine index entry");
+}
+
+std::string StoreDatabase::ChildRow(const PrefixKey& parent, const Digest& fingerprint,
+                                    std::span<const uint32_t> tokens) {
+  std::string row;
+  row.reserve(kChildRowPrefix + tokens.size() * 4);
+  row.append(parent.digest.view().data(), 32);
+  row.append(fingerprint.view().data(), 32);
+  for (const uint32_t token : tokens) {
+    for (int shift = 24; shift >= 0; shift -= 8) row.push_back(static_cast<char>(token >> shift));
+  }
+  return row;
+}
+
+absl::StatusOr<std::vector<StoreDatabase::Child>> StoreDatabase::FindNeighbours(
+    const PrefixKey& parent, const Digest& fingerprint, std::span<const uint32_t> tokens,
+    const std::function<bool(const PageKey&)>& is_usable) const {
+  const std::string from = ChildRow(parent, fingerprint, tokens);
+  const absl::string_view family = absl::string_view(from).substr(0, kChildRowPrefix);
+  std::unique_ptr<rocksdb::Iterator> it(
+      impl_->db->NewIterator(rocksdb::ReadOptions(), impl_->Of(Table::kChildren)));
+  std::vector<Child> neighbours;
+  for (const bool forward : {true, false}) {
+    if (forward) {
+      it->Seek(from);
+    } else {
+      it->SeekForPrev(from);
+    }
+    for (int step = 0; step < kMaxChildSteps && it->Valid(); ++step) {
+      const absl::string_view row = ToView(it->key());
+      if (!absl::StartsWith(row, family)) break;
+      const absl::StatusOr<Digest> key = Digest::FromBytes(ToView(it->value()));
+      if (key.ok() && row.size() % 4 == 0 && is_usable(PageKey{*key})) {
+        Child& child = neighbours.emplace_back();
+        child.key = PageKey{*key};
+        child.tokens.reserve((row.size() - kChildRowPrefix) / 4);
+        for (size_t at = kChildRowPrefix; at < row.size(); at += 4) {
+          uint32_t token = 0;
+          for (size_t i = 0; i < 4; ++i) token = token << 8 | static_cast<uint8_t>(row[at + i]);
+          child.tokens.push_back(token);
+        }
+        break;
+      }
+      if (forward) {
+        it->Next();
+      } else {
+        it->Prev();
+      }
+    }
+  }
+  PT_RETURN_IF_ERROR(ToStatus(it->status(), "scan children"));
+  return neighbours;
+}
+
+absl::Status StoreDatabase::PutRetention(std::span<const PageKey> keys, const Retention& retention,
+                                         bool sync) {
+  const std::string value = EncodeRetention(retention);
+  rocksdb::WriteBatch batch;
+  for (const PageKey& key : keys) {
+    batch.Put(impl_->Of(Table::kRetention), ToSlice(key.digest.view()), value);
+  }
+  return impl_->Write(&batch, sync, "write retention");
+}
+
+absl::StatusOr<std::vector<std::pair<PageKey, Retention>>> StoreDatabase::ReadRetentions() const {
+  std::vector<std::pair<PageKey, Retention>> out;
+  PT_RETURN_IF_ERROR(
+      Scan(Table::kRetention, "", "", [&](absl::string_view key, absl::string_view value) {
+        const absl::StatusOr<Digest> digest = Digest::FromBytes(key);
+        const absl::StatusOr<Retention> retention = ParseRetention(value);
+        // One that cannot be read leaves its page the default.
+        if (digest.ok() && retention.ok()) out.emplace_back(PageKey{*digest}, *retention);
+        return true;
+      }));
+  return out;
+}
+
+absl::Status StoreDatabase::PutManifest(const ManifestRecord& manifest) {
+  rocksdb::WriteBatch batch;
+  batch.Put(impl_->Of(Table::kManifests), manifest.name, EncodeManifest(manifest));
+  batch.Put(impl_->Of(Table::kManifestEntries), manifest.name,
+            EncodeManifestEntry(EntryOf(manifest)));
+  return impl_->Write(&batch, /*sync=*/true, "write manifest");
+}
+
+absl::Status StoreDatabase::DeleteManifest(absl::string_view name,
+                                           std::span<const std::pair<PageKey, Retention>> kept_by) {
+  rocksdb::WriteBatch batch;
+  batch.Delete(impl_->Of(Table::kManifests), ToSlice(name));
+  batch.Delete(impl_->Of(Table::kManifestEntries), ToSlice(name));
+  for (const auto& [key, retention] : kept_by) {
+    batch.Put(impl_->Of(Table::kRetention), ToSlice(key.digest.view()), EncodeRetention(retention));
+  }
+  return impl_->Write(&batch, /*sync=*/true, "delete manifest");
+}
+
+absl::Status StoreDatabase::Upgrade() {
+  std::vector<ManifestRecord> manifests;
+  PT_RETURN_IF_ERROR(
+      Scan(Table::kManifests, "", "", [&](absl::string_view, absl::string_view value) {
+        absl::StatusOr<ManifestRecord> manifest = ParseManifest(value);
+        if (manifest.ok()) manifests.push_back(*std::move(manifest));
+        return true;
+      }));
+  for (const ManifestRecord& manifest : manifests) PT_RETURN_IF_ERROR(PutManifest(manifest));
+  std::string value;
+  AppendLittleEndian<uint32_t>(&value, kSchemaVersion);
+  return PutSynced(Table::kMeta, "schema", value);
 }
 
 absl::Status StoreDatabase::ForEachPage(

@@ -2,7 +2,11 @@
 //   pages      page key → {version, flags, segment, offset, record header}
 //   durable    segment → length below which its records are durable
 //   access     page key → number of its last access
+//   children   parent prefix key, fingerprint, tokens (u32, big-endian: in their order) → page key
+//   child_rows page key → its key in children
+//   retention  page key → stored retention
 //   manifests  name → stored manifest
+//   manifest_entries  name → stored manifest entry, always written with the manifest
 //   records    kind NUL key → {version, value}
 //   leases     name → {incarnation, epoch, time to live}
 //   meta       "schema" → version of all this
@@ -24,6 +28,7 @@
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
 #include "absl/strings/string_view.h"
+#include "core/page_store.h"
 #include "kvstore/page_record.h"
 #include "kvstore/segment_files.h"
 
@@ -35,9 +40,22 @@ namespace pagetide {
 
 class StoreDatabase {
  public:
-  enum class Table { kPages, kDurable, kAccess, kManifests, kRecords, kLeases, kMeta };
-  static constexpr int kNumTables = 7;
-  static constexpr uint32_t kSchemaVersion = 1;
+  enum class Table {
+    kPages,
+    kDurable,
+    kAccess,
+    kManifests,
+    kRecords,
+    kLeases,
+    kMeta,
+    kChildren,
+    kChildRows,
+    kRetention,
+    kManifestEntries
+  };
+  static constexpr int kNumTables = 11;
+  // 1 had no children, retention and manifest entries; such a folder is brought up to date.
+  static constexpr uint32_t kSchemaVersion = 2;
 
   struct Options {
     std::string dir;
@@ -56,10 +74,24 @@ class StoreDatabase {
   ~StoreDatabase();
 
   // --- pages ---
-  // `header` is EncodePageRecordHeader's. Not synced.
+  // `header` is EncodePageRecordHeader's; `child_row` (ChildRow, or empty) stays as it was when it
+  // is empty. Not synced.
   absl::Status PutPage(const PageKey& key, absl::string_view header, uint64_t segment,
-                       uint64_t offset, bool quarantined);
+                       uint64_t offset, bool quarantined, absl::string_view child_row = "");
+  // And all that belongs to it.
   absl::Status DeletePage(const PageKey& key);
+  static std::string ChildRow(const PrefixKey& parent, const Digest& fingerprint,
+                              std::span<const uint32_t> tokens);
+  struct Child {
+    PageKey key;
+    std::vector<uint32_t> tokens;
+  };
+  // The children beside `tokens` in their order: the next at or after them for which `is_usable`,
+  // and the last before them. At most kMaxChildSteps are looked at on each side.
+  absl::StatusOr<std::vector<Child>> FindNeighbours(
+      const PrefixKey& parent, const Digest& fingerprint, std::span<const uint32_t> tokens,
+      const std::function<bool(const PageKey&)>& is_usable) const;
+  static constexpr int kMaxChildSteps = 8;
   // Sets the flag in the page's entry, if it has one. The caller keeps others from writing the
   // entry.
   absl::Status MarkQuarantined(const PageKey& key);
@@ -76,6 +108,15 @@ class StoreDatabase {
   // 0 for a page without one.
   absl::StatusOr<uint64_t> ReadAccessNumber(const PageKey& key) const;
 
+  absl::Status PutRetention(std::span<const PageKey> keys, const Retention& retention, bool sync);
+  absl::StatusOr<std::vector<std::pair<PageKey, Retention>>> ReadRetentions() const;
+
+  // --- manifests: record and entry change together. Synced. ---
+  absl::Status PutManifest(const ManifestRecord& manifest);
+  // Also gives the pages `kept_by` their retention, in the same write.
+  absl::Status DeleteManifest(absl::string_view name,
+                              std::span<const std::pair<PageKey, Retention>> kept_by);
+
   // --- small values: manifests, records, leases ---
   absl::Status PutSynced(Table table, absl::string_view key, absl::string_view value);
   absl::Status DeleteSynced(Table table, absl::string_view key);
@@ -91,6 +132,8 @@ class StoreDatabase {
  private:
   struct Impl;  // keeps RocksDB's headers out of this one
   explicit StoreDatabase(std::unique_ptr<Impl> impl);
+  // From schema 1: manifests get entries; the rest came with their pages and is not there.
+  absl::Status Upgrade();
   const std::unique_ptr<Impl> impl_;
 };
 

@@ -15,6 +15,7 @@ namespace pagetide {
 namespace {
 
 constexpr uint32_t kMaxListEntries = 1000;
+constexpr int kMaxPartialQueries = 64;
 
 absl::Status TooManyKeys(absl::string_view field, size_t given, size_t allowed) {
   return absl::InvalidArgumentError(
@@ -115,6 +116,51 @@ grpc::ServerUnaryReactor* PageStoreServiceImpl::DeletePages(grpc::CallbackServer
   });
 }
 
+grpc::ServerUnaryReactor* PageStoreServiceImpl::FindPartialPages(
+    grpc::CallbackServerContext* context, const v1::FindPartialPagesRequest* request,
+    v1::FindPartialPagesResponse* response) {
+  return Run(context, [=, this](MonotonicTime deadline) -> absl::Status {
+    if (request->queries_size() > kMaxPartialQueries) {
+      return TooManyKeys("queries", request->queries_size(), kMaxPartialQueries);
+    }
+    std::vector<PartialQuery> queries;
+    for (const auto& query : request->queries()) {
+      if (static_cast<uint64_t>(query.tokens_size()) > kMaxIndexedPageTokens) {
+        return TooManyKeys("queries.tokens", query.tokens_size(), kMaxIndexedPageTokens);
+      }
+      PT_ASSIGN_OR_RETURN(const PrefixKey parent,
+                          DecodePrefixKey("queries.parent_prefix_key", query.parent_prefix_key()));
+      PT_ASSIGN_OR_RETURN(const Digest fingerprint,
+                          DecodeFingerprint("queries.fingerprint", query.fingerprint()));
+      queries.push_back({parent, fingerprint,
+                         std::span<const uint32_t>(query.tokens().data(), query.tokens_size())});
+    }
+    PT_ASSIGN_OR_RETURN(const auto results, store_->FindPartialPages(queries, deadline));
+    for (const PartialResult& result : results) {
+      v1::FindPartialPagesResponse::Result* out = response->add_results();
+      if (result.common_tokens == 0) continue;
+      out->set_common_tokens(result.common_tokens);
+      out->set_page_key(result.key.digest.ToBytes());
+      EncodeChecksum(result.checksum, out->mutable_checksum());
+      out->set_body_bytes(result.body_bytes);
+      out->mutable_tokens()->Add(result.tokens.begin(), result.tokens.end());
+    }
+    return absl::OkStatus();
+  });
+}
+
+grpc::ServerUnaryReactor* PageStoreServiceImpl::SetRetention(grpc::CallbackServerContext* context,
+                                                             const v1::SetRetentionRequest* request,
+                                                             v1::SetRetentionResponse* response) {
+  return Run(context, [=, this](MonotonicTime deadline) -> absl::Status {
+    PT_ASSIGN_OR_RETURN(const auto keys, DecodeKeys(request->page_keys(), options_.max_keys));
+    PT_ASSIGN_OR_RETURN(const Retention retention, DecodeRetention(request->retention()));
+    PT_ASSIGN_OR_RETURN(const auto missing, store_->SetRetention(keys, retention, deadline));
+    for (const PageKey& key : missing) response->add_missing_page_keys(key.digest.ToBytes());
+    return absl::OkStatus();
+  });
+}
+
 grpc::ServerUnaryReactor* PageStoreServiceImpl::Barrier(grpc::CallbackServerContext* context,
                                                         const v1::BarrierRequest* request,
                                                         v1::BarrierResponse* response) {
@@ -155,16 +201,22 @@ grpc::ServerUnaryReactor* PageStoreServiceImpl::ListManifests(
     grpc::CallbackServerContext* context, const v1::ListManifestsRequest* request,
     v1::ListManifestsResponse* response) {
   return Run(context, [=, this](MonotonicTime deadline) -> absl::Status {
+    // Summaries may have 4 KiB each: the answer ends before it outgrows a message.
+    constexpr size_t kMaxBytes = size_t{2} << 20;
     const size_t limit = ListLimit(request->page_size());
     PT_ASSIGN_OR_RETURN(
         const auto manifests,
         store_->ListManifests(request->name_prefix(), request->page_token(), limit, deadline));
-    for (const ManifestRecord& manifest : manifests) {
-      v1::ListManifestsResponse::Entry* entry = response->add_manifests();
-      entry->set_name(manifest.name);
-      entry->set_version(manifest.version);
+    size_t bytes = 0;
+    for (const ManifestEntry& manifest : manifests) {
+      bytes += manifest.name.size() + manifest.request_id.size() + manifest.summary.size() + 64;
+      if (bytes > kMaxBytes && response->manifests_size() > 0) break;
+      EncodeManifestEntry(manifest, response->add_manifests());
     }
-    if (manifests.size() == limit) response->set_next_page_token(manifests.back().name);
+    if (manifests.size() == limit ||
+        static_cast<size_t>(response->manifests_size()) < manifests.size()) {
+      response->set_next_page_token(response->manifests(response->manifests_size() - 1).name());
+    }
     return absl::OkStatus();
   });
 }

@@ -54,6 +54,12 @@ class PageStoreServiceImpl final : public v1::PageStoreService::WithRawCallbackM
   grpc::ServerUnaryReactor* DeletePages(grpc::CallbackServerContext* context,
                                         const v1::DeletePagesRequest* request,
                                         v1::DeletePagesResponse* response) override;
+  grpc::ServerUnaryReactor* FindPartialPages(grpc::CallbackServerContext* context,
+                                             const v1::FindPartialPagesRequest* request,
+                                             v1::FindPartialPagesResponse* response) override;
+  grpc::ServerUnaryReactor* SetRetention(grpc::CallbackServerContext* context,
+                                         const v1::SetRetentionRequest* request,
+                                         v1::SetRetentionResponse* response) override;
   grpc::ServerUnaryReactor* Barrier(grpc::CallbackServerContext* context,
                                     const v1::BarrierRequest* request,
                                     v1::BarrierResponse* response) override;

@@ -54,6 +54,7 @@ class PageStoreServiceImpl::PutStream final : public grpc::ServerReadReactor<grp
  private:
   struct Incoming {
     PageRecordMeta meta;
+    std::vector<uint32_t> tokens;
     std::vector<std::byte> body;  // grows with what arrives, never ahead of it
   };
 
@@ -86,6 +87,7 @@ class PageStoreServiceImpl::PutStream final : public grpc::ServerReadReactor<grp
       Incoming page;
       PT_ASSIGN_OR_RETURN(page.meta, DecodePageHeader(request.header()));
       PT_RETURN_IF_ERROR(ValidatePageMeta(page.meta));
+      page.tokens.assign(request.header().tokens().begin(), request.header().tokens().end());
       page.body.reserve(std::min(page.meta.body_bytes, 4 * kPagePartBytes));
       pages_.push_back(std::move(page));
       ++num_pages_;
@@ -122,7 +124,8 @@ class PageStoreServiceImpl::PutStream final : public grpc::ServerReadReactor<grp
     if (num_full == 0) return;
     std::vector<PutPage> puts;
     puts.reserve(num_full);
-    for (size_t i = 0; i < num_full; ++i) puts.push_back({pages_[i].meta, pages_[i].body});
+    for (size_t i = 0; i < num_full; ++i)
+      puts.push_back({pages_[i].meta, pages_[i].body, pages_[i].tokens});
     // LOCAL is reached by one barrier at the end of the stream.
     const Durability level = level_ == Durability::kLocal ? Durability::kProcess : level_;
     for (PutPageResult& result : service_.store_->PutPages(puts, level, deadline_)) {

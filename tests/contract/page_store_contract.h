@@ -29,6 +29,8 @@ class PageStoreHarness {
   virtual PageStore* store() = 0;
   // The clock that times the store's leases.
   virtual FakeClock* clock() = 0;
+  // Returns when the upkeep that was due has run (expiry of manifests).
+  virtual void RunUpkeep() = 0;
   // Damages one stored bit of the page's body, behind the store's back.
   virtual void FlipStoredBit(const PageKey& key, uint64_t bit) = 0;
 };
@@ -273,6 +275,292 @@ TEST_P(PageStoreContract, ManifestListsWhatToPutAgain) {
   EXPECT_TRUE(put->committed);
 }
 
+TEST_P(PageStoreContract, AListTellsOfManifestsWithoutTheirPayload) {
+  const TestPage a = MakeTestPage(1), b = MakeTestPage(2);
+  ASSERT_TRUE(Put(a).status.ok());
+  ASSERT_TRUE(Put(b).status.ok());
+  ManifestRecord manifest = ManifestOf("s", {a, b});
+  manifest.summary = std::string("512 tokens\0of llama", 19);
+  manifest.request_id = "r9";
+  manifest.expires_at = harness_->clock()->WallNow() + absl::Hours(48);
+  manifest.priority = 70;
+  ASSERT_TRUE(store().PutManifest(manifest, 0, std::nullopt, kForEver).ok());
+  ASSERT_TRUE(store().PutManifest(ManifestOf("t", {}), 0, std::nullopt, kForEver).ok());
+  const auto list = store().ListManifests("", "", 10, kForEver);
+  ASSERT_TRUE(list.ok()) << list.status();
+  ASSERT_EQ(list->size(), 2u);
+  const ManifestEntry& entry = (*list)[0];
+  EXPECT_EQ(entry.name, "s");
+  EXPECT_EQ(entry.version, 1u);
+  EXPECT_EQ(entry.num_pages, 2u);
+  EXPECT_EQ(entry.payload_bytes, manifest.payload.size());
+  EXPECT_EQ(entry.summary, manifest.summary);
+  EXPECT_EQ(entry.request_id, "r9");
+  EXPECT_EQ(entry.saved_at, manifest.saved_at);
+  EXPECT_EQ(entry.expires_at, manifest.expires_at);
+  EXPECT_EQ(entry.priority, 70u);
+  EXPECT_EQ((*list)[1].expires_at, std::nullopt);
+  EXPECT_EQ((*list)[1].priority, kDefaultPriority);
+  const auto got = store().GetManifest("s", kForEver);
+  ASSERT_TRUE(got.ok()) << got.status();
+  EXPECT_EQ(got->summary, manifest.summary);
+  EXPECT_EQ(got->expires_at, manifest.expires_at);
+  EXPECT_EQ(got->priority, 70u);
+}
+
+TEST_P(PageStoreContract, ASaveThatAppendsSendsWhatIsNew) {
+  std::vector<TestPage> pages;
+  for (uint64_t i = 0; i < 4; ++i) {
+    pages.push_back(MakeTestPage(i));
+    ASSERT_TRUE(Put(pages.back()).status.ok());
+  }
+  ManifestRecord first = ManifestOf("s", {pages[0], pages[1], pages[2]});
+  first.payload = "tokens 1 2 3 and a tail";
+  ASSERT_TRUE(store().PutManifest(first, 0, std::nullopt, kForEver).ok());
+  ManifestRecord second = ManifestOf("s", {pages[3]});
+  second.keep_pages = 2;
+  second.payload = "4";
+  second.keep_payload_bytes = 9;
+  const auto put = store().PutManifest(second, 1, std::nullopt, kForEver);
+  ASSERT_TRUE(put.ok() && put->committed) << put.status();
+  const auto got = store().GetManifest("s", kForEver);
+  ASSERT_TRUE(got.ok()) << got.status();
+  EXPECT_EQ(got->payload, "tokens 1 4");
+  ASSERT_EQ(got->pages.size(), 3u);
+  EXPECT_EQ(got->pages[1].key, pages[1].meta.key);
+  EXPECT_EQ(got->pages[2].key, pages[3].meta.key);
+  EXPECT_EQ(got->keep_pages, 0u);
+  // The page that is not named any more can go, the kept ones cannot.
+  const std::vector<PageKey> keys = {pages[0].meta.key, pages[2].meta.key};
+  EXPECT_EQ(store().DeletePages(keys, kForEver).value(), 1u);
+  EXPECT_EQ(OutcomeOf(pages[0]), GetOutcome::kHit);
+  second.keep_pages = 4;
+  EXPECT_EQ(store().PutManifest(second, 2, std::nullopt, kForEver).status().code(),
+            absl::StatusCode::kInvalidArgument)
+      << "more than the present version has";
+  second.keep_pages = 0;
+  second.keep_payload_bytes = 11;
+  EXPECT_EQ(store().PutManifest(second, 2, std::nullopt, kForEver).status().code(),
+            absl::StatusCode::kInvalidArgument);
+}
+
+TEST_P(PageStoreContract, TwoManifestsShareAPage) {
+  const TestPage page = MakeTestPage(1);
+  ASSERT_TRUE(Put(page).status.ok());
+  // A page may also be named twice by one.
+  ASSERT_TRUE(store().PutManifest(ManifestOf("a", {page, page}), 0, std::nullopt, kForEver).ok());
+  ASSERT_TRUE(store().PutManifest(ManifestOf("b", {page}), 0, std::nullopt, kForEver).ok());
+  EXPECT_EQ(store().GetStats(kForEver)->protected_pages, 1u);
+  EXPECT_EQ(store().GetStats(kForEver)->protected_bytes, page.body.size());
+  ASSERT_TRUE(store().DeleteManifest("a", 1, std::nullopt, kForEver).ok());
+  EXPECT_EQ(store().DeletePages({&page.meta.key, 1}, kForEver).value(), 0u);
+  ASSERT_TRUE(store().DeleteManifest("b", 1, std::nullopt, kForEver).ok());
+  EXPECT_EQ(store().GetStats(kForEver)->protected_pages, 0u);
+  EXPECT_EQ(store().DeletePages({&page.meta.key, 1}, kForEver).value(), 1u);
+}
+
+TEST_P(PageStoreContract, RefusesAManifestOutOfBounds) {
+  ManifestRecord manifest = ManifestOf("s", {});
+  manifest.priority = 101;
+  EXPECT_EQ(store().PutManifest(manifest, 0, std::nullopt, kForEver).status().code(),
+            absl::StatusCode::kInvalidArgument);
+  manifest = ManifestOf("s", {});
+  manifest.summary.assign(kMaxManifestSummaryBytes + 1, 's');
+  EXPECT_EQ(store().PutManifest(manifest, 0, std::nullopt, kForEver).status().code(),
+            absl::StatusCode::kInvalidArgument);
+  manifest = ManifestOf("s", {});
+  manifest.payload.assign(kMaxManifestBytes + 1, 'p');
+  EXPECT_EQ(store().PutManifest(manifest, 0, std::nullopt, kForEver).status().code(),
+            absl::StatusCode::kInvalidArgument);
+  EXPECT_FALSE(store().GetManifest("s", kForEver).ok());
+  manifest.payload.resize(kMaxManifestBytes);
+  EXPECT_TRUE(store().PutManifest(manifest, 0, std::nullopt, kForEver).ok());
+  EXPECT_EQ(store().GetManifest("s", kForEver)->payload.size(), kMaxManifestBytes);
+}
+
+TEST_P(PageStoreContract, AnExpiredManifestGoesAndReleasesItsPages) {
+  const TestPage page = MakeTestPage(1);
+  ASSERT_TRUE(Put(page).status.ok());
+  FakeClock& clock = *harness_->clock();
+  ManifestRecord manifest = ManifestOf("s", {page});
+  manifest.saved_at = clock.WallNow();
+  manifest.expires_at = clock.WallNow() + absl::Hours(2);
+  ASSERT_TRUE(store().PutManifest(manifest, 0, std::nullopt, kForEver).ok());
+  ASSERT_TRUE(store().PutManifest(ManifestOf("kept", {}), 0, std::nullopt, kForEver).ok());
+  // A wall clock that is set ahead ends nothing early.
+  clock.Advance(absl::Hours(1));
+  clock.JumpWall(absl::Hours(24));
+  harness_->RunUpkeep();
+  EXPECT_TRUE(store().GetManifest("s", kForEver).ok());
+  // One that is set back delays the end.
+  clock.Advance(absl::Hours(1));
+  clock.JumpWall(-absl::Hours(25));
+  harness_->RunUpkeep();
+  EXPECT_TRUE(store().GetManifest("s", kForEver).ok());
+  EXPECT_EQ(store().DeletePages({&page.meta.key, 1}, kForEver).value(), 0u);
+  clock.Advance(absl::Hours(1));
+  harness_->RunUpkeep();
+  EXPECT_EQ(store().GetManifest("s", kForEver).status().code(), absl::StatusCode::kNotFound);
+  EXPECT_TRUE(store().GetManifest("kept", kForEver).ok());
+  EXPECT_EQ(store().GetStats(kForEver)->manifests_expired, 1u);
+  EXPECT_EQ(store().GetStats(kForEver)->manifests, 1u);
+  EXPECT_EQ(store().DeletePages({&page.meta.key, 1}, kForEver).value(), 1u);
+  // The name is free again.
+  EXPECT_TRUE(store().PutManifest(ManifestOf("s", {}), 0, std::nullopt, kForEver).ok());
+}
+
+TEST_P(PageStoreContract, ASaveThatRenewsTheEndIsNotRemovedAtTheOldOne) {
+  FakeClock& clock = *harness_->clock();
+  ManifestRecord manifest = ManifestOf("s", {});
+  manifest.saved_at = clock.WallNow();
+  manifest.expires_at = clock.WallNow() + absl::Hours(1);
+  ASSERT_TRUE(store().PutManifest(manifest, 0, std::nullopt, kForEver).ok());
+  manifest.expires_at = clock.WallNow() + absl::Hours(5);
+  ASSERT_TRUE(store().PutManifest(manifest, 1, std::nullopt, kForEver).ok());
+  clock.Advance(absl::Hours(4));
+  harness_->RunUpkeep();
+  EXPECT_TRUE(store().GetManifest("s", kForEver).ok());
+  manifest.expires_at.reset();
+  ASSERT_TRUE(store().PutManifest(manifest, 2, std::nullopt, kForEver).ok());
+  clock.Advance(absl::Hours(4));
+  harness_->RunUpkeep();
+  EXPECT_TRUE(store().GetManifest("s", kForEver).ok());
+}
+
+TEST_P(PageStoreContract, APinHoldsAPageUntilItsEnd) {
+  const TestPage page = MakeTestPage(1), absent = MakeTestPage(2);
+  ASSERT_TRUE(Put(page).status.ok());
+  FakeClock& clock = *harness_->clock();
+  Retention retention;
+  retention.priority = 80;
+  retention.pinned_until = clock.WallNow() + absl::Hours(1);
+  const std::vector<PageKey> keys = {page.meta.key, absent.meta.key};
+  const auto missing = store().SetRetention(keys, retention, kForEver);
+  ASSERT_TRUE(missing.ok()) << missing.status();
+  EXPECT_THAT(*missing, ::testing::ElementsAre(absent.meta.key));
+  EXPECT_EQ(store().GetStats(kForEver)->protected_pages, 1u);
+  EXPECT_EQ(store().DeletePages(keys, kForEver).value(), 0u);
+  clock.JumpWall(absl::Hours(5));
+  EXPECT_EQ(store().DeletePages(keys, kForEver).value(), 0u) << "a jump of the wall clock";
+  clock.Advance(absl::Hours(1));
+  EXPECT_EQ(store().DeletePages(keys, kForEver).value(), 1u);
+}
+
+TEST_P(PageStoreContract, RetentionReplacesWhatWasSet) {
+  const TestPage page = MakeTestPage(1);
+  ASSERT_TRUE(Put(page).status.ok());
+  Retention retention;
+  retention.pinned_until = harness_->clock()->WallNow() + absl::Hours(1);
+  ASSERT_TRUE(store().SetRetention({&page.meta.key, 1}, retention, kForEver).ok());
+  ASSERT_TRUE(store().SetRetention({&page.meta.key, 1}, Retention(), kForEver).ok());
+  EXPECT_EQ(store().DeletePages({&page.meta.key, 1}, kForEver).value(), 1u);
+}
+
+TEST_P(PageStoreContract, RefusesRetentionOutOfBounds) {
+  const TestPage page = MakeTestPage(1);
+  ASSERT_TRUE(Put(page).status.ok());
+  Retention retention;
+  retention.priority = 101;
+  EXPECT_EQ(store().SetRetention({&page.meta.key, 1}, retention, kForEver).status().code(),
+            absl::StatusCode::kInvalidArgument);
+  retention = Retention();
+  retention.pinned_until = harness_->clock()->WallNow() + kMaxPinTime + absl::Seconds(1);
+  EXPECT_EQ(store().SetRetention({&page.meta.key, 1}, retention, kForEver).status().code(),
+            absl::StatusCode::kInvalidArgument);
+  EXPECT_EQ(store().DeletePages({&page.meta.key, 1}, kForEver).value(), 1u) << "nothing was pinned";
+}
+
+TEST_P(PageStoreContract, FindsThePageThatBeginsMostAlike) {
+  const PrefixKey root{Sha256Of("root")}, other{Sha256Of("another root")};
+  const TestPage low = MakeTokenPage(root, {1, 2, 3, 4}, 11);
+  const TestPage mid = MakeTokenPage(root, {1, 2, 300, 4}, 12);
+  const TestPage high = MakeTokenPage(root, {1, 70000, 3, 4}, 13);
+  const TestPage elsewhere = MakeTokenPage(other, {1, 2, 300, 9}, 14);
+  const TestPage shard = MakeTokenPage(root, {1, 2, 300, 5}, 15, "another component");
+  for (const TestPage* page : {&low, &mid, &high, &elsewhere, &shard}) {
+    ASSERT_TRUE(Put(*page).status.ok());
+  }
+  const auto find = [&](const PrefixKey& parent, std::vector<uint32_t> tokens) {
+    const PartialQuery query{parent, Sha256Of("fingerprint"), tokens};
+    const auto found = store().FindPartialPages({&query, 1}, kForEver);
+    EXPECT_TRUE(found.ok() && found->size() == 1) << found.status();
+    return found.ok() && !found->empty() ? (*found)[0] : PartialResult{};
+  };
+  PartialResult found = find(root, {1, 2, 300, 4});
+  EXPECT_EQ(found.common_tokens, 4u);
+  EXPECT_EQ(found.key, mid.meta.key);
+  EXPECT_EQ(found.checksum, mid.meta.checksum);
+  EXPECT_EQ(found.body_bytes, mid.body.size());
+  EXPECT_EQ(found.tokens, mid.tokens);
+  found = find(root, {1, 2, 299});
+  EXPECT_EQ(found.common_tokens, 2u);
+  found = find(root, {1, 2, 3, 9, 9});
+  EXPECT_EQ(found.common_tokens, 3u);
+  EXPECT_EQ(found.key, low.meta.key);
+  // In the order of numbers, not of bytes in some machine's order.
+  found = find(root, {1, 69999});
+  EXPECT_EQ(found.common_tokens, 1u);
+  found = find(root, {1, 70000});
+  EXPECT_EQ(found.key, high.meta.key);
+  EXPECT_EQ(found.common_tokens, 2u);
+  EXPECT_EQ(find(root, {2}).common_tokens, 0u);
+  EXPECT_EQ(find(root, {}).common_tokens, 0u);
+  EXPECT_EQ(find(other, {1, 2, 300, 9}).key, elsewhere.meta.key);
+  EXPECT_EQ(find(PrefixKey{Sha256Of("nobody")}, {1, 2}).common_tokens, 0u);
+  // What is gone is not found, its neighbour is.
+  ASSERT_EQ(store().DeletePages({&mid.meta.key, 1}, kForEver).value(), 1u);
+  found = find(root, {1, 2, 300, 4});
+  EXPECT_EQ(found.key, low.meta.key);
+  EXPECT_EQ(found.common_tokens, 2u);
+}
+
+TEST_P(PageStoreContract, ADamagedPageIsNotFoundByItsTokens) {
+  const PrefixKey root{Sha256Of("root")};
+  const TestPage good = MakeTokenPage(root, {5, 5, 1, 1}, 1);
+  const TestPage damaged = MakeTokenPage(root, {5, 5, 5, 5}, 2);
+  ASSERT_TRUE(Put(good, Durability::kLocal).status.ok());
+  ASSERT_TRUE(Put(damaged, Durability::kLocal).status.ok());
+  harness_->FlipStoredBit(damaged.meta.key, 100);
+  EXPECT_EQ(OutcomeOf(damaged), GetOutcome::kQuarantined);
+  const std::vector<uint32_t> tokens = {5, 5, 5, 5};
+  const PartialQuery query{root, damaged.meta.fingerprint, tokens};
+  auto found = store().FindPartialPages({&query, 1}, kForEver);
+  ASSERT_TRUE(found.ok()) << found.status();
+  EXPECT_EQ((*found)[0].key, good.meta.key);
+  EXPECT_EQ((*found)[0].common_tokens, 2u);
+  ASSERT_TRUE(Put(damaged).status.ok());
+  found = store().FindPartialPages({&query, 1}, kForEver);
+  EXPECT_EQ((*found)[0].common_tokens, 4u);
+}
+
+TEST_P(PageStoreContract, RefusesTokensThatAreNotThePages) {
+  const PrefixKey root{Sha256Of("root")};
+  TestPage page = MakeTokenPage(root, {1, 2, 3}, 1);
+  page.tokens[1] = 9;
+  EXPECT_EQ(Put(page).status.code(), absl::StatusCode::kInvalidArgument);
+  page = MakeTestPage(2, 100, /*keyed=*/false);
+  page.tokens = {1, 2, 3};
+  EXPECT_EQ(Put(page).status.code(), absl::StatusCode::kInvalidArgument);
+  page = MakeTokenPage(root, std::vector<uint32_t>(kMaxIndexedPageTokens + 1, 7), 3);
+  EXPECT_EQ(Put(page).status.code(), absl::StatusCode::kInvalidArgument);
+  page = MakeTokenPage(root, std::vector<uint32_t>(kMaxIndexedPageTokens, 7), 3);
+  EXPECT_TRUE(Put(page).status.ok());
+}
+
+TEST_P(PageStoreContract, AHitResetsTheEfficacyCount) {
+  const TestPage a = MakeTestPage(1, 1000), b = MakeTestPage(2, 500);
+  ASSERT_TRUE(Put(a).status.ok());
+  ASSERT_TRUE(Put(b).status.ok());
+  EXPECT_EQ(store().GetStats(kForEver)->bytes_put_since_hit, 1500u);
+  EXPECT_EQ(store().GetStats(kForEver)->bytes_ever_read, 0u);
+  EXPECT_EQ(OutcomeOf(a), GetOutcome::kHit);
+  EXPECT_EQ(OutcomeOf(a), GetOutcome::kHit);
+  EXPECT_EQ(store().GetStats(kForEver)->bytes_put_since_hit, 0u);
+  EXPECT_EQ(store().GetStats(kForEver)->bytes_ever_read, 1000u);
+  ASSERT_EQ(store().DeletePages({&a.meta.key, 1}, kForEver).value(), 1u);
+  EXPECT_EQ(store().GetStats(kForEver)->bytes_ever_read, 0u);
+}
+
 TEST_P(PageStoreContract, ManifestIsCompareAndSet) {
   ASSERT_TRUE(store().PutManifest(ManifestOf("s", {}), 0, std::nullopt, kForEver).ok());
   const auto again = store().PutManifest(ManifestOf("s", {}), 0, std::nullopt, kForEver);
@@ -326,7 +614,7 @@ TEST_P(PageStoreContract, ListsManifestsByPages) {
     const auto list = store().ListManifests(prefix, after, limit, kForEver);
     EXPECT_TRUE(list.ok()) << list.status();
     if (list.ok()) {
-      for (const ManifestRecord& m : *list) out.push_back(m.name);
+      for (const ManifestEntry& m : *list) out.push_back(m.name);
     }
     return out;
   };

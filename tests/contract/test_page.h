@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "absl/strings/str_cat.h"
+#include "core/keys.h"
 #include "core/page_store.h"
 
 namespace pagetide {
@@ -15,7 +16,8 @@ namespace pagetide {
 struct TestPage {
   PageRecordMeta meta;
   std::vector<std::byte> body;
-  PutPage put() const { return {meta, body}; }
+  std::vector<uint32_t> tokens;
+  PutPage put() const { return {meta, body, tokens}; }
   ManifestPageRef ref() const { return {meta.key, meta.checksum}; }
 };
 
@@ -39,6 +41,18 @@ inline TestPage MakeTestPage(uint64_t seed, size_t bytes = 4096, bool keyed = tr
     page.meta.parent = parent != nullptr ? *parent->meta.prefix : PrefixKey{Sha256Of("root")};
     page.meta.depth = parent != nullptr ? parent->meta.depth + 1 : 0;
   }
+  return page;
+}
+
+// A page whose prefix key follows from its tokens, as a worker's does.
+inline TestPage MakeTokenPage(const PrefixKey& parent, std::vector<uint32_t> tokens, uint64_t seed,
+                              absl::string_view fingerprint = "fingerprint") {
+  TestPage page = MakeTestPage(seed, 4096);
+  page.meta.fingerprint = Sha256Of(fingerprint);
+  page.meta.parent = parent;
+  page.meta.prefix = NextPrefixKey(parent, tokens);
+  page.meta.key = MakePageKey(*page.meta.prefix, page.meta.fingerprint);
+  page.tokens = std::move(tokens);
   return page;
 }
 

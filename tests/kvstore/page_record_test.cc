@@ -8,6 +8,7 @@
 
 #include "absl/strings/escaping.h"
 #include "kvstore/manifest_record.h"
+#include "kvstore/retention.h"
 #include "tests/contract/test_page.h"
 
 namespace pagetide {
@@ -141,15 +142,79 @@ ManifestRecord GoldenManifest() {
   manifest.request_id = "r";
   manifest.payload = std::string("p\0q", 3);
   manifest.saved_at = absl::FromUnixNanos(1234567890);
+  manifest.summary = "u";
+  manifest.expires_at = absl::FromUnixNanos(2000000000);
+  manifest.priority = 60;
   manifest.pages.push_back({PageKey{Sha256Of("page")}, {1, 2}});
   return manifest;
 }
 
-constexpr char kGoldenManifestHex[] =
+// What programs of format version 1 wrote: without summary, end and priority.
+constexpr char kGoldenManifestV1Hex[] =
     "50544d4601000700000000000000d20296490000000001000000000000007301"
     "0000000000000072030000000000000070007101000000000000003660315a9a"
     "f3df255d8f19ab077e4797822b41488a0e2a04bc6af71213c232740100000000"
     "000000020000000000000054d05d36ff2a3a820d000ecca6576e2a";
+
+constexpr char kGoldenManifestHex[] =
+    "50544d4602000700000000000000d2029649000000000100943577000000003c0000000100000000"
+    "00000073010000000000000072010000000000000075030000000000000070007101000000000000"
+    "003660315a9af3df255d8f19ab077e4797822b41488a0e2a04bc6af71213c2327401000000000000"
+    "0002000000000000005ff84f12b107de06d9b7cc62be5d360c";
+
+TEST(ManifestRecordTest, ReadsVersionOne) {
+  const auto parsed = ParseManifest(absl::HexStringToBytes(kGoldenManifestV1Hex));
+  ASSERT_TRUE(parsed.ok()) << parsed.status();
+  EXPECT_EQ(parsed->name, "s");
+  EXPECT_EQ(parsed->payload, std::string("p\0q", 3));
+  EXPECT_EQ(parsed->summary, "");
+  EXPECT_EQ(parsed->expires_at, std::nullopt);
+  EXPECT_EQ(parsed->priority, kDefaultPriority);
+  ASSERT_EQ(parsed->pages.size(), 1u);
+}
+
+TEST(ManifestRecordTest, AnUnknownVersionIsSaidSo) {
+  std::string bytes = EncodeManifest(GoldenManifest());
+  bytes[4] = 9;
+  EXPECT_TRUE(absl::IsUnimplemented(ParseManifest(bytes).status()));
+  bytes = EncodeManifestEntry(EntryOf(GoldenManifest()));
+  bytes[4] = 9;
+  EXPECT_TRUE(absl::IsUnimplemented(ParseManifestEntry(bytes).status()));
+}
+
+TEST(ManifestRecordTest, EntryRoundTripAndDamage) {
+  const std::string bytes = EncodeManifestEntry(EntryOf(GoldenManifest()));
+  const auto parsed = ParseManifestEntry(bytes);
+  ASSERT_TRUE(parsed.ok()) << parsed.status();
+  EXPECT_EQ(EncodeManifestEntry(*parsed), bytes);
+  EXPECT_EQ(parsed->num_pages, 1u);
+  EXPECT_EQ(parsed->payload_bytes, 3u);
+  for (size_t bit = 0; bit < bytes.size() * 8; ++bit) {
+    std::string damaged = bytes;
+    damaged[bit / 8] = static_cast<char>(damaged[bit / 8] ^ (1 << (bit % 8)));
+    EXPECT_FALSE(ParseManifestEntry(damaged).ok()) << "bit " << bit;
+  }
+  for (size_t n = 0; n < bytes.size(); ++n) {
+    EXPECT_FALSE(ParseManifestEntry(bytes.substr(0, n)).ok());
+  }
+}
+
+TEST(RetentionTest, RoundTripAndBadBytes) {
+  Retention retention;
+  retention.priority = 77;
+  retention.expires_at = absl::FromUnixNanos(-5);
+  const std::string bytes = EncodeRetention(retention);
+  const auto parsed = ParseRetention(bytes);
+  ASSERT_TRUE(parsed.ok()) << parsed.status();
+  EXPECT_EQ(parsed->priority, 77u);
+  EXPECT_EQ(parsed->expires_at, retention.expires_at);
+  EXPECT_EQ(parsed->pinned_until, std::nullopt);
+  for (size_t n = 0; n < bytes.size(); ++n) EXPECT_FALSE(ParseRetention(bytes.substr(0, n)).ok());
+  EXPECT_FALSE(ParseRetention(bytes + "x").ok());
+  std::string newer = bytes;
+  newer[0] = 2;
+  EXPECT_TRUE(absl::IsUnimplemented(ParseRetention(newer).status()));
+}
 
 TEST(ManifestRecordTest, GoldenBytes) {
   EXPECT_EQ(absl::BytesToHexString(EncodeManifest(GoldenManifest())), kGoldenManifestHex);

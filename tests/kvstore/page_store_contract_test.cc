@@ -13,6 +13,7 @@ class MemoryHarness final : public PageStoreHarness {
  public:
   PageStore* store() override { return &store_; }
   FakeClock* clock() override { return &clock_; }
+  void RunUpkeep() override {}
   void FlipStoredBit(const PageKey& key, uint64_t bit) override {
     ASSERT_TRUE(store_.FlipBit(key, bit));
   }
@@ -31,6 +32,7 @@ class RocksdbHarness final : public PageStoreHarness {
   }
   PageStore* store() override { return store_.get(); }
   FakeClock* clock() override { return &clock_; }
+  void RunUpkeep() override { store_->WaitForUpkeep(); }
   void FlipStoredBit(const PageKey& key, uint64_t bit) override {
     const FoundRecord record = FindStoredRecord(dir_.path(), key);
     ASSERT_FALSE(record.file.empty());

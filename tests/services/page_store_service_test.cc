@@ -39,6 +39,7 @@ class RemoteMemoryHarness final : public PageStoreHarness {
  public:
   PageStore* store() override { return served_.client(); }
   FakeClock* clock() override { return &clock_; }
+  void RunUpkeep() override {}
   void FlipStoredBit(const PageKey& key, uint64_t bit) override {
     ASSERT_TRUE(store_.FlipBit(key, bit));
   }
@@ -59,6 +60,7 @@ class RemoteRocksdbHarness final : public PageStoreHarness {
   }
   PageStore* store() override { return served_->client(); }
   FakeClock* clock() override { return &clock_; }
+  void RunUpkeep() override { store_->WaitForUpkeep(); }
   void FlipStoredBit(const PageKey& key, uint64_t bit) override {
     const FoundRecord record = FindStoredRecord(dir_.path(), key);
     ASSERT_FALSE(record.file.empty());
