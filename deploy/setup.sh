@@ -24,6 +24,8 @@ packages=(
   nlohmann-json3-dev libasio-dev
   # tests and benchmarks
   libgtest-dev libgmock-dev libbenchmark-dev librapidcheck-dev
+  # the Python client and its tests
+  python3-grpcio python3-protobuf python3-numpy python3-pytest
 )
 with_grpcurl=false
 with_cuda=false

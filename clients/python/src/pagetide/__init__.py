@@ -1,0 +1,32 @@
+"""PageTide's client: reuse the KV state of any prompt prefix that a fleet has seen.
+
+    with pagetide.Client(router="127.0.0.1:7070") as client:
+        model = client.register_model(spec)          # pagetide.v1.model_pb2.ModelSpec
+        with client.open(model, prompt) as sequence:
+            sequence.wait_ready()                    # prompt[:sequence.length] need not be computed
+            rows = sequence.read_block(0, 0, sequence.length)
+            with sequence.begin_append(prompt[sequence.length:]) as append:
+                append.write_rows(0, layer, pagetide.RowKind.K, 0, k_rows)
+                append.commit()
+
+pagetide.aio has the same for asyncio. Messages and stubs of every service are in pagetide.v1.
+"""
+
+from pagetide._messages import RowsPart
+from pagetide.client import CallOptions, Client, PendingAppend, PendingStep, Sequence
+from pagetide.errors import (Aborted, AlreadyExists, Cancelled, DataLoss, DeadlineExceeded,
+                             FailedPrecondition, Internal, InvalidArgument, NotFound, PageTideError,
+                             PermissionDenied, ResourceExhausted, SequenceMoved, Unauthenticated,
+                             Unavailable, Unimplemented)
+from pagetide.lease import PageLease
+from pagetide.local_plane import LocalPlane
+from pagetide.model import Group, Model, RowKind, row_bytes
+from pagetide.retry import RetryPolicy
+
+__all__ = [
+    "Aborted", "AlreadyExists", "CallOptions", "Cancelled", "Client", "DataLoss", "DeadlineExceeded",
+    "FailedPrecondition", "Group", "Internal", "InvalidArgument", "LocalPlane", "Model", "NotFound",
+    "PageLease", "PageTideError", "PendingAppend", "PendingStep", "PermissionDenied",
+    "ResourceExhausted", "RetryPolicy", "RowKind", "RowsPart", "Sequence", "SequenceMoved",
+    "Unauthenticated", "Unavailable", "Unimplemented", "row_bytes"
+]

@@ -1,0 +1,301 @@
+"""What the sync and the asyncio client share: requests, checks of answers, the state of a sequence.
+Pure: nothing here waits or sends."""
+
+from __future__ import annotations
+
+import dataclasses
+import uuid
+from typing import Any, Iterator, Optional, Sequence as Seq, Union
+
+import numpy as np
+import numpy.typing as npt
+
+from pagetide.errors import DataLoss, Internal, PageTideError, make_error
+from pagetide.model import Group, Model, RowKind
+from pagetide.v1 import prefix_pb2, router_pb2, sequence_edit_pb2, sequence_pb2, types_pb2
+
+Tokens = Union[Seq[int], npt.NDArray[np.integer[Any]]]
+Rows = Union[bytes, bytearray, memoryview, npt.NDArray[Any]]
+Bytes = npt.NDArray[np.uint8]
+
+# A message's payload (proto/pagetide/v1/sequence.proto RowPart).
+MAX_PART_BYTES = 1 << 20
+# grpc's message limit: 4 MiB of payload and room for its fields, as the servers have it.
+MAX_MESSAGE_BYTES = (4 << 20) + (256 << 10)
+CHANNEL_OPTIONS = (
+    ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
+    ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
+    ("grpc.keepalive_time_ms", 20_000),
+    ("grpc.keepalive_timeout_ms", 10_000),
+    ("grpc.initial_reconnect_backoff_ms", 100),
+    ("grpc.min_reconnect_backoff_ms", 100),
+    ("grpc.max_reconnect_backoff_ms", 2_000),
+    ("grpc.enable_retries", 0),  # pagetide.retry knows what is safe to repeat
+)
+CLOSE_TIMEOUT = 2.0
+LOCAL_PLANE_TIMEOUT = 2.0
+MAX_MOVES = 3
+
+
+def new_request_id() -> str:
+    """128 random bits in hex: a retried call is told from a new one."""
+    return uuid.uuid4().hex
+
+
+def token_list(tokens: Tokens) -> list[int]:
+    array = np.asarray(tokens)
+    if array.size == 0:
+        return []
+    if array.ndim != 1 or array.dtype.kind not in "iu":
+        raise ValueError(f"tokens: expected a flat run of integers, got {array.dtype} of shape "
+                         f"{array.shape}")
+    if int(array.min()) < 0 or int(array.max()) > 0xFFFFFFFF:
+        raise ValueError(f"tokens: from {array.min()} to {array.max()}, must be 0 to 2^32 - 1")
+    return list(array.tolist())
+
+
+def as_bytes(rows: Rows) -> Bytes:
+    """A flat byte view; copies only what is not contiguous."""
+    if isinstance(rows, np.ndarray):
+        return np.ascontiguousarray(rows).reshape(-1).view(np.uint8)
+    return np.frombuffer(rows, np.uint8)
+
+
+@dataclasses.dataclass(frozen=True)
+class RowsPart:
+    """Consecutive rows of one layer, as they arrive."""
+
+    layer: int  # index within the group
+    kind: RowKind
+    first_token: int
+    rows: Bytes  # [num_tokens, row_bytes], read-only
+
+
+def prompt_message(model: Model, tokens: Tokens) -> router_pb2.Prompt:
+    return router_pb2.Prompt(model=model.digest, tokens=token_list(tokens))
+
+
+def open_request(model: Model, tokens: Tokens, allow_full_reuse: bool, no_reuse: bool,
+                 assignment_id: str = "") -> sequence_pb2.OpenSequenceRequest:
+    return sequence_pb2.OpenSequenceRequest(
+        request_id=new_request_id(), model_digest=model.digest, tokens=token_list(tokens),
+        allow_full_reuse=allow_full_reuse, no_reuse=no_reuse, assignment_id=assignment_id)
+
+
+def lookup_request(model: Model, tokens: Tokens,
+                   allow_full_reuse: bool) -> prefix_pb2.LookupPrefixRequest:
+    return prefix_pb2.LookupPrefixRequest(
+        model_digest=model.digest, tokens=token_list(tokens), allow_full_reuse=allow_full_reuse)
+
+
+def row_parts(group: int, layer: int, kind: RowKind, first_token: int, rows: Bytes,
+              row_bytes: int) -> Iterator[sequence_pb2.AppendTokensRequest]:
+    if row_bytes == 0 or rows.size % row_bytes != 0:
+        raise ValueError(f"write rows: {rows.size} bytes, expected a multiple of {row_bytes}")
+    step = max(MAX_PART_BYTES // row_bytes, 1) * row_bytes
+    for at in range(0, rows.size, step):
+        piece = rows[at:at + step]
+        yield sequence_pb2.AppendTokensRequest(rows=sequence_pb2.RowPart(
+            group=group, layer=layer, kind=kind.value, first_token=first_token + at // row_bytes,
+            num_tokens=piece.size // row_bytes, data=piece.tobytes()))
+
+
+def split_block(group: Group, num_tokens: int, block: Rows) -> Iterator[tuple[int, RowKind, Bytes]]:
+    """The runs of [layer][K: n rows][V: n rows]."""
+    data = as_bytes(block)
+    if data.size != num_tokens * group.token_bytes:
+        raise ValueError(f"write block of {num_tokens} tokens: {data.size} bytes, expected "
+                         f"{num_tokens * group.token_bytes}")
+    for layer in range(group.num_layers):
+        for kind in (RowKind.K, RowKind.V):
+            size = num_tokens * group.row_bytes(kind)
+            at = group.offset(layer, kind, num_tokens)
+            if size:
+                yield layer, kind, data[at:at + size]
+
+
+def check_part(message: sequence_pb2.ReadRowsResponse, group: Group, sequence_id: str) -> RowsPart:
+    kind = RowKind(message.kind)
+    row_bytes = group.row_bytes(kind)
+    if len(message.data) != message.num_tokens * row_bytes:
+        raise DataLoss(f"read rows of {sequence_id}: part of {len(message.data)} bytes, expected "
+                       f"{message.num_tokens * row_bytes}")
+    rows = np.frombuffer(message.data, np.uint8).reshape(message.num_tokens, row_bytes)
+    return RowsPart(message.layer, kind, message.first_token, rows)
+
+
+class Block:
+    """Rows [begin, end) of all layers of one group in one buffer:
+    [layer][K: n rows][V: n rows], which is a page's layout when the range is a page."""
+
+    def __init__(self, group: Group, begin: int, end: int, out: Optional[Bytes]) -> None:
+        self.begin, self.num_tokens = begin, end - begin
+        self._group = group
+        size = self.num_tokens * group.token_bytes
+        if out is not None and (out.dtype != np.uint8 or out.shape != (size,)):
+            raise ValueError(f"read block of {self.num_tokens} tokens: out is {out.dtype} of shape "
+                             f"{out.shape}, expected uint8 of shape ({size},)")
+        self.bytes: Bytes = np.empty(size, np.uint8) if out is None else out
+        self._missing = size
+
+    def put(self, part: RowsPart) -> None:
+        row_bytes = self._group.row_bytes(part.kind)
+        first = part.first_token - self.begin
+        if first < 0 or first + len(part.rows) > self.num_tokens:
+            raise Internal(f"read block: rows [{part.first_token}, +{len(part.rows)}) are not of "
+                           f"[{self.begin}, +{self.num_tokens})")
+        at = self._group.offset(part.layer, part.kind, self.num_tokens) + first * row_bytes
+        self.bytes[at:at + part.rows.size] = part.rows.reshape(-1)
+        self._missing -= part.rows.size
+
+    def check_complete(self, sequence_id: str) -> None:
+        if self._missing != 0:
+            raise DataLoss(f"read rows of {sequence_id}: {self._missing} of {self.bytes.size} bytes "
+                           "did not come")
+
+
+def step_error(result: sequence_pb2.CommitStepResponse.Result) -> PageTideError:
+    return make_error(result.code, result.message, result.reason)
+
+
+class SequenceBase:
+    """State of an open sequence as of the last answer."""
+
+    def __init__(self, model: Model, state: types_pb2.SequenceState) -> None:
+        self.model = model
+        self.state = state
+        # What the open reused, and why not more.
+        self.reuse = types_pb2.PrefixReuse()
+        # Pages that were being restored from the store when the open answered.
+        self.restoring_pages = 0
+        # Why restores ended with less than the open promised; empty otherwise.
+        self.shortened_because = ""
+        self._is_closed = False
+
+    @property
+    def id(self) -> str:
+        return self.state.sequence_id
+
+    @property
+    def length(self) -> int:
+        """Committed tokens."""
+        return self.state.length
+
+    @property
+    def worker_id(self) -> str:
+        return self.state.worker_id
+
+    def _ref(self) -> types_pb2.SequenceRef:
+        return types_pb2.SequenceRef(sequence_id=self.id, epoch=self.state.epoch)
+
+    def _header(self, append_id: str, tokens: Tokens,
+                pin_prefix: bool) -> sequence_pb2.AppendTokensRequest:
+        return sequence_pb2.AppendTokensRequest(header=sequence_pb2.AppendHeader(
+            request_id=append_id, sequence=self._ref(), append_id=append_id,
+            expected_length=self.length, tokens=token_list(tokens), pin_prefix=pin_prefix))
+
+    def _read_request(self, group: int, begin: int, end: int,
+                      layers: Seq[int]) -> sequence_pb2.ReadRowsRequest:
+        if not 0 <= group < len(self.model.groups):
+            raise ValueError(f"group {group}: model {self.model.name} has {len(self.model.groups)}")
+        return sequence_pb2.ReadRowsRequest(
+            sequence_id=self.id, group=group, begin=begin, end=end, layers=list(layers))
+
+    def _fork_request(self, length: Optional[int]) -> sequence_pb2.ForkSequenceRequest:
+        request = sequence_pb2.ForkSequenceRequest(request_id=new_request_id(), source=self._ref())
+        if length is not None:
+            request.length = length
+        return request
+
+    def _rewind_request(self, length: int) -> sequence_edit_pb2.RewindRequest:
+        return sequence_edit_pb2.RewindRequest(
+            request_id=new_request_id(), sequence=self._ref(), length=length)
+
+    def _lease_request(self, seconds: float) -> sequence_pb2.GetBlockTableRequest:
+        request = sequence_pb2.GetBlockTableRequest(sequence_id=self.id)
+        request.lease.FromNanoseconds(int(seconds * 1e9))
+        return request
+
+    def _close_request(self) -> sequence_pb2.CloseSequenceRequest:
+        return sequence_pb2.CloseSequenceRequest(sequence_id=self.id, epoch=self.state.epoch)
+
+    def _reserve_request(self, num_tokens: int, local_client_id: int,
+                         pin_prefix: bool) -> sequence_pb2.ReserveSlotsRequest:
+        item = sequence_pb2.ReserveSlotsRequest.Item(sequence=self._ref(), num_tokens=num_tokens)
+        return sequence_pb2.ReserveSlotsRequest(
+            request_id=new_request_id(), items=[item], local_client_id=local_client_id,
+            pin_prefix=pin_prefix)
+
+    def _commit_request(self, reservation_id: int, tokens: Tokens,
+                        rows: Seq[sequence_pb2.RowPart],
+                        in_staging: bool) -> sequence_pb2.CommitStepRequest:
+        item = sequence_pb2.CommitStepRequest.Item(
+            sequence=self._ref(), reservation_id=reservation_id, tokens=token_list(tokens),
+            rows=rows, rows_in_staging=in_staging)
+        return sequence_pb2.CommitStepRequest(request_id=new_request_id(), items=[item])
+
+    def _abort_request(self, reservation_id: int) -> sequence_pb2.AbortReservationRequest:
+        return sequence_pb2.AbortReservationRequest(
+            sequence_id=self.id, epoch=self.state.epoch, reservation_id=reservation_id)
+
+    def _committed(self, response: sequence_pb2.CommitStepResponse) -> None:
+        if len(response.results) != 1:
+            raise Internal(f"commit step of {self.id}: {len(response.results)} results, expected 1")
+        result = response.results[0]
+        if result.code != 0:
+            raise step_error(result)
+        self.state.revision = result.revision
+        self.state.length = result.length
+
+
+class StepBase:
+    """Rows of a reservation: in the shared region, or kept until the commit sends them."""
+
+    def __init__(self, sequence: SequenceBase, slot: sequence_pb2.ReserveSlotsResponse.Slot,
+                 region: Optional[Bytes]) -> None:
+        self._slot = slot
+        self._base = sequence
+        self._region = region
+        self._unsent: list[sequence_pb2.RowPart] = []
+        self._is_open = True
+        expected = sequence.model.staged_bytes(slot.num_tokens)
+        if region is not None and region.size != expected:
+            raise Internal(f"reserve slots of {sequence.id}: staging of {region.size} bytes, "
+                           f"expected {expected}")
+
+    @property
+    def first_position(self) -> int:
+        return self._slot.first_position
+
+    @property
+    def num_tokens(self) -> int:
+        return self._slot.num_tokens
+
+    @property
+    def is_local(self) -> bool:
+        return self._region is not None
+
+    @property
+    def region(self) -> Optional[Bytes]:
+        """The rows in shared memory, [group][layer][K: num_tokens rows][V: num_tokens rows]; None when
+        the worker is on another host. Writing here is write_rows without a copy."""
+        return self._region
+
+    def write_rows(self, group: int, layer: int, k_rows: Rows, v_rows: Rows = b"") -> None:
+        """The rows of all reserved tokens in one layer: [num_tokens, row_bytes] each."""
+        model, n = self._base.model, self.num_tokens
+        own = model.groups[group]
+        k, v = as_bytes(k_rows), as_bytes(v_rows)
+        if k.size != n * own.k_row_bytes or v.size != n * own.v_row_bytes:
+            raise ValueError(f"write rows of {n} tokens: {k.size} K and {v.size} V bytes, expected "
+                             f"{n * own.k_row_bytes} and {n * own.v_row_bytes}")
+        for kind, rows in ((RowKind.K, k), (RowKind.V, v)):
+            if rows.size == 0:
+                continue
+            if self._region is not None:
+                at = model.staged_offset(n, group, layer, kind)
+                self._region[at:at + rows.size] = rows
+            else:
+                self._unsent.append(sequence_pb2.RowPart(
+                    group=group, layer=layer, kind=kind.value, first_token=0, num_tokens=n,
+                    data=rows.tobytes()))

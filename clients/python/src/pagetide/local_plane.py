@@ -1,0 +1,145 @@
+"""Memory shared with a worker on the same host (proto/pagetide/v1/local_plane.proto).
+
+The worker hands over, by SCM_RIGHTS, a staging buffer that rows are written to and, for one model, its
+pool of frames, mapped read-only. The connection is this client's life to the worker: when it ends, the
+worker drops what was reserved in the staging buffer.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+import select
+import socket
+import struct
+import time
+from typing import Optional
+
+import numpy as np
+import numpy.typing as npt
+
+from pagetide.errors import DeadlineExceeded, FailedPrecondition, Unavailable
+from pagetide.v1 import local_plane_pb2
+
+_VERSION = 1
+_MAX_WELCOME_BYTES = 64 << 10
+_MAX_DESCRIPTORS = 16
+Bytes = npt.NDArray[np.uint8]
+
+
+class LocalPlane:
+    """A connected local plane. Regions are disjoint, so threads may fill theirs at the same time.
+
+    Arrays taken from it keep the memory mapped after close(); nothing is ever unmapped under them.
+    """
+
+    def __init__(self, sock: socket.socket, client_id: int, staging: mmap.mmap,
+                 pool: Optional[mmap.mmap]) -> None:
+        self._socket = sock
+        self.client_id = client_id
+        self._staging: Bytes = np.frombuffer(staging, np.uint8)
+        self._pool: Optional[Bytes] = None if pool is None else np.frombuffer(pool, np.uint8)
+
+    @staticmethod
+    def connect(socket_path: str, staging_bytes: int, timeout: float,
+                model_digest: str = "") -> "LocalPlane":
+        """`model_digest`: the model whose pool is to be mapped; empty for none.
+
+        Raises Unavailable when nobody listens there (another host, no local plane), DeadlineExceeded,
+        FailedPrecondition with the worker's words when it refuses.
+        """
+        deadline = time.monotonic() + timeout
+        sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        descriptors: list[int] = []
+        try:
+            sock.settimeout(timeout)
+            sock.connect(socket_path)
+            hello = local_plane_pb2.LocalHello(
+                version=_VERSION, staging_bytes=staging_bytes, model_digest=model_digest)
+            sock.sendall(struct.pack("<I", hello.ByteSize()) + hello.SerializeToString())
+            welcome = _receive_welcome(sock, descriptors, deadline, socket_path)
+            if not descriptors:
+                raise Unavailable(f"local plane {socket_path}: welcome without a staging descriptor")
+            staging = _map(descriptors[0], welcome.staging_bytes, True, socket_path)
+            pool = None
+            if welcome.pools and welcome.pools[0].has_fd and len(descriptors) > 1:
+                pool = _map(descriptors[1], welcome.pools[0].size_bytes, False, socket_path)
+            plane = LocalPlane(sock, welcome.client_id, staging, pool)
+            sock.setblocking(False)
+            sock = None  # type: ignore[assignment]  # the plane's now
+            return plane
+        except socket.timeout as error:
+            raise DeadlineExceeded(f"local plane {socket_path}: no welcome in time") from error
+        except OSError as error:
+            raise Unavailable(f"local plane {socket_path}: {error}") from error
+        finally:
+            for fd in descriptors:
+                os.close(fd)  # a mapping keeps its own
+            if sock is not None:
+                sock.close()
+
+    @property
+    def has_pool(self) -> bool:
+        return self._pool is not None
+
+    def region(self, offset: int, num_bytes: int) -> Bytes:
+        """[num_bytes] of the staging buffer, writable. ValueError outside of it."""
+        return _slice("staging", self._staging, offset, num_bytes)
+
+    def frames(self, offset: int, num_bytes: int) -> Bytes:
+        """[num_bytes] of the model's pool, read-only. Valid while a lease holds the frames."""
+        if self._pool is None:
+            raise ValueError("this local plane has no pool")
+        return _slice("pool", self._pool, offset, num_bytes)
+
+    def is_alive(self) -> bool:
+        """False once the worker has ended or dropped this client. Never waits."""
+        if self._socket.fileno() < 0:
+            return False
+        poller = select.poll()
+        poller.register(self._socket, select.POLLIN | select.POLLRDHUP)
+        return not poller.poll(0)  # nothing is said after the welcome but the end
+
+    def close(self) -> None:
+        self._socket.close()
+
+
+def _receive_welcome(sock: socket.socket, descriptors: list[int], deadline: float,
+                     path: str) -> local_plane_pb2.LocalWelcome:
+    received = b""
+    while True:
+        if len(received) >= 4:
+            (length,) = struct.unpack_from("<I", received)
+            if length > _MAX_WELCOME_BYTES:
+                raise Unavailable(f"local plane {path}: welcome of {length} bytes")
+            if len(received) >= 4 + length:
+                break
+        left = deadline - time.monotonic()
+        if left <= 0:
+            raise socket.timeout
+        sock.settimeout(left)
+        data, fds, _, _ = socket.recv_fds(sock, 4096, _MAX_DESCRIPTORS)
+        descriptors.extend(fds)
+        if not data:
+            raise Unavailable(f"local plane {path} hung up")
+        received += data
+    welcome = local_plane_pb2.LocalWelcome()
+    welcome.ParseFromString(received[4:4 + length])
+    if welcome.error:
+        raise FailedPrecondition(f"local plane {path} refused: {welcome.error}")
+    return welcome
+
+
+def _map(fd: int, num_bytes: int, writable: bool, path: str) -> mmap.mmap:
+    # Touching a mapping behind the end of its file is a SIGBUS: believe the file, not the message.
+    there = os.fstat(fd).st_size
+    if num_bytes == 0 or there < num_bytes:
+        raise Unavailable(f"local plane {path}: {there} bytes of memory, announced {num_bytes}")
+    return mmap.mmap(fd, num_bytes, access=mmap.ACCESS_WRITE if writable else mmap.ACCESS_READ)
+
+
+def _slice(what: str, memory: Bytes, offset: int, num_bytes: int) -> Bytes:
+    if offset < 0 or num_bytes < 0 or offset + num_bytes > memory.size:
+        raise ValueError(
+            f"{what} region [{offset}, +{num_bytes}) of a buffer of {memory.size} bytes")
+    return memory[offset:offset + num_bytes]

@@ -1,0 +1,83 @@
+"""Real programs under test: a store, a router and workers on free ports of loopback."""
+
+from __future__ import annotations
+
+import os
+import pathlib
+import re
+import signal
+import subprocess
+import threading
+from typing import Optional
+
+BIN = pathlib.Path(os.environ.get("PAGETIDE_BIN", "build/bin"))
+
+
+class Program:
+    """One process. It prints "NAME ready key=address …" once it serves; its log is kept in a file."""
+
+    def __init__(self, name: str, log: pathlib.Path, *arguments: str) -> None:
+        self.log = log
+        with open(log, "ab") as errors:
+            self._process = subprocess.Popen(
+                [str(BIN / name), "--listen=127.0.0.1:0", "--metrics-listen=127.0.0.1:0", *arguments],
+                stdout=subprocess.PIPE, stderr=errors, text=True)
+        assert self._process.stdout is not None
+        # A program that neither serves nor ends would hold readline for ever.
+        watchdog = threading.Timer(30, self._process.kill)
+        watchdog.start()
+        line = self._process.stdout.readline()
+        watchdog.cancel()
+        if " ready " not in line:
+            self.kill()
+            raise RuntimeError(f"{name} did not start: {log.read_text()[-2000:]}")
+        self.address = dict(re.findall(r"(\w+)=(\S+)", line))
+
+    @property
+    def grpc(self) -> str:
+        return self.address["grpc"]
+
+    def kill(self) -> None:
+        self._process.kill()
+        self._process.wait(timeout=30)
+
+    def terminate(self) -> int:
+        self._process.send_signal(signal.SIGTERM)
+        return self._process.wait(timeout=60)
+
+    def pause(self) -> None:
+        self._process.send_signal(signal.SIGSTOP)
+
+    def resume(self) -> None:
+        self._process.send_signal(signal.SIGCONT)
+
+
+class Fleet:
+    """A store, a router and workers. Everything ends with close()."""
+
+    def __init__(self, folder: pathlib.Path, workers: int = 1, pool: str = "16MiB") -> None:
+        self.folder = folder
+        self._pool = pool
+        self._programs: list[Program] = []
+        self.store = self.start_store()
+        self.router = self._start("pagetide-router", "router", f"--store={self.store.grpc}")
+        self.workers = [self.start_worker(f"w{i}") for i in range(workers)]
+
+    def _start(self, name: str, log: str, *arguments: str) -> Program:
+        program = Program(name, self.folder / f"{log}.log", *arguments)
+        self._programs.append(program)
+        return program
+
+    def start_store(self) -> Program:
+        return self._start("pagetide-store", "store", f"--data-dir={self.folder / 'store'}")
+
+    def start_worker(self, worker_id: str, pool: Optional[str] = None) -> Program:
+        return self._start("pagetide-worker", worker_id, f"--worker-id={worker_id}",
+                           f"--store={self.store.grpc}", f"--router={self.router.grpc}",
+                           f"--local-socket={self.folder / worker_id}.sock",
+                           f"--pool-bytes={pool or self._pool}")
+
+    def close(self) -> None:
+        for program in reversed(self._programs):
+            program.resume()
+            program.kill()
