@@ -217,6 +217,40 @@ absl::StatusOr<SessionState> ParseSessionState(absl::string_view bytes, uint64_t
   return state;
 }
 
+SessionSummary SummaryOf(const SessionState& state) {
+  return {.tokens = state.length(),
+          .canonical_length = state.canonical_length,
+          .bytes_total = state.bytes_total,
+          .model_digest = state.model_digest};
+}
+
+std::string EncodeSessionSummary(const SessionSummary& summary) {
+  std::string out;
+  AppendLittleEndian<uint16_t>(&out, kVersion);
+  AppendLittleEndian<uint64_t>(&out, summary.tokens);
+  AppendLittleEndian<uint64_t>(&out, summary.canonical_length);
+  AppendLittleEndian<uint64_t>(&out, summary.bytes_total);
+  AppendDigest(&out, summary.model_digest);
+  return out;
+}
+
+absl::StatusOr<SessionSummary> ParseSessionSummary(absl::string_view bytes) {
+  LittleEndianReader in(bytes);
+  const uint16_t version = in.Take<uint16_t>();
+  if (in.ok() && version != kVersion) {
+    return absl::UnimplementedError(absl::StrCat("read session summary: version ", version));
+  }
+  SessionSummary summary;
+  summary.tokens = in.Take<uint64_t>();
+  summary.canonical_length = in.Take<uint64_t>();
+  summary.bytes_total = in.Take<uint64_t>();
+  summary.model_digest = TakeDigest(in);
+  if (!in.ok() || !in.rest().empty()) {
+    return absl::DataLossError(absl::StrCat("read session summary: ", bytes.size(), " bytes"));
+  }
+  return summary;
+}
+
 absl::Status ValidateSessionMetadata(const std::map<std::string, std::string>& metadata) {
   if (metadata.size() > kMaxMetadataEntries) {
     return absl::InvalidArgumentError(

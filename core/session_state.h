@@ -73,6 +73,20 @@ std::string EncodeSessionState(const SessionState& state);
 // there before anything of its size is allocated.
 absl::StatusOr<SessionState> ParseSessionState(absl::string_view bytes, uint64_t num_pages);
 
+// What a list says of a session without reading it whole: the summary of its manifest.
+//   u16 version 1, u64 tokens, u64 canonical length, u64 bytes total, 32 bytes model digest.
+struct SessionSummary {
+  uint64_t tokens = 0;
+  uint64_t canonical_length = 0;
+  uint64_t bytes_total = 0;
+  Digest model_digest;
+  friend bool operator==(const SessionSummary&, const SessionSummary&) = default;
+};
+SessionSummary SummaryOf(const SessionState& state);
+std::string EncodeSessionSummary(const SessionSummary& summary);
+// DATA_LOSS, UNIMPLEMENTED as above.
+absl::StatusOr<SessionSummary> ParseSessionSummary(absl::string_view bytes);
+
 // INVALID_ARGUMENT beyond 64 entries, keys that do not have 1 to 128 bytes, 64 KiB in all.
 absl::Status ValidateSessionMetadata(const std::map<std::string, std::string>& metadata);
 

@@ -290,7 +290,7 @@ class ModelHostImpl::SnapshotImpl final : public StateSnapshot {
         item.ref.checksum = there[i].checksum;
         continue;
       }
-      puts.push_back({out[i].meta, out[i].body});
+      puts.push_back({out[i].meta, out[i].body, TokensOf(out[i].meta)});
       put_of.push_back(i);
     }
     if (puts.empty()) return absl::OkStatus();
@@ -304,6 +304,19 @@ class ModelHostImpl::SnapshotImpl final : public StateSnapshot {
       put_.bytes_written += puts[p].body.size();
     }
     return absl::OkStatus();
+  }
+
+  // The tokens by which others may find part of a keyed page; none for pages with other inputs.
+  std::span<const uint32_t> TokensOf(const PageRecordMeta& meta) const {
+    const uint64_t begin = uint64_t{meta.depth} * host_->page_tokens();
+    const uint64_t end = begin + host_->page_tokens();
+    if (!meta.prefix || end > state_.length() || host_->page_tokens() > kMaxIndexedPageTokens ||
+        std::any_of(state_.inputs.begin(), state_.inputs.end(), [&](const PositionedInput& input) {
+          return input.position >= begin && input.position < end;
+        })) {
+      return {};
+    }
+    return std::span(state_.tokens).subspan(begin, host_->page_tokens());
   }
 
   void Remember(const Outgoing& out) ABSL_EXCLUSIVE_LOCKS_REQUIRED(host_->mu_) {

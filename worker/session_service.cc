@@ -41,19 +41,27 @@ v1::SaveSessionResponse ToProto(const std::string& name, const SaveAnswer& answe
   return proto;
 }
 
-v1::SessionInfo ToProto(const StoredSession& session) {
+v1::SessionInfo ToProto(const ListedSession& session) {
   v1::SessionInfo proto;
   proto.set_name(session.name);
   proto.set_version(session.version);
-  proto.set_tokens(session.state.length());
+  proto.set_tokens(session.summary.tokens);
   proto.set_pages(session.num_pages);
-  proto.set_bytes(session.state.bytes_total);
-  proto.set_model_digest(session.state.model_digest.ToHex());
-  proto.set_canonical_length(session.state.canonical_length);
+  proto.set_bytes(session.summary.bytes_total);
+  proto.set_model_digest(session.summary.model_digest.ToHex());
+  proto.set_canonical_length(session.summary.canonical_length);
   const int64_t nanos = absl::ToUnixNanos(session.saved_at);
   proto.mutable_saved_at()->set_seconds(nanos / 1000000000);
   proto.mutable_saved_at()->set_nanos(static_cast<int32_t>(nanos % 1000000000));
   return proto;
+}
+
+v1::SessionInfo ToProto(const StoredSession& session) {
+  return ToProto(ListedSession{.name = session.name,
+                               .version = session.version,
+                               .num_pages = session.num_pages,
+                               .saved_at = session.saved_at,
+                               .summary = SummaryOf(session.state)});
 }
 
 // Response has repeated `tokens` and `inputs`.
@@ -177,14 +185,14 @@ grpc::Status SessionServiceImpl::ListSessions(grpc::ServerContext* context,
       PT_RETURN_IF_ERROR(ValidateName("page_token", request->page_token()));
     }
     const uint32_t limit = request->page_size() == 0 ? kDefaultListSize : request->page_size();
-    PT_ASSIGN_OR_RETURN(std::vector<StoredSession> sessions,
+    PT_ASSIGN_OR_RETURN(std::vector<ListedSession> sessions,
                         sessions_->List(call.tenant, request->name_prefix(), request->page_token(),
                                         limit + 1, call.deadline));
     if (sessions.size() > limit) {
       sessions.resize(limit);
       response->set_next_page_token(sessions.back().name);
     }
-    for (const StoredSession& session : sessions) *response->add_sessions() = ToProto(session);
+    for (const ListedSession& session : sessions) *response->add_sessions() = ToProto(session);
     return absl::OkStatus();
   };
   return ToGrpcStatus(list());

@@ -78,12 +78,12 @@ void Sessions::Count(absl::string_view operation, const absl::Status& status) co
       ->Increment();
 }
 
-absl::StatusOr<ManifestRecord> Sessions::Stat(const std::string& manifest, MonotonicTime deadline) {
-  // A list of one leaves pages and payload out; the exact name is the first with itself as prefix.
-  PT_ASSIGN_OR_RETURN(std::vector<ManifestRecord> found,
+absl::StatusOr<ManifestEntry> Sessions::Stat(const std::string& manifest, MonotonicTime deadline) {
+  // The exact name is the first that begins with it.
+  PT_ASSIGN_OR_RETURN(std::vector<ManifestEntry> found,
                       store_->ListManifests(manifest, "", 1, deadline));
   if (!found.empty() && found.front().name == manifest) return std::move(found.front());
-  return ManifestRecord{.name = manifest};
+  return ManifestEntry{.name = manifest};
 }
 
 absl::StatusOr<StoredSession> Sessions::Read(const Tenant& tenant, absl::string_view name,
@@ -116,7 +116,7 @@ absl::StatusOr<std::optional<SaveAnswer>> Sessions::FindAnswer(const Tenant& ten
   PT_RETURN_IF_ERROR(CheckStore());
   PT_RETURN_IF_ERROR(ValidateName("name", request.name));
   if (request.request_id.empty()) return std::nullopt;
-  PT_ASSIGN_OR_RETURN(const ManifestRecord current,
+  PT_ASSIGN_OR_RETURN(const ManifestEntry current,
                       Stat(ManifestName(tenant, request.name), deadline));
   if (current.version == 0 || current.request_id != request.request_id) return std::nullopt;
   absl::StatusOr<StoredSession> session = Read(tenant, request.name, nullptr, deadline);
@@ -140,9 +140,9 @@ absl::StatusOr<PutManifestResult> Sessions::PutState(StateSnapshot& snapshot,
                                                      MonotonicTime deadline) {
   std::vector<PageKey> missing;
   for (int attempt = 0; attempt <= kMaxPutAgain; ++attempt) {
+    // One barrier for all: the store makes the manifest durable together with every page it names.
     PT_ASSIGN_OR_RETURN(StateSnapshot::Put put,
-                        snapshot.PutPages(missing, request.level, deadline));
-    PT_RETURN_IF_ERROR(store_->Barrier(request.level, deadline));
+                        snapshot.PutPages(missing, Durability::kProcess, deadline));
     SessionState state = snapshot.state();
     state.metadata = request.metadata;
     state.request_digest = request.request_digest;
@@ -150,6 +150,7 @@ absl::StatusOr<PutManifestResult> Sessions::PutState(StateSnapshot& snapshot,
     state.bytes_written = put.bytes_written;
     manifest.pages = std::move(put.pages);
     manifest.payload = EncodeSessionState(state);
+    manifest.summary = EncodeSessionSummary(SummaryOf(state));
     PT_ASSIGN_OR_RETURN(PutManifestResult result,
                         store_->PutManifest(manifest, expected_version, fence, deadline));
     if (result.committed) {
@@ -179,7 +180,7 @@ absl::StatusOr<SaveAnswer> Sessions::Save(const Tenant& tenant, ModelHost* host,
     manifest.name = ManifestName(tenant, request.name);
     manifest.request_id = request.request_id;
     for (int race = 0; race < kMaxRaces; ++race) {
-      PT_ASSIGN_OR_RETURN(const ManifestRecord current, Stat(manifest.name, deadline));
+      PT_ASSIGN_OR_RETURN(const ManifestEntry current, Stat(manifest.name, deadline));
       if (request.expected_version && *request.expected_version != current.version) {
         return VersionMismatch(request.name, current.version, *request.expected_version);
       }
@@ -239,23 +240,24 @@ absl::StatusOr<StoredSession> Sessions::Peek(const Tenant& tenant, absl::string_
   return Read(tenant, name, nullptr, deadline);
 }
 
-absl::StatusOr<std::vector<StoredSession>> Sessions::List(const Tenant& tenant,
+absl::StatusOr<std::vector<ListedSession>> Sessions::List(const Tenant& tenant,
                                                           absl::string_view prefix,
                                                           absl::string_view after, size_t limit,
                                                           MonotonicTime deadline) {
   PT_RETURN_IF_ERROR(CheckStore());
   const std::string root = NamePrefix(tenant);
   PT_ASSIGN_OR_RETURN(
-      const std::vector<ManifestRecord> found,
+      const std::vector<ManifestEntry> found,
       store_->ListManifests(absl::StrCat(root, prefix),
                             after.empty() ? "" : absl::StrCat(root, after), limit, deadline));
-  std::vector<StoredSession> sessions;
-  for (const ManifestRecord& record : found) {
-    absl::StatusOr<StoredSession> session =
-        Read(tenant, absl::string_view(record.name).substr(root.size()), nullptr, deadline);
-    if (absl::IsNotFound(session.status())) continue;  // deleted meanwhile
-    PT_RETURN_IF_ERROR(session.status());
-    sessions.push_back(*std::move(session));
+  std::vector<ListedSession> sessions;
+  for (const ManifestEntry& entry : found) {
+    PT_ASSIGN_OR_RETURN(const SessionSummary summary, ParseSessionSummary(entry.summary));
+    sessions.push_back({.name = entry.name.substr(root.size()),
+                        .version = entry.version,
+                        .num_pages = entry.num_pages,
+                        .saved_at = entry.saved_at,
+                        .summary = summary});
   }
   return sessions;
 }
@@ -269,7 +271,7 @@ absl::StatusOr<uint64_t> Sessions::Delete(const Tenant& tenant, absl::string_vie
     PT_ASSIGN_OR_RETURN(const WriteFence fence, fence_->Get(deadline));
     const std::string manifest = ManifestName(tenant, name);
     for (int race = 0; race < kMaxRaces; ++race) {
-      PT_ASSIGN_OR_RETURN(const ManifestRecord current, Stat(manifest, deadline));
+      PT_ASSIGN_OR_RETURN(const ManifestEntry current, Stat(manifest, deadline));
       if (current.version == 0) return SessionNotFound(name);
       if (expected_version && *expected_version != current.version) {
         return VersionMismatch(name, current.version, *expected_version);

@@ -53,6 +53,14 @@ struct StoredSession {
   SessionState state;
 };
 
+struct ListedSession {
+  std::string name;
+  uint64_t version = 0;
+  uint64_t num_pages = 0;
+  absl::Time saved_at = absl::UnixEpoch();
+  SessionSummary summary;
+};
+
 struct LoadedSession {
   ModelHost* host = nullptr;
   OpenResult open;
@@ -80,7 +88,7 @@ class Sessions {
   absl::StatusOr<StoredSession> Peek(const Tenant& tenant, absl::string_view name,
                                      MonotonicTime deadline);
   // In order of name, after `after`, at most `limit`.
-  absl::StatusOr<std::vector<StoredSession>> List(const Tenant& tenant, absl::string_view prefix,
+  absl::StatusOr<std::vector<ListedSession>> List(const Tenant& tenant, absl::string_view prefix,
                                                   absl::string_view after, size_t limit,
                                                   MonotonicTime deadline);
   // Returns the version that was deleted.
@@ -90,8 +98,8 @@ class Sessions {
   uint64_t LoadsHere(const Tenant& tenant, absl::string_view name) const;
 
  private:
-  // What is there now: version and request_id; version 0 when nothing is.
-  absl::StatusOr<ManifestRecord> Stat(const std::string& manifest, MonotonicTime deadline);
+  // What is there now; version 0 when nothing is.
+  absl::StatusOr<ManifestEntry> Stat(const std::string& manifest, MonotonicTime deadline);
   absl::StatusOr<StoredSession> Read(const Tenant& tenant, absl::string_view name,
                                      std::vector<ManifestPageRef>* pages, MonotonicTime deadline);
   absl::StatusOr<PutManifestResult> PutState(StateSnapshot& snapshot, const SaveRequest& request,

@@ -159,6 +159,16 @@ TEST(SessionStateTest, ANewerVersionIsUnimplemented) {
   EXPECT_EQ(ParseSessionState(Reseal(bytes), 4).status().code(), absl::StatusCode::kUnimplemented);
 }
 
+TEST(SessionStateTest, SummaryComesBackAndIsChecked) {
+  const std::string bytes = EncodeSessionSummary(SummaryOf(Example()));
+  EXPECT_EQ(*ParseSessionSummary(bytes), SummaryOf(Example()));
+  for (size_t n = 0; n < bytes.size(); ++n) {
+    EXPECT_TRUE(absl::IsDataLoss(ParseSessionSummary(bytes.substr(0, n)).status())) << n;
+  }
+  EXPECT_TRUE(absl::IsDataLoss(ParseSessionSummary(bytes + "x").status()));
+  EXPECT_TRUE(absl::IsUnimplemented(ParseSessionSummary("\x02" + bytes.substr(1)).status()));
+}
+
 TEST(SessionStateTest, MetadataIsBounded) {
   std::map<std::string, std::string> metadata;
   EXPECT_TRUE(ValidateSessionMetadata(metadata).ok());

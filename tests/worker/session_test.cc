@@ -280,7 +280,10 @@ TEST(SessionTest, ListsInOrderByPrefixAndPage) {
     std::vector<std::string> out;
     const auto listed = a.sessions->List(a.tenant(), prefix, after, limit, Soon());
     EXPECT_TRUE(listed.ok()) << listed.status();
-    for (const StoredSession& session : *listed) out.push_back(session.name);
+    for (const ListedSession& session : *listed) {
+      EXPECT_EQ(session.summary.tokens, 5u);
+      out.push_back(session.name);
+    }
     return out;
   };
   using ::testing::ElementsAre;
