@@ -292,6 +292,20 @@ absl::StatusOr<Assignment> Router::Assign(const RoutedPrompt& prompt,
                       Rank(prompt, options.sticky_worker_id, {}, options.excluded_worker_ids));
   if (table.chosen() == nullptr) {
     refusals_->Increment();
+    // Waiting helps against dead and draining workers; not against a prompt that fits nowhere.
+    const bool is_too_large =
+        !table.candidates.empty() &&
+        std::all_of(table.candidates.begin(), table.candidates.end(), [](const RankedWorker& w) {
+          return w.numbers.verdict == PlacementVerdict::kTooSmall;
+        });
+    if (is_too_large) {
+      return WithReason(
+          absl::InvalidArgumentError(absl::StrCat(
+              "assign sequence: a prompt of ", prompt.num_tokens, " tokens fits in none of ",
+              table.candidates.size(), " workers: ", table.candidates.front().worker->worker_id,
+              " is ", table.candidates.front().ineligible_because)),
+          error_reason::kPoolTooSmall);
+    }
     std::string reasons;
     for (const RankedWorker& w : table.candidates) {
       if (reasons.size() > 512) break;

@@ -131,9 +131,10 @@ class Router {
   std::vector<AttachmentId> Tick();
 
   // --- decisions ---
-  // UNAVAILABLE (NO_WORKER) with a retry delay when nobody can take it, INVALID_ARGUMENT when the
-  // request id was used with another request. The same request id gives the same answer for
-  // answer_retention, as long as that worker serves.
+  // UNAVAILABLE (NO_WORKER) with a retry delay when nobody can take it now; INVALID_ARGUMENT when
+  // it is larger than every worker's pool (POOL_TOO_SMALL) and when the request id was used with
+  // another request. The same request id gives the same answer for answer_retention, as long as
+  // that worker serves.
   absl::StatusOr<Assignment> Assign(const RoutedPrompt& prompt, const AssignOptions& options);
   // The table alone, without effect. `only`: these workers, or all if empty.
   absl::StatusOr<PlacementTable> Rank(const RoutedPrompt& prompt,

@@ -201,8 +201,9 @@ grpc::ServerUnaryReactor* RouterServiceImpl::GetSequence(
     PT_ASSIGN_OR_RETURN(const SequenceId id, SequenceId::Parse(request->sequence_id()));
     const auto place = router_->FindSequence(id);
     if (!place.has_value()) {
-      return absl::NotFoundError(
-          absl::StrCat("sequence ", id.ToString(), " is open on no worker known here"));
+      return WithReason(absl::NotFoundError(absl::StrCat("sequence ", id.ToString(),
+                                                         " is open on no worker known here")),
+                        "SEQUENCE_NOT_FOUND");
     }
     *response->mutable_sequence() = ToProto(*place);
     return absl::OkStatus();

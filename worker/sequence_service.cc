@@ -68,6 +68,16 @@ std::span<const std::byte> BytesOf(const std::string& data) {
   return std::as_bytes(std::span<const char>(data.data(), data.size()));
 }
 
+// Rows may be staged only by the sequence's owner: they lie where the owner's own go, and nothing
+// checks them again before the commit.
+absl::Status CheckEpoch(ModelHost* host, const Tenant& tenant, SequenceId id, uint64_t epoch) {
+  PT_ASSIGN_OR_RETURN(const SequenceInfo info, host->Get(tenant, id));
+  if (info.epoch == epoch) return absl::OkStatus();
+  return WithReason(absl::FailedPreconditionError(absl::StrCat(
+                        "sequence ", id.ToString(), ": epoch ", epoch, " != ", info.epoch)),
+                    error_reason::kStaleEpoch, {{"epoch", absl::StrCat(info.epoch)}});
+}
+
 absl::Status NotReserved(uint64_t reservation_id) {
   return absl::NotFoundError(absl::StrCat("reservation_id ", reservation_id,
                                           ": rows_in_staging, but this worker has no local plane"));
@@ -449,6 +459,7 @@ absl::StatusOr<v1::CommitStepResponse::Result> SequenceServiceImpl::CommitItem(
     const CallContext& call, const v1::CommitStepRequest::Item& item) {
   PT_ASSIGN_OR_RETURN(const HandleTarget target, FindSequence(*worker_, item.sequence()));
   const SequenceId id = target.handle.id;
+  PT_RETURN_IF_ERROR(CheckEpoch(target.host, call.tenant, id, target.handle.epoch));
   for (int i = 0; i < item.rows_size(); ++i) {
     const v1::RowPart& part = item.rows(i);
     PT_ASSIGN_OR_RETURN(const RowKind kind,
@@ -508,13 +519,7 @@ grpc::Status SequenceServiceImpl::AbortReservation(grpc::ServerContext* context,
   const auto abort = [&]() -> absl::Status {
     PT_ASSIGN_OR_RETURN(const SequenceTarget target,
                         FindSequence(*worker_, request->sequence_id()));
-    PT_ASSIGN_OR_RETURN(const SequenceInfo info, target.host->Get(call.tenant, target.id));
-    if (info.epoch != request->epoch()) {
-      return WithReason(absl::FailedPreconditionError(
-                            absl::StrCat("abort reservation of ", request->sequence_id(),
-                                         ": epoch is ", info.epoch, ", not ", request->epoch())),
-                        error_reason::kStaleEpoch);
-    }
+    PT_RETURN_IF_ERROR(CheckEpoch(target.host, call.tenant, target.id, request->epoch()));
     if (local_plane_ != nullptr) local_plane_->Release(request->reservation_id());
     return target.host->Abort(call.tenant, target.id, request->reservation_id());
   };
@@ -563,6 +568,9 @@ absl::StatusOr<AttendOutput> SequenceServiceImpl::AttendItem(const CallContext& 
   if (!request.append_id().empty()) {
     PT_ASSIGN_OR_RETURN(pending_id,
                         target.host->FindAppend(call.tenant, target.id, request.append_id()));
+  }
+  if (!request.k_rows().empty() || !request.v_rows().empty() || request.rows_in_staging()) {
+    PT_RETURN_IF_ERROR(CheckEpoch(target.host, call.tenant, target.id, request.epoch()));
   }
   for (RowKind kind : {RowKind::kK, RowKind::kV}) {
     const std::string& rows = kind == RowKind::kK ? request.k_rows() : request.v_rows();

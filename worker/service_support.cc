@@ -22,6 +22,9 @@ CallContext MakeCallContext(const grpc::ServerContextBase& context, const Worker
     if (left > absl::Hours(24 * 365)) left = kDefaultCallTime;
   }
   left = std::clamp(left, absl::ZeroDuration(), kMaxCallTime);
+  // The last moment is for the answer: "needed, free, evictable" says more than a deadline that
+  // passed at the caller.
+  left -= std::min(left / 10, kAnswerTime);
   return CallContext{worker.TenantNamed(TenantOf(context)), worker.clock().MonotonicNow() + left};
 }
 

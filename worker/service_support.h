@@ -26,6 +26,8 @@ namespace pagetide {
 // Calls without a deadline get the first; none gets more than the second.
 inline constexpr absl::Duration kDefaultCallTime = absl::Seconds(30);
 inline constexpr absl::Duration kMaxCallTime = absl::Minutes(10);
+// Kept of a caller's deadline for the answer to reach it (a tenth of short deadlines).
+inline constexpr absl::Duration kAnswerTime = absl::Milliseconds(50);
 
 struct CallContext {
   Tenant tenant;

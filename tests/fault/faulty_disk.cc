@@ -14,6 +14,7 @@
 
 #include "absl/strings/match.h"
 #include "absl/strings/str_cat.h"
+#include "absl/time/clock.h"
 #include "base/status_macros.h"
 
 namespace pagetide {
@@ -37,6 +38,7 @@ class FaultyDisk::SegmentFile final : public File {
 
   absl::Status WriteAt(uint64_t offset, std::span<const std::byte> first,
                        std::span<const std::byte> second) override {
+    disk_->BeSlow();
     PT_RETURN_IF_ERROR(disk_->CheckPower());
     if (disk_->full_) return absl::ResourceExhaustedError(absl::StrCat("write ", path_, ": full"));
     const Range range{offset, first.size() + second.size()};
@@ -47,10 +49,16 @@ class FaultyDisk::SegmentFile final : public File {
   }
   absl::StatusOr<uint64_t> ReadAt(uint64_t offset, std::span<std::byte> first,
                                   std::span<std::byte> second) const override {
+    disk_->BeSlow();
+    ++disk_->num_reads_;
     PT_RETURN_IF_ERROR(disk_->CheckPower());
+    if (disk_->fail_reads_) return absl::UnavailableError(absl::StrCat("read ", path_, ": EIO"));
     return real_->ReadAt(offset, first, second);
   }
-  absl::Status Sync() override { return disk_->SyncFile(path_); }
+  absl::Status Sync() override {
+    disk_->BeSlow();
+    return disk_->SyncFile(path_);
+  }
   absl::StatusOr<uint64_t> Size() const override { return real_->Size(); }
 
  private:
@@ -174,6 +182,10 @@ class FaultyDisk::IndexFileSystem final : public rocksdb::FileSystemWrapper {
 FaultyDisk::FaultyDisk()
     : env_(rocksdb::NewCompositeEnv(std::make_shared<IndexFileSystem>(this))) {}
 FaultyDisk::~FaultyDisk() = default;
+
+void FaultyDisk::BeSlow() const {
+  if (const int64_t nanos = delay_nanos_; nanos > 0) absl::SleepFor(absl::Nanoseconds(nanos));
+}
 
 absl::Status FaultyDisk::CheckPower() const {
   return power_off_ ? absl::UnavailableError("the power is off") : absl::OkStatus();

@@ -1,5 +1,5 @@
-// FaultyDisk: one disk under a RocksdbPageStore that can lose power, fail to sync, fill up, refuse
-// writes and flip bits. It has two faces: a FileSystem for segment files and a rocksdb::Env for the
+// FaultyDisk: one disk under a RocksdbPageStore that can lose power, fail to sync, fill up, fail to
+// read, and be slow. It has two faces: a FileSystem for segment files and a rocksdb::Env for the
 // index.
 //
 // Everything is written through to real files; what no completed sync covered is remembered. After
@@ -17,6 +17,7 @@
 #include <string>
 #include <vector>
 
+#include "absl/time/time.h"
 #include "base/mutex.h"
 #include "kvstore/file_system.h"
 
@@ -45,6 +46,11 @@ class FaultyDisk final : public FileSystem {
   void set_fail_syncs(bool on) { fail_syncs_ = on; }
   // Writes of segment files answer RESOURCE_EXHAUSTED.
   void set_full(bool on) { full_ = on; }
+  // Reads of segment files answer UNAVAILABLE, as EIO does.
+  void set_fail_reads(bool on) { fail_reads_ = on; }
+  // Each read of a segment file takes this long more, and each write and sync of one.
+  void set_delay(absl::Duration delay) { delay_nanos_ = absl::ToInt64Nanoseconds(delay); }
+  uint64_t num_reads() const { return num_reads_; }
   // What FreeBytes answers; 0: the truth.
   void set_free_bytes(uint64_t bytes) { free_bytes_ = bytes; }
   uint64_t num_syncs() const { return num_syncs_; }
@@ -76,6 +82,8 @@ class FaultyDisk final : public FileSystem {
     bool is_index = false;  // appended to only
   };
 
+  // Takes as long as set_delay says.
+  void BeSlow() const;
   // OK or "the power is off".
   absl::Status CheckPower() const;
   // Registers the end of a write; false: the power went off in between.
@@ -87,6 +95,9 @@ class FaultyDisk final : public FileSystem {
   std::atomic<bool> ignore_syncs_{false};
   std::atomic<bool> fail_syncs_{false};
   std::atomic<bool> full_{false};
+  std::atomic<bool> fail_reads_{false};
+  std::atomic<int64_t> delay_nanos_{0};
+  mutable std::atomic<uint64_t> num_reads_{0};
   std::atomic<uint64_t> free_bytes_{0};
   std::atomic<uint64_t> num_syncs_{0};
   mutable Mutex mu_;
