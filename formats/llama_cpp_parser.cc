@@ -181,6 +181,7 @@ class LlamaCppState::Parser {
     block->layers.resize(n);
     layers_.resize(n);
     for (uint32_t i = 0; i < n; ++i) {
+      block->layers[i].number = i;
       PT_ASSIGN_OR_RETURN(block->layers[i].k, ParseRowHeader("K", i));
       PT_ASSIGN_OR_RETURN(layers_[i].k, in_.TakeRun("K rows", cells, block->layers[i].k.bytes));
     }

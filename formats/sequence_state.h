@@ -37,6 +37,8 @@ struct RowShape {
 struct LayerShape {
   RowShape k;
   RowShape v;
+  // In the source's list of layers: the place in its body for llama.cpp, in the cache for MLX.
+  uint32_t number = 0;
   const RowShape& of(RowKind kind) const { return kind == RowKind::kK ? k : v; }
   friend bool operator==(const LayerShape&, const LayerShape&) = default;
 };

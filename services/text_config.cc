@@ -29,20 +29,25 @@ class FirstError final : public google::protobuf::io::ErrorCollector {
 
 }  // namespace
 
+absl::Status ParseTextConfig(absl::string_view name, absl::string_view text,
+                             google::protobuf::Message* config) {
+  google::protobuf::TextFormat::Parser parser;
+  FirstError errors;
+  parser.RecordErrorsTo(&errors);
+  if (!parser.ParseFromString(std::string(text), config)) {
+    return absl::InvalidArgumentError(
+        absl::StrCat("read configuration ", name, ":", errors.text()));
+  }
+  return absl::OkStatus();
+}
+
 absl::Status ReadTextConfig(const std::string& path, google::protobuf::Message* config) {
   std::ifstream file(path, std::ios::binary);
   if (!file) {
     return absl::NotFoundError(absl::StrCat("read configuration ", path, ": ", strerror(errno)));
   }
   const std::string text{std::istreambuf_iterator<char>(file), std::istreambuf_iterator<char>()};
-  google::protobuf::TextFormat::Parser parser;
-  FirstError errors;
-  parser.RecordErrorsTo(&errors);
-  if (!parser.ParseFromString(text, config)) {
-    return absl::InvalidArgumentError(
-        absl::StrCat("read configuration ", path, ":", errors.text()));
-  }
-  return absl::OkStatus();
+  return ParseTextConfig(path, text, config);
 }
 
 }  // namespace pagetide

@@ -42,7 +42,7 @@ SUBFOLDERS = [
     ("kvstore-wire", ["kvstore/remote*", "kvstore/page_store_codec.*",
                       "kvstore/retrying_page_store.*"]),
     ("worker-wire", ["worker/*_service.*", "worker/service_support.*", "worker/row_wire.*",
-                     "worker/lent_frames.*", "worker/local_plane.*", "worker/router_link.*"]),
+                     "worker/lent_frames.*", "worker/local_plane*", "worker/router_link.*"]),
     # What every program's services share; lower than the rest of services/.
     ("services-common", ["services/admin_common.*", "services/tenant.*"]),
 ]

@@ -19,23 +19,16 @@
 #include "base/log.h"
 #include "base/status_macros.h"
 #include "pagetide/v1/local_plane.pb.h"
+#include "worker/local_plane_wire.h"
 
 namespace pagetide {
 namespace {
 
 constexpr uint32_t kVersion = 1;
-constexpr uint32_t kMaxHelloBytes = 4096;
-constexpr size_t kLengthBytes = 4;
 constexpr int kPollMilliseconds = 250;
 
 void StoreLength(uint32_t length, char* bytes) {
   for (int i = 0; i < 4; ++i) bytes[i] = static_cast<char>(length >> (8 * i));
-}
-
-uint32_t LoadLength(const char* bytes) {
-  uint32_t length = 0;
-  for (int i = 0; i < 4; ++i) length |= uint32_t{static_cast<uint8_t>(bytes[i])} << (8 * i);
-  return length;
 }
 
 absl::Status SystemError(absl::string_view action, absl::string_view object) {
@@ -76,7 +69,7 @@ absl::Status RemoveDeadSocket(const std::string& path, const sockaddr_un& addres
 
 // One message and its descriptors in one sendmsg. False when it did not go out whole.
 bool SendWelcome(int fd, const v1::LocalWelcome& welcome, const std::vector<int>& fds) {
-  std::string frame(kLengthBytes, '\0');
+  std::string frame(kLocalLengthBytes, '\0');
   StoreLength(static_cast<uint32_t>(welcome.ByteSizeLong()), frame.data());
   welcome.AppendToString(&frame);
   iovec part{frame.data(), frame.size()};
@@ -209,24 +202,20 @@ void LocalPlane::Accept() {
 }
 
 bool LocalPlane::Receive(Connection* connection) {
-  char buffer[kLengthBytes + kMaxHelloBytes];
+  char buffer[kLocalLengthBytes + kMaxLocalHelloBytes];
   const ssize_t n = recv(connection->fd, buffer, sizeof(buffer), MSG_DONTWAIT);
   if (n < 0) return errno == EAGAIN || errno == EINTR;
   // Nothing is said after the welcome, so bytes then are as much an end as the end itself.
   if (n == 0 || connection->client_id != 0) return false;
   connection->received.append(buffer, n);
-  if (connection->received.size() < kLengthBytes) return true;
-  const uint32_t length = LoadLength(connection->received.data());
-  if (length > kMaxHelloBytes || connection->received.size() > kLengthBytes + length) return false;
-  if (connection->received.size() < kLengthBytes + length) return true;
-  const std::string hello = connection->received.substr(kLengthBytes);
+  const auto hello = ParseLocalHello(connection->received);
+  if (!hello.ok()) return false;
+  if (!hello->has_value()) return true;
   connection->received.clear();
-  return Welcome(connection, hello);
+  return Welcome(connection, **hello);
 }
 
-bool LocalPlane::Welcome(Connection* connection, absl::string_view hello_bytes) {
-  v1::LocalHello hello;
-  if (!hello.ParseFromArray(hello_bytes.data(), static_cast<int>(hello_bytes.size()))) return false;
+bool LocalPlane::Welcome(Connection* connection, const v1::LocalHello& hello) {
   if (hello.version() != kVersion) {
     Refuse(connection->fd, absl::StrCat("version ", hello.version(), " is not ", kVersion));
     return false;

@@ -20,6 +20,7 @@
 #include "absl/time/time.h"
 #include "base/byte_size.h"
 #include "base/mutex.h"
+#include "pagetide/v1/local_plane.pb.h"
 #include "worker/staging_buffer.h"
 #include "worker/worker.h"
 
@@ -95,7 +96,7 @@ class LocalPlane {
   void Accept();
   // False: close the connection.
   bool Receive(Connection* connection);
-  bool Welcome(Connection* connection, absl::string_view hello_bytes);
+  bool Welcome(Connection* connection, const v1::LocalHello& hello);
   void DropClient(uint64_t client_id);
   void DropExpired();
 

@@ -27,7 +27,7 @@ RowBlock Block(size_t layers, uint32_t rows, RowShape k, RowShape v) {
   RowBlock block;
   block.positions.resize(rows);
   std::iota(block.positions.begin(), block.positions.end(), 0);
-  block.layers.assign(layers, LayerShape{k, v});
+  for (uint32_t i = 0; i < layers; ++i) block.layers.push_back({k, v, i});
   return block;
 }
 
