@@ -55,9 +55,12 @@ class Program:
 class Fleet:
     """A store, a router and workers. Everything ends with close()."""
 
-    def __init__(self, folder: pathlib.Path, workers: int = 1, pool: str = "16MiB") -> None:
+    def __init__(self, folder: pathlib.Path, workers: int = 1, pool: str = "16MiB",
+                 model_pool: Optional[str] = None) -> None:
         self.folder = folder
-        self._pool = pool
+        self._pool = [f"--pool-bytes={pool}"]
+        if model_pool is not None:  # else the first model takes all
+            self._pool.append(f"--model-pool-bytes={model_pool}")
         self._programs: list[Program] = []
         self.store = self.start_store()
         self.router = self._start("pagetide-router", "router", f"--store={self.store.grpc}")
@@ -71,11 +74,10 @@ class Fleet:
     def start_store(self) -> Program:
         return self._start("pagetide-store", "store", f"--data-dir={self.folder / 'store'}")
 
-    def start_worker(self, worker_id: str, pool: Optional[str] = None) -> Program:
+    def start_worker(self, worker_id: str) -> Program:
         return self._start("pagetide-worker", worker_id, f"--worker-id={worker_id}",
                            f"--store={self.store.grpc}", f"--router={self.router.grpc}",
-                           f"--local-socket={self.folder / worker_id}.sock",
-                           f"--pool-bytes={pool or self._pool}")
+                           f"--local-socket={self.folder / worker_id}.sock", *self._pool)
 
     def close(self) -> None:
         for program in reversed(self._programs):

@@ -381,12 +381,12 @@ class Sequence(m.SequenceBase):
                 stream.cancel()
 
     async def read_block(self, group: int, begin: int, end: int,
-                         out: Optional[m.Bytes] = None) -> m.Bytes:
+                         out: Optional[m.Bytes] = None, in_place: bool = True) -> m.Bytes:
         """As pagetide.Sequence.read_block."""
         block = m.Block(self.model.groups[group], begin, end, out)
         if block.num_tokens <= 0:
             raise ValueError(f"read block [{begin}, {end}): empty")
-        lease = await self.lease_pages()
+        lease = await self.lease_pages() if in_place else None
         if lease is not None and lease.copy(group, begin, end, block.bytes) and lease.is_valid():
             return block.bytes
         async for part in self.read_rows(group, begin, end):

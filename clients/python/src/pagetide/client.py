@@ -410,14 +410,14 @@ class Sequence(m.SequenceBase):
                 stream.cancel()
 
     def read_block(self, group: int, begin: int, end: int,
-                   out: Optional[m.Bytes] = None) -> m.Bytes:
+                   out: Optional[m.Bytes] = None, in_place: bool = True) -> m.Bytes:
         """Rows [begin, end) of all layers of a group: [layer][K: n rows][V: n rows], a page's layout
         when the range is a page. By shared memory where the worker is on this host, by RPC otherwise.
-        `out`: written to instead of a new array."""
+        `out`: written to instead of a new array. in_place: False always takes the RPC."""
         block = m.Block(self.model.groups[group], begin, end, out)
         if block.num_tokens <= 0:
             raise ValueError(f"read block [{begin}, {end}): empty")
-        lease = self.lease_pages()
+        lease = self.lease_pages() if in_place else None
         if lease is not None and lease.copy(group, begin, end, block.bytes) and lease.is_valid():
             return block.bytes
         for part in self.read_rows(group, begin, end):

@@ -1,0 +1,303 @@
+"""attach(llama): prompts whose prefix any process has computed before are not computed again.
+
+Before a prompt is evaluated, PageTide is asked what it has of it; that is loaded into the context page by
+page, llama.cpp computes the rest, and pages are stored as they fill. Whatever fails on the way, generation
+goes on by computing, and the reason is in the connector's last report, its counters and the log.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import logging
+import time
+from typing import Any, Callable, Generator, Optional, Sequence
+
+import llama_cpp
+import llama_cpp.llama_cpp as lc
+import numpy as np
+
+import pagetide
+from pagetide_llama_cpp.context import LlamaContext
+from pagetide_llama_cpp.gguf import read_gguf
+from pagetide_llama_cpp.identity import PAGE_TOKENS, Refused, check_context, model_spec
+from pagetide_llama_cpp.state import Bytes, StateError
+from pagetide_llama_cpp.store_thread import StoreThread
+
+_log = logging.getLogger("pagetide.llama_cpp")
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    # Bounds each call to PageTide, and the wait for pages that the store has to bring, in seconds.
+    timeout: float = 2.0
+    # After a failure PageTide is left alone for so long, so that one that is down or slow delays one prompt
+    # and not every one.
+    cool_down: float = 5.0
+    # Rows that wait to be stored; more are dropped.
+    max_pending_bytes: int = 256 << 20
+    # Store pages that generation filled, too. Their rows were computed one token at a time, so that the
+    # last bits can differ from those of a prefill.
+    store_generated: bool = True
+
+
+@dataclasses.dataclass
+class Report:
+    """What became of one prompt."""
+
+    prompt_tokens: int
+    live_tokens: int = 0     # leading tokens that the context held anyway
+    offered_tokens: int = 0  # leading tokens that PageTide had
+    loaded_tokens: int = 0   # leading tokens that came from PageTide
+    # Why not more was loaded: PageTide's explanation, or what failed here.
+    reason: str = ""
+    worker_id: str = ""
+    ask_seconds: float = 0.0   # assignment, opening, restores
+    load_seconds: float = 0.0  # reading pages and handing them to the context
+
+
+def open_llama(model_path: str, **arguments: Any) -> llama_cpp.Llama:
+    """A Llama whose context can give out pages: a unified cache with a second sequence, and full-size
+    caches for window layers. The class itself has no parameters for the first two."""
+    arguments.setdefault("swa_full", True)
+    original = lc.llama_context_default_params
+
+    def with_second_sequence() -> Any:
+        params = original()
+        params.kv_unified = True
+        params.n_seq_max = 2
+        return params
+
+    lc.llama_context_default_params = with_second_sequence
+    try:
+        return llama_cpp.Llama(model_path, **arguments)
+    finally:
+        lc.llama_context_default_params = original
+
+
+def attach(llama: llama_cpp.Llama, router: str, options: Options = Options(),
+           model_path: Optional[str] = None) -> "Connector":
+    """Wraps generate and eval of `llama`; everything above them (completions, chat, the server) uses
+    them. Never raises for what PageTide or the model cannot do: Connector.refused_because says it.
+
+    model_path: the GGUF file that llama was opened from, if not llama.model_path.
+    """
+    return Connector(llama, router, options, model_path or llama.model_path)
+
+
+class Connector:
+    """One llama.cpp context and PageTide. For the thread that uses the context."""
+
+    def __init__(self, llama: Any, router: str, options: Options, model_path: str) -> None:
+        self._llama = llama
+        self._options = options
+        self.refused_because = ""
+        self.last: Optional[Report] = None
+        # Sums over prompts since the start: prompts, prompt_tokens, live_tokens, loaded_tokens,
+        # computed_tokens, failures, refused.
+        self.counters: collections.Counter[str] = collections.Counter()
+        self._model: Optional[pagetide.Model] = None
+        self._spec: Any = None
+        self._context: Optional[LlamaContext] = None
+        self._client = pagetide.Client(
+            router=router, timeout=options.timeout, max_assignments=2,
+            retry=pagetide.RetryPolicy(max_attempts=2))
+        self._asleep_until = 0.0
+        # The sequence that the context's tokens are stored to, and how much of them was handed over.
+        self._sequence: Optional[pagetide.Sequence] = None
+        self._handed_over: list[int] = []
+        self._prompt_tokens = 0
+        self._store = StoreThread(options.max_pending_bytes, self._failed)
+        self._generate: Callable[..., Any] = llama.generate
+        self._eval: Callable[..., Any] = llama.eval
+        try:
+            check_context(llama)
+            self._context = LlamaContext(llama)
+            self._spec = model_spec(llama, read_gguf(model_path), self._context.layout)
+        except (Refused, ValueError, OSError, KeyError) as error:
+            self.refused_because = f"{error}"
+            self._context = None
+            _log.warning("no reuse for %s: %s", model_path, error)
+        llama.generate = self._generate_with_reuse
+        llama.eval = self._eval_and_store
+
+    def detach(self, flush_timeout: float = 10.0) -> None:
+        """Stores what is on its way and gives the methods back."""
+        self._store.flush(flush_timeout)
+        self._store.stop(flush_timeout)
+        self._llama.generate, self._llama.eval = self._generate, self._eval
+        self._client.close()
+
+    def flush(self, timeout: float = 10.0) -> bool:
+        """Waits until what was handed over is stored (or has failed)."""
+        return self._store.flush(timeout)
+
+    @property
+    def stored_tokens(self) -> int:
+        return self._store.stored_tokens
+
+    @property
+    def dropped_tokens(self) -> int:
+        return self._store.dropped_tokens
+
+    def _failed(self, reason: str) -> None:
+        self.counters["failures"] += 1
+        self._asleep_until = time.monotonic() + self._options.cool_down
+        _log.warning("%s; generation goes on without PageTide for %.0f s", reason,
+                     self._options.cool_down)
+
+    def _generate_with_reuse(self, tokens: Sequence[int], *args: Any,
+                             **kwargs: Any) -> Generator[int, Optional[Sequence[int]], None]:
+        tokens = list(tokens)
+        # The wrapper's own parameter: False continues what the context holds.
+        reset = kwargs.get("reset", args[6] if len(args) > 6 else True)
+        if reset:
+            self.prepare(tokens)
+        yield from self._generate(tokens, *args, **kwargs)
+
+    def _eval_and_store(self, tokens: Sequence[int]) -> None:
+        self._eval(tokens)
+        self._hand_over()
+
+    def prepare(self, tokens: list[int]) -> Report:
+        """Brings the longest known prefix of a prompt into the context, unless the context holds as much
+        already. generate() calls it."""
+        report = Report(len(tokens))
+        self.last = report
+        self._sequence = None
+        held = self._llama.input_ids[:self._llama.n_tokens]
+        report.live_tokens = _common_prefix(held, tokens)
+        try:
+            self._reuse(tokens, report)
+        except pagetide.PageTideError as error:
+            report.reason = f"PageTide: {error}"
+            self._failed(report.reason)
+        except Refused as refused:
+            report.reason = str(refused)
+            self.counters["refused"] += 1
+        known = max(report.live_tokens, report.loaded_tokens)
+        self.counters.update(
+            prompts=1, prompt_tokens=len(tokens), loaded_tokens=report.loaded_tokens,
+            live_tokens=0 if report.loaded_tokens else report.live_tokens,
+            computed_tokens=len(tokens) - min(known, len(tokens) - 1) if tokens else 0)
+        _log.info("prompt of %d tokens: %d live, %d loaded, %d offered: %s", report.prompt_tokens,
+                  report.live_tokens, report.loaded_tokens, report.offered_tokens, report.reason)
+        return report
+
+    def _reuse(self, tokens: list[int], report: Report) -> None:
+        if self._context is None:
+            raise Refused(self.refused_because)
+        if len(tokens) < 2 or len(tokens) >= self._llama.n_ctx():
+            raise Refused(f"prompt of {len(tokens)} tokens in a context of {self._llama.n_ctx()}")
+        if min(tokens) < 0:
+            raise Refused("the prompt has inputs that are not tokens")
+        asleep = self._asleep_until - time.monotonic()
+        if asleep > 0:
+            raise Refused(f"PageTide failed; it is asked again in {asleep:.1f} s")
+        began = time.monotonic()
+        if self._model is None:
+            self._model = self._client.register_model(self._spec)
+        sequence = self._client.open(self._model, tokens)
+        self._store.begin(sequence)  # which closes it in the end, whatever happens here
+        report.worker_id = sequence.worker_id
+        report.offered_tokens = sequence.length
+        report.reason = sequence.reuse.explanation
+        if sequence.length > report.live_tokens:
+            usable = sequence.wait_ready() if sequence.restoring_pages else sequence.length
+            if sequence.shortened_because:
+                report.reason = sequence.shortened_because
+            report.ask_seconds = time.monotonic() - began
+            if usable > report.live_tokens:
+                self._load(sequence, tokens, min(usable, len(tokens) - 1), report)
+        else:
+            report.ask_seconds = time.monotonic() - began
+        self._sequence = sequence
+        self._handed_over = tokens[:sequence.length]
+        self._prompt_tokens = len(tokens)
+
+    def _load(self, sequence: pagetide.Sequence, tokens: list[int], length: int,
+              report: Report) -> None:
+        """All of [0, length) or, when anything fails, an empty context and the reason."""
+        context = self._context
+        assert context is not None
+        began = time.monotonic()
+        context.clear()
+        report.live_tokens = 0
+        try:
+            pages = _PageReader(sequence, self._options.timeout)
+            for begin in range(0, length, context.part_tokens):
+                end = min(begin + context.part_tokens, length)
+                blocks, source_tokens = pages.read(begin, end)
+                state = context.stage(blocks, source_tokens, begin, end)
+                pages.check()  # rows that were lent must have been ours until they were copied
+                context.load(state, begin, end)
+        except BaseException as error:
+            context.clear()
+            if not isinstance(error, (StateError, ValueError)):
+                raise
+            raise pagetide.Internal(f"load {length} tokens: {error}") from error
+        context.claim(tokens, length)
+        report.loaded_tokens = length
+        report.load_seconds = time.monotonic() - began
+
+    def _hand_over(self) -> None:
+        """Copies pages that have filled out of the context, for the store thread."""
+        sequence, context = self._sequence, self._context
+        if sequence is None or context is None:
+            return
+        held = self._llama.n_tokens
+        until = held if self._options.store_generated else min(held, self._prompt_tokens)
+        begin = len(self._handed_over)
+        if until // PAGE_TOKENS * PAGE_TOKENS <= begin:
+            return
+        ids = self._llama.input_ids
+        if not np.array_equal(ids[:begin], self._handed_over) or (ids[begin:until] < 0).any():
+            self._sequence = None  # the context went another way than the sequence
+            return
+        while begin // PAGE_TOKENS < until // PAGE_TOKENS:
+            # To the next page boundary, in parts that a state holds whole.
+            end = min((begin // PAGE_TOKENS + 1) * PAGE_TOKENS, begin + context.part_tokens)
+            try:
+                blocks = context.cut(begin, end)
+            except StateError as error:
+                self._sequence = None
+                self._failed(f"cut tokens {begin} to {end}: {error}")
+                return
+            part = [int(t) for t in ids[begin:end]]
+            if not self._store.append(sequence, begin, part, blocks):
+                self._sequence = None  # a gap cannot be stored over
+                return
+            self._handed_over.extend(part)
+            begin = end
+
+
+class _PageReader:
+    """Rows of a sequence: frames in place where the worker is on this host, copies by RPC otherwise."""
+
+    def __init__(self, sequence: pagetide.Sequence, seconds: float) -> None:
+        self._sequence = sequence
+        self._lease = sequence.lease_pages(min(seconds, 30.0))
+
+    def read(self, begin: int, end: int) -> tuple[list[Bytes], int]:
+        """A block a layer group with the rows [begin, end), and the rows that each block has room for."""
+        groups = range(len(self._sequence.model.groups))
+        if self._lease is not None:
+            if begin % PAGE_TOKENS == 0:
+                pages = [self._lease.page(g, begin) for g in groups]
+                if all(page is not None for page in pages):
+                    return [page for page in pages if page is not None], PAGE_TOKENS
+            copies = [np.empty((end - begin) * self._sequence.model.groups[g].token_bytes, np.uint8)
+                      for g in groups]
+            if all(self._lease.copy(g, begin, end, copies[g]) for g in groups):
+                return copies, end - begin
+        return [self._sequence.read_block(g, begin, end, in_place=False) for g in groups], end - begin
+
+    def check(self) -> None:
+        if self._lease is not None and not self._lease.is_valid():
+            raise pagetide.DeadlineExceeded("load pages: the lease ended before they were copied")
+
+
+def _common_prefix(held: Any, tokens: list[int]) -> int:
+    n = min(len(held), len(tokens))
+    differs = np.nonzero(np.asarray(held[:n]) != np.asarray(tokens[:n]))[0]
+    return int(differs[0]) if differs.size else n

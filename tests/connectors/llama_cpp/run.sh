@@ -1,0 +1,27 @@
+#!/usr/bin/env bash
+# Runs the llama.cpp connector's tests with a real llama.cpp, against the
+# programs of a build. Not part of the CI: the first run builds llama.cpp and fetches the model.
+#
+#   tests/connectors/llama_cpp/run.sh [--build DIR] [test] [arguments]
+#     test   pytest with tiny models of random weights: all KV types, failures, refusals (default)
+set -euo pipefail
+cd "$(dirname "$0")/../../.."
+
+build=build
+if [ "${1:-}" = --build ]; then
+  build=$2
+  shift 2
+fi
+what=${1:-test}
+[ $# -eq 0 ] || shift
+if [ "$what" = test ]; then settings=$(deploy/setup_llama_cpp.sh --no-model); else settings=$(deploy/setup_llama_cpp.sh); fi
+eval "$settings"
+export PAGETIDE_LLAMA_MODEL=${PAGETIDE_LLAMA_MODEL:-}
+export PAGETIDE_BIN=$PWD/$build/bin
+export PYTHONPATH=$PWD/$build/python:$PWD/connectors/llama_cpp/src:$PWD/tests/clients/python
+export PYTHONDONTWRITEBYTECODE=1
+here=tests/connectors/llama_cpp
+case "$what" in
+  test) exec "$PAGETIDE_LLAMA_PYTHON" -m pytest -q -p no:cacheprovider "$here/connector_test.py" "$@" ;;
+  *) echo "run.sh: unknown command '$what'" >&2; exit 2 ;;
+esac
