@@ -96,25 +96,48 @@ absl::StatusOr<std::vector<grpc::Slice>> SlicesOf(const grpc::ByteBuffer& buffer
   return slices;
 }
 
-}  // namespace
+// Tag and length of a length-delimited field.
+uint8_t* WriteFieldHead(int field, uint64_t num_bytes, uint8_t* out) {
+  out = WriteVarint(uint64_t{static_cast<uint32_t>(field)} << 3 | kLengthDelimited, out);
+  return WriteVarint(num_bytes, out);
+}
 
-grpc::ByteBuffer EncodeWithPayload(const google::protobuf::MessageLite& header, int field,
-                                   std::span<const grpc::Slice> payload) {
+// outer_field 0: `header` is the whole message.
+grpc::ByteBuffer Encode(int outer_field, const google::protobuf::MessageLite& header, int field,
+                        std::span<const grpc::Slice> payload) {
   size_t payload_bytes = 0;
   for (const grpc::Slice& s : payload) payload_bytes += s.size();
   const size_t header_bytes = header.ByteSizeLong();
-  std::vector<uint8_t> head(header_bytes + kMaxTagBytes + kMaxVarintBytes);
-  uint8_t* end = header.SerializeWithCachedSizesToArray(head.data());
-  // An empty field is the default and is not written, as in protobuf.
-  if (payload_bytes > 0) {
-    end = WriteVarint(uint64_t{static_cast<uint32_t>(field)} << 3 | kLengthDelimited, end);
-    end = WriteVarint(payload_bytes, end);
+  // An empty payload is the default and is not written, as in protobuf.
+  uint8_t payload_head[kMaxTagBytes + kMaxVarintBytes];
+  const size_t payload_head_bytes =
+      payload_bytes == 0
+          ? 0
+          : static_cast<size_t>(WriteFieldHead(field, payload_bytes, payload_head) - payload_head);
+  std::vector<uint8_t> head(2 * (kMaxTagBytes + kMaxVarintBytes) + header_bytes);
+  uint8_t* end = head.data();
+  if (outer_field != 0) {
+    end = WriteFieldHead(outer_field, header_bytes + payload_head_bytes + payload_bytes, end);
   }
+  end = header.SerializeWithCachedSizesToArray(end);
+  end = std::copy_n(payload_head, payload_head_bytes, end);
   std::vector<grpc::Slice> slices;
   slices.reserve(1 + payload.size());
   slices.emplace_back(head.data(), static_cast<size_t>(end - head.data()));
   slices.insert(slices.end(), payload.begin(), payload.end());
   return grpc::ByteBuffer(slices.data(), slices.size());
+}
+
+}  // namespace
+
+grpc::ByteBuffer EncodeWithPayload(const google::protobuf::MessageLite& header, int field,
+                                   std::span<const grpc::Slice> payload) {
+  return Encode(0, header, field, payload);
+}
+
+grpc::ByteBuffer EncodeNestedPayload(int outer_field, const google::protobuf::MessageLite& inner,
+                                     int field, std::span<const grpc::Slice> payload) {
+  return Encode(outer_field, inner, field, payload);
 }
 
 grpc::ByteBuffer EncodeWithPayload(const google::protobuf::MessageLite& header, int field,

@@ -43,6 +43,10 @@ grpc::ByteBuffer EncodeWithPayload(const google::protobuf::MessageLite& header, 
 // Copies `payload` once.
 grpc::ByteBuffer EncodeWithPayload(const google::protobuf::MessageLite& header, int field,
                                    std::span<const std::byte> payload);
+// A message whose only field `outer_field` is a message: `inner` without its payload field, then
+// `payload` as the value of `field` in it.
+grpc::ByteBuffer EncodeNestedPayload(int outer_field, const google::protobuf::MessageLite& inner,
+                                     int field, std::span<const grpc::Slice> payload);
 // A message without a payload, for a raw call.
 grpc::ByteBuffer EncodeMessage(const google::protobuf::MessageLite& message);
 

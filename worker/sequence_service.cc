@@ -209,6 +209,9 @@ absl::StatusOr<v1::AppendTokensResponse> SequenceServiceImpl::Append(const CallC
       const PendingSlot slot,
       host->BeginAppend(call.tenant, target.handle, header.append_id(), header.expected_length(),
                         TokensOf(header.tokens()), inputs, header.pin_prefix(), call.deadline));
+  // Tells the caller that Attend under this append finds it from now on. A caller that left is
+  // noticed by the first Read.
+  stream->SendInitialMetadata();
   const auto receive = [&]() -> absl::StatusOr<CommitResult> {
     AppendMessage message;
     while (stream->Read(message.buffer())) {

@@ -19,9 +19,8 @@ using Service = v1::SequenceService::StubInterface;
 
 constexpr size_t kMaxPartBytes = size_t{1} << 20;
 constexpr absl::Duration kCloseTimeout = absl::Seconds(2);
-// An Attend may overtake the header of its append, which travels on another stream.
-constexpr absl::Duration kAppendStartTimeout = absl::Seconds(5);
-constexpr absl::Duration kAppendStartPause = absl::Milliseconds(1);
+constexpr char kAppendTokens[] = "/pagetide.v1.SequenceService/AppendTokens";
+constexpr char kReadRows[] = "/pagetide.v1.SequenceService/ReadRows";
 
 std::string_view StdView(std::span<const std::byte> bytes) {
   return {reinterpret_cast<const char*>(bytes.data()), bytes.size()};
@@ -116,7 +115,8 @@ absl::StatusOr<std::unique_ptr<PendingAppend>> Sequence::BeginAppend(
   std::unique_ptr<PendingAppend> append(new PendingAppend(this));
   append->append_id_ = NewRequestId();
   SetDeadline(&append->context_, worker_->call_options().timeout);
-  append->stream_ = worker_->sequences()->AppendTokens(&append->context_, &append->response_);
+  append->stream_ =
+      StartRawWriter(worker_->channel(), kAppendTokens, &append->context_, &append->response_);
   v1::AppendTokensRequest message;
   v1::AppendHeader* header = message.mutable_header();
   header->set_request_id(append->append_id_);
@@ -125,7 +125,7 @@ absl::StatusOr<std::unique_ptr<PendingAppend>> Sequence::BeginAppend(
   header->set_expected_length(length());
   header->mutable_tokens()->Add(tokens.begin(), tokens.end());
   header->set_pin_prefix(will_attend);
-  PT_RETURN_IF_ERROR(append->Write(message));
+  PT_RETURN_IF_ERROR(append->Write(EncodeMessage(message)));
   return append;
 }
 
@@ -213,6 +213,23 @@ absl::Status Sequence::Attend(const AttendCall& call, v1::AttendRequest* request
 absl::Status Sequence::ReadRows(uint32_t group, uint64_t begin, uint64_t end,
                                 std::span<const uint32_t> layers,
                                 absl::FunctionRef<absl::Status(const RowsPart&)> sink) {
+  std::vector<std::byte> joined;
+  return ReadRowPieces(group, begin, end, layers, [&](const RowsPieces& rows) -> absl::Status {
+    RowsPart part{rows.layer, rows.kind, rows.first_token, rows.num_tokens, {}};
+    if (rows.bytes->num_pieces() == 1) {
+      part.bytes = rows.bytes->piece(0);
+    } else {
+      joined.resize(rows.bytes->size());
+      PT_RETURN_IF_ERROR(rows.bytes->CopyTo(joined));
+      part.bytes = joined;
+    }
+    return sink(part);
+  });
+}
+
+absl::Status Sequence::ReadRowPieces(uint32_t group, uint64_t begin, uint64_t end,
+                                     std::span<const uint32_t> layers,
+                                     absl::FunctionRef<absl::Status(const RowsPieces&)> sink) {
   PT_RETURN_IF_ERROR(CheckLayer(*model_, group, 0));
   v1::ReadRowsRequest request;
   request.set_sequence_id(state_.sequence_id());
@@ -222,25 +239,28 @@ absl::Status Sequence::ReadRows(uint32_t group, uint64_t begin, uint64_t end,
   request.mutable_layers()->Add(layers.begin(), layers.end());
   absl::Status sink_status;
   bool has_delivered = false;
+  const auto deliver = [&](const grpc::ByteBuffer& bytes) -> absl::Status {
+    v1::ReadRowsResponse message;
+    PayloadView data;
+    PT_RETURN_IF_ERROR(
+        DecodeWithPayload(bytes, v1::ReadRowsResponse::kDataFieldNumber, &message, &data));
+    const RowKind kind = message.kind() == v1::ROW_KIND_K ? RowKind::kK : RowKind::kV;
+    const uint64_t expected =
+        uint64_t{message.num_tokens()} * model_->geometry().group(group).row_bytes(kind);
+    if (data.size() != expected) {
+      return absl::DataLossError(absl::StrCat("read rows of ", id(), ": part of ", data.size(),
+                                              " bytes, expected ", expected));
+    }
+    has_delivered = true;
+    return sink({message.layer(), kind, message.first_token(), message.num_tokens(), &data});
+  };
   const auto read = [&](absl::Duration time_left) -> absl::Status {
     grpc::ClientContext context;
     SetDeadline(&context, time_left);
-    const auto stream = worker_->sequences()->ReadRows(&context, request);
-    v1::ReadRowsResponse message;
-    while (sink_status.ok() && stream->Read(&message)) {
-      has_delivered = true;
-      const RowKind kind = message.kind() == v1::ROW_KIND_K ? RowKind::kK : RowKind::kV;
-      const uint64_t expected =
-          uint64_t{message.num_tokens()} * model_->geometry().group(group).row_bytes(kind);
-      if (message.data().size() != expected) {
-        sink_status =
-            absl::DataLossError(absl::StrCat("read rows of ", id(), ": part of ",
-                                             message.data().size(), " bytes, expected ", expected));
-        break;
-      }
-      sink_status = sink({message.layer(), kind, message.first_token(), message.num_tokens(),
-                          std::as_bytes(std::span(message.data()))});
-    }
+    const auto stream =
+        StartRawReader(worker_->channel(), kReadRows, &context, EncodeMessage(request));
+    grpc::ByteBuffer message;
+    while (sink_status.ok() && stream->Read(&message)) sink_status = deliver(message);
     if (!sink_status.ok()) context.TryCancel();
     const absl::Status status = FromGrpcStatus(stream->Finish());
     if (!sink_status.ok()) return sink_status;
@@ -303,11 +323,13 @@ absl::Status PendingAppend::Finish() {
   return status;
 }
 
-absl::Status PendingAppend::Write(const v1::AppendTokensRequest& message) {
-  if (stream_ == nullptr) {
-    return absl::FailedPreconditionError(
-        absl::StrCat("append ", append_id_, " to ", sequence_->id(), " is over"));
-  }
+absl::Status PendingAppend::IsOver() const {
+  return absl::FailedPreconditionError(
+      absl::StrCat("append ", append_id_, " to ", sequence_->id(), " is over"));
+}
+
+absl::Status PendingAppend::Write(const grpc::ByteBuffer& message) {
+  if (stream_ == nullptr) return IsOver();
   if (stream_->Write(message)) return absl::OkStatus();
   const absl::Status status = Finish();
   if (!status.ok()) return status;
@@ -315,8 +337,10 @@ absl::Status PendingAppend::Write(const v1::AppendTokensRequest& message) {
       absl::StrCat("append ", append_id_, ": the worker ended the stream before the rows"));
 }
 
-absl::Status PendingAppend::WriteRows(uint32_t group, uint32_t layer, RowKind kind,
-                                      uint32_t first_token, std::span<const std::byte> bytes) {
+absl::Status PendingAppend::WriteParts(
+    uint32_t group, uint32_t layer, RowKind kind, uint32_t first_token,
+    std::span<const std::byte> bytes,
+    absl::FunctionRef<grpc::Slice(std::span<const std::byte>)> slice_of) {
   PT_RETURN_IF_ERROR(CheckLayer(sequence_->model(), group, layer));
   const size_t row_bytes = sequence_->model().geometry().group(group).row_bytes(kind);
   if (row_bytes == 0 || bytes.size() % row_bytes != 0) {
@@ -324,51 +348,62 @@ absl::Status PendingAppend::WriteRows(uint32_t group, uint32_t layer, RowKind ki
         absl::StrCat("write rows: ", bytes.size(), " bytes, expected a multiple of ", row_bytes));
   }
   const size_t part_bytes = std::max(kMaxPartBytes / row_bytes, size_t{1}) * row_bytes;
-  v1::AppendTokensRequest message;
-  v1::RowPart* part = message.mutable_rows();
-  part->set_group(group);
-  part->set_layer(layer);
-  part->set_kind(ToProto(kind));
+  v1::RowPart part;
+  part.set_group(group);
+  part.set_layer(layer);
+  part.set_kind(ToProto(kind));
   for (size_t offset = 0; offset < bytes.size(); offset += part_bytes) {
     const auto piece = bytes.subspan(offset, std::min(part_bytes, bytes.size() - offset));
-    part->set_first_token(first_token + static_cast<uint32_t>(offset / row_bytes));
-    part->set_num_tokens(static_cast<uint32_t>(piece.size() / row_bytes));
-    part->set_data(piece.data(), piece.size());
-    PT_RETURN_IF_ERROR(Write(message));
+    part.set_first_token(first_token + static_cast<uint32_t>(offset / row_bytes));
+    part.set_num_tokens(static_cast<uint32_t>(piece.size() / row_bytes));
+    const grpc::Slice slice = slice_of(piece);
+    PT_RETURN_IF_ERROR(
+        Write(EncodeNestedPayload(v1::AppendTokensRequest::kRowsFieldNumber, part,
+                                  v1::RowPart::kDataFieldNumber, std::span(&slice, 1))));
   }
   return absl::OkStatus();
 }
 
+absl::Status PendingAppend::WriteRows(uint32_t group, uint32_t layer, RowKind kind,
+                                      uint32_t first_token, std::span<const std::byte> bytes) {
+  return WriteParts(group, layer, kind, first_token, bytes, [](std::span<const std::byte> piece) {
+    return grpc::Slice(piece.data(), piece.size());
+  });
+}
+
+absl::Status PendingAppend::WriteLentRows(uint32_t group, uint32_t layer, RowKind kind,
+                                          uint32_t first_token, std::span<const std::byte> bytes,
+                                          std::shared_ptr<const void> owner) {
+  return WriteParts(group, layer, kind, first_token, bytes,
+                    [&](std::span<const std::byte> piece) { return LendSlice(piece, owner); });
+}
+
 absl::Status PendingAppend::Attend(const AttendCall& call) {
-  if (stream_ == nullptr) {
-    return absl::FailedPreconditionError(
-        absl::StrCat("append ", append_id_, " to ", sequence_->id(), " is over"));
+  if (stream_ == nullptr) return IsOver();
+  if (!has_begun_) {
+    // An Attend travels on another stream and would overtake the header. The worker sends its
+    // initial metadata once the append can be attended under, or ends the stream.
+    stream_->WaitForInitialMetadata();
+    has_begun_ = true;
   }
-  const absl::Time give_up = absl::Now() + kAppendStartTimeout;
-  for (;;) {
-    v1::AttendRequest request;
-    request.set_append_id(append_id_);
-    const absl::Status status = sequence_->Attend(call, &request);
-    if (GetReason(status) != "APPEND_NOT_FOUND") return status;
-    if (absl::Now() > give_up) {
-      // An append that the worker refused has ended its stream; its status says why.
-      context_.TryCancel();
-      const absl::Status ended = Finish();
-      return ended.ok() || absl::IsCancelled(ended) ? status : ended;
-    }
-    absl::SleepFor(kAppendStartPause);
-  }
+  v1::AttendRequest request;
+  request.set_append_id(append_id_);
+  const absl::Status status = sequence_->Attend(call, &request);
+  if (GetReason(status) != "APPEND_NOT_FOUND") return status;
+  // The worker has ended the append; the stream's status says why.
+  context_.TryCancel();
+  const absl::Status ended = Finish();
+  return ended.ok() || absl::IsCancelled(ended) ? status : ended;
 }
 
 absl::StatusOr<v1::AppendTokensResponse> PendingAppend::Commit() {
-  if (stream_ == nullptr) {
-    return absl::FailedPreconditionError(
-        absl::StrCat("append ", append_id_, " to ", sequence_->id(), " is over"));
-  }
+  if (stream_ == nullptr) return IsOver();
   stream_->WritesDone();  // false only if the stream is broken, which Finish reports
   PT_RETURN_IF_ERROR(Finish());
-  sequence_->state_ = response_.state();
-  return response_;
+  v1::AppendTokensResponse response;
+  PT_RETURN_IF_ERROR(DecodeMessage(response_, &response));
+  sequence_->state_ = response.state();
+  return response;
 }
 
 PendingStep::~PendingStep() {

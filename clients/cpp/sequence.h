@@ -29,6 +29,8 @@
 #include "core/geometry.h"
 #include "core/model.h"
 #include "pagetide/v1/sequence.pb.h"
+#include "rpc/byte_buffer.h"
+#include "rpc/raw_stream.h"
 
 namespace pagetide {
 
@@ -52,6 +54,16 @@ struct RowsPart {
   uint64_t first_token = 0;
   uint32_t num_tokens = 0;
   std::span<const std::byte> bytes;  // [num_tokens, row_bytes]
+};
+
+// The same rows as they came from the wire, before anything was copied: pieces that may end in the
+// middle of a row. Valid during the call.
+struct RowsPieces {
+  uint32_t layer = 0;
+  RowKind kind = RowKind::kK;
+  uint64_t first_token = 0;
+  uint32_t num_tokens = 0;
+  const PayloadView* bytes = nullptr;  // [num_tokens, row_bytes]
 };
 
 class PendingAppend;
@@ -97,6 +109,10 @@ class Sequence {
   absl::Status ReadRows(uint32_t group, uint64_t begin, uint64_t end,
                         std::span<const uint32_t> layers,
                         absl::FunctionRef<absl::Status(const RowsPart&)> sink);
+  // The same without the copy that makes a part contiguous, for callers that move the rows on.
+  absl::Status ReadRowPieces(uint32_t group, uint64_t begin, uint64_t end,
+                             std::span<const uint32_t> layers,
+                             absl::FunctionRef<absl::Status(const RowsPieces&)> sink);
 
   // A new sequence on the same worker with the first `length` tokens (absent: all).
   absl::StatusOr<std::unique_ptr<Sequence>> Fork(std::optional<uint64_t> length = std::nullopt);
@@ -132,9 +148,15 @@ class PendingAppend {
   PendingAppend& operator=(const PendingAppend&) = delete;
 
   // Rows [first_token, …) of the append, relative to its first token: [n, row_bytes]. Layers in any
-  // order, tokens in order within a layer and kind. Sent in parts of at most 1 MiB.
+  // order, tokens in order within a layer and kind. Sent in parts of at most 1 MiB. The bytes are
+  // copied.
   absl::Status WriteRows(uint32_t group, uint32_t layer, RowKind kind, uint32_t first_token,
                          std::span<const std::byte> bytes);
+  // The same without the copy: `owner` keeps the bytes valid and unchanged. It is let go, on a
+  // thread of the transport, when the last of them was sent or the append has failed, which may be
+  // after Commit returned.
+  absl::Status WriteLentRows(uint32_t group, uint32_t layer, RowKind kind, uint32_t first_token,
+                             std::span<const std::byte> bytes, std::shared_ptr<const void> owner);
   // Sees committed rows and those written here.
   absl::Status Attend(const AttendCall& call);
   // All rows of all layers were written.
@@ -143,15 +165,21 @@ class PendingAppend {
  private:
   friend class Sequence;
   explicit PendingAppend(Sequence* sequence) : sequence_(sequence) {}
-  absl::Status Write(const v1::AppendTokensRequest& message);
+  absl::Status Write(const grpc::ByteBuffer& message);
+  // Cuts rows into parts; slice_of makes the slice of one part's bytes.
+  absl::Status WriteParts(uint32_t group, uint32_t layer, RowKind kind, uint32_t first_token,
+                          std::span<const std::byte> bytes,
+                          absl::FunctionRef<grpc::Slice(std::span<const std::byte>)> slice_of);
   // The status with which the worker ended the stream.
   absl::Status Finish();
+  absl::Status IsOver() const;
 
   Sequence* const sequence_;
   std::string append_id_;
   grpc::ClientContext context_;
-  v1::AppendTokensResponse response_;
-  std::unique_ptr<grpc::ClientWriterInterface<v1::AppendTokensRequest>> stream_;  // null: finished
+  grpc::ByteBuffer response_;
+  std::unique_ptr<RawWriter> stream_;  // null: finished
+  bool has_begun_ = false;             // the worker said that it has taken the header
 };
 
 // See the head of this file. The reservation is given back if this goes away uncommitted.

@@ -15,10 +15,11 @@ WorkerConnection::WorkerConnection(Options options)
 
 WorkerConnection::WorkerConnection(Options options, std::shared_ptr<grpc::Channel> channel)
     : options_(std::move(options)),
-      sequences_(v1::SequenceService::NewStub(channel)),
-      edits_(v1::SequenceEditService::NewStub(channel)),
-      prefixes_(v1::PrefixService::NewStub(channel)),
-      admin_(v1::AdminService::NewStub(channel)) {}
+      channel_(std::move(channel)),
+      sequences_(v1::SequenceService::NewStub(channel_)),
+      edits_(v1::SequenceEditService::NewStub(channel_)),
+      prefixes_(v1::PrefixService::NewStub(channel_)),
+      admin_(v1::AdminService::NewStub(channel_)) {}
 
 std::shared_ptr<LocalStaging> WorkerConnection::Staging() {
   {

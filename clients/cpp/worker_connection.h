@@ -76,6 +76,8 @@ class WorkerConnection {
   v1::SequenceEditService::StubInterface* edits() const { return edits_.get(); }
   v1::PrefixService::StubInterface* prefixes() const { return prefixes_.get(); }
   v1::AdminService::StubInterface* admin() const { return admin_.get(); }
+  // For raw calls (rpc/raw_stream.h).
+  grpc::Channel* channel() const { return channel_.get(); }
 
   // The staging buffer, connected on first use; null when the worker is not on this host or has no
   // local plane (asked once; a failure is remembered). Shared: reservations in flight use it after
@@ -91,6 +93,7 @@ class WorkerConnection {
 
  private:
   const Options options_;
+  const std::shared_ptr<grpc::Channel> channel_;  // shared with the stubs
   const std::unique_ptr<v1::SequenceService::StubInterface> sequences_;
   const std::unique_ptr<v1::SequenceEditService::StubInterface> edits_;
   const std::unique_ptr<v1::PrefixService::StubInterface> prefixes_;
