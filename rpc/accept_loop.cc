@@ -23,6 +23,7 @@
 #include "base/clock.h"
 #include "base/log.h"
 #include "base/status_macros.h"
+#include "rpc/channel.h"
 #include "rpc/process_tuning.h"
 
 namespace pagetide {
@@ -321,7 +322,9 @@ void AcceptLoop::Admit(size_t listener, int fd) {
     return;
   }
   const int one = 1;
-  if (addresses_[listener].unix_path.empty()) {
+  if (!addresses_[listener].unix_path.empty()) {
+    SetUnixSendBuffer(fd);
+  } else {
     setsockopt(fd, IPPROTO_TCP, TCP_NODELAY, &one, sizeof(one));
     // HTTP/2 pings find a dead peer within a minute; this is for peers that never finish the
     // handshake.

@@ -8,6 +8,7 @@
 #include <memory>
 #include <string>
 
+#include "absl/status/statusor.h"
 #include "absl/strings/string_view.h"
 #include "absl/time/time.h"
 
@@ -20,6 +21,16 @@ inline constexpr int kMaxMessageBytes = kMaxPayloadBytes + (256 << 10);
 inline constexpr int kMaxMetadataBytes = 8 << 10;
 // One page then fits in one HTTP/2 frame: the largest that RFC 9113 allows (2^24 - 1).
 inline constexpr int kHttp2MaxFrameBytes = (16 << 20) - 1;
+
+// What a stream may have handed to its connection and not yet written: enough that the writer of
+// parts of 1 MiB is a part ahead of the socket.
+inline constexpr int kHttp2WriteBufferBytes = 2 << 20;
+// Buffer of a unix socket at the side that sends. The default of 208 KiB makes both ends sleep and
+// wake five times for each part. TCP adapts its buffers by itself.
+inline constexpr int kUnixSendBufferBytes = 2 << 20;
+
+// Gives a unix socket that buffer. For both ends of a connection.
+void SetUnixSendBuffer(int fd);
 
 struct ChannelOptions {
   // An idle or blocked connection is probed after this time; the server allows half of it.
@@ -40,6 +51,12 @@ struct ChannelOptions {
 // repeat.
 std::shared_ptr<grpc::Channel> MakeChannel(absl::string_view target,
                                            const ChannelOptions& options = {});
+
+// A channel for rows and pages, on a connection of its own. To a unix socket without credentials it
+// connects here and now, with kUnixSendBufferBytes (UNAVAILABLE if nobody listens), and is of no
+// use any more after its first UNAVAILABLE: make another. To anything else it is as MakeChannel's.
+absl::StatusOr<std::shared_ptr<grpc::Channel>> MakeBulkChannel(absl::string_view target,
+                                                               ChannelOptions options = {});
 
 }  // namespace pagetide
 

@@ -115,8 +115,9 @@ absl::StatusOr<std::unique_ptr<PendingAppend>> Sequence::BeginAppend(
   std::unique_ptr<PendingAppend> append(new PendingAppend(this));
   append->append_id_ = NewRequestId();
   SetDeadline(&append->context_, worker_->call_options().timeout);
+  PT_ASSIGN_OR_RETURN(append->channel_, worker_->BulkChannel());
   append->stream_ =
-      StartRawWriter(worker_->channel(), kAppendTokens, &append->context_, &append->response_);
+      StartRawWriter(append->channel_.get(), kAppendTokens, &append->context_, &append->response_);
   v1::AppendTokensRequest message;
   v1::AppendHeader* header = message.mutable_header();
   header->set_request_id(append->append_id_);
@@ -257,13 +258,14 @@ absl::Status Sequence::ReadRowPieces(uint32_t group, uint64_t begin, uint64_t en
   const auto read = [&](absl::Duration time_left) -> absl::Status {
     grpc::ClientContext context;
     SetDeadline(&context, time_left);
-    const auto stream =
-        StartRawReader(worker_->channel(), kReadRows, &context, EncodeMessage(request));
+    PT_ASSIGN_OR_RETURN(const auto channel, worker_->BulkChannel());
+    const auto stream = StartRawReader(channel.get(), kReadRows, &context, EncodeMessage(request));
     grpc::ByteBuffer message;
     while (sink_status.ok() && stream->Read(&message)) sink_status = deliver(message);
     if (!sink_status.ok()) context.TryCancel();
     const absl::Status status = FromGrpcStatus(stream->Finish());
     if (!sink_status.ok()) return sink_status;
+    if (absl::IsUnavailable(status)) worker_->DropBulkChannel(channel);
     if (absl::IsUnavailable(status) && has_delivered) {
       // The sink has seen parts: another attempt would show them twice.
       return absl::AbortedError(absl::StrCat("read rows: ", status.message()));
@@ -320,6 +322,7 @@ PendingAppend::~PendingAppend() {
 absl::Status PendingAppend::Finish() {
   const absl::Status status = FromGrpcStatus(stream_->Finish());
   stream_ = nullptr;
+  if (absl::IsUnavailable(status)) sequence_->worker_->DropBulkChannel(channel_);
   return status;
 }
 

@@ -176,6 +176,7 @@ class PendingAppend {
 
   Sequence* const sequence_;
   std::string append_id_;
+  std::shared_ptr<grpc::Channel> channel_;  // shared with other streams to this worker
   grpc::ClientContext context_;
   grpc::ByteBuffer response_;
   std::unique_ptr<RawWriter> stream_;  // null: finished

@@ -15,11 +15,10 @@ WorkerConnection::WorkerConnection(Options options)
 
 WorkerConnection::WorkerConnection(Options options, std::shared_ptr<grpc::Channel> channel)
     : options_(std::move(options)),
-      channel_(std::move(channel)),
-      sequences_(v1::SequenceService::NewStub(channel_)),
-      edits_(v1::SequenceEditService::NewStub(channel_)),
-      prefixes_(v1::PrefixService::NewStub(channel_)),
-      admin_(v1::AdminService::NewStub(channel_)) {}
+      sequences_(v1::SequenceService::NewStub(channel)),
+      edits_(v1::SequenceEditService::NewStub(channel)),
+      prefixes_(v1::PrefixService::NewStub(channel)),
+      admin_(v1::AdminService::NewStub(channel)) {}
 
 std::shared_ptr<LocalStaging> WorkerConnection::Staging() {
   {
@@ -44,6 +43,24 @@ void WorkerConnection::DropStaging() {
   MutexLock lock(&mu_);
   is_staging_decided_ = true;
   staging_.reset();
+}
+
+absl::StatusOr<std::shared_ptr<grpc::Channel>> WorkerConnection::BulkChannel() {
+  {
+    MutexLock lock(&mu_);
+    if (bulk_ != nullptr) return bulk_;
+  }
+  // Connects without the lock. Two first callers may both make one; the second one's is dropped.
+  PT_ASSIGN_OR_RETURN(std::shared_ptr<grpc::Channel> made,
+                      MakeBulkChannel(options_.address, options_.channel));
+  MutexLock lock(&mu_);
+  if (bulk_ == nullptr) bulk_ = std::move(made);
+  return bulk_;
+}
+
+void WorkerConnection::DropBulkChannel(const std::shared_ptr<grpc::Channel>& channel) {
+  MutexLock lock(&mu_);
+  if (bulk_ == channel) bulk_.reset();
 }
 
 absl::StatusOr<std::map<std::string, double>> WorkerConnection::GetStats() const {

@@ -76,8 +76,11 @@ class WorkerConnection {
   v1::SequenceEditService::StubInterface* edits() const { return edits_.get(); }
   v1::PrefixService::StubInterface* prefixes() const { return prefixes_.get(); }
   v1::AdminService::StubInterface* admin() const { return admin_.get(); }
-  // For raw calls (rpc/raw_stream.h).
-  grpc::Channel* channel() const { return channel_.get(); }
+  // For raw streams (rpc/raw_stream.h), apart from small calls: made on first use. UNAVAILABLE when
+  // nobody listens.
+  absl::StatusOr<std::shared_ptr<grpc::Channel>> BulkChannel();
+  // A call through it ended with UNAVAILABLE: the next one gets another channel.
+  void DropBulkChannel(const std::shared_ptr<grpc::Channel>& channel);
 
   // The staging buffer, connected on first use; null when the worker is not on this host or has no
   // local plane (asked once; a failure is remembered). Shared: reservations in flight use it after
@@ -93,7 +96,6 @@ class WorkerConnection {
 
  private:
   const Options options_;
-  const std::shared_ptr<grpc::Channel> channel_;  // shared with the stubs
   const std::unique_ptr<v1::SequenceService::StubInterface> sequences_;
   const std::unique_ptr<v1::SequenceEditService::StubInterface> edits_;
   const std::unique_ptr<v1::PrefixService::StubInterface> prefixes_;
@@ -102,6 +104,8 @@ class WorkerConnection {
   Mutex mu_;
   bool is_staging_decided_ ABSL_GUARDED_BY(mu_) = false;
   std::shared_ptr<LocalStaging> staging_ ABSL_GUARDED_BY(mu_);
+  // Shared with the calls that it carries.
+  std::shared_ptr<grpc::Channel> bulk_ ABSL_GUARDED_BY(mu_);
 
   // For the constructor only.
   WorkerConnection(Options options, std::shared_ptr<grpc::Channel> channel);
