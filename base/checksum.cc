@@ -1,35 +1,63 @@
 #include "base/checksum.h"
 
-#include <xxhash.h>
-
 #include <algorithm>
 #include <cstring>
 
 #include "absl/strings/str_format.h"
 
 namespace pagetide {
+namespace {
+
+using checksum_internal::Kernel;
+
+const Kernel& Best() {
+#if defined(__x86_64__)
+  if (__builtin_cpu_supports("avx512f")) return checksum_internal::Avx512Kernel();
+  if (__builtin_cpu_supports("avx2")) return checksum_internal::Avx2Kernel();
+#endif
+  return checksum_internal::PortableKernel();
+}
+
+// All kernels give the same values and states.
+const Kernel& TheKernel() {
+  static const Kernel& best = Best();
+  return best;
+}
+
+}  // namespace
 
 std::string Checksum128::ToHex() const {
   return absl::StrFormat("%016x%016x", high, low);
 }
 
 Checksum128 ChecksumOf(std::span<const std::byte> bytes) {
-  const XXH128_hash_t h = XXH3_128bits(bytes.data(), bytes.size());
-  return {h.low64, h.high64};
+  Checksum128 checksum;
+  TheKernel().hash(bytes.data(), bytes.size(), &checksum.low, &checksum.high);
+  return checksum;
 }
 
 Checksum128 CopyWithChecksum(std::span<const std::byte> src, std::span<std::byte> dst) {
-  constexpr size_t kBlock = 64 << 10;
-  XXH3_state_t* const state = XXH3_createState();
-  XXH3_128bits_reset(state);
-  for (size_t at = 0; at < src.size(); at += kBlock) {
-    const size_t n = std::min(kBlock, src.size() - at);
-    std::memcpy(dst.data() + at, src.data() + at, n);
-    XXH3_128bits_update(state, src.data() + at, n);
+  ChecksumStream stream;
+  for (size_t at = 0; at < src.size(); at += ChecksumStream::kBlockBytes) {
+    const auto block = src.subspan(at, std::min(ChecksumStream::kBlockBytes, src.size() - at));
+    std::memcpy(dst.data() + at, block.data(), block.size());
+    stream.Update(block);
   }
-  const XXH128_hash_t h = XXH3_128bits_digest(state);
-  XXH3_freeState(state);
-  return {h.low64, h.high64};
+  return stream.Get();
+}
+
+ChecksumStream::ChecksumStream() {
+  TheKernel().reset(state_);
+}
+
+void ChecksumStream::Update(std::span<const std::byte> bytes) {
+  if (!bytes.empty()) TheKernel().update(state_, bytes.data(), bytes.size());
+}
+
+Checksum128 ChecksumStream::Get() const {
+  Checksum128 checksum;
+  TheKernel().digest(state_, &checksum.low, &checksum.high);
+  return checksum;
 }
 
 }  // namespace pagetide

@@ -17,6 +17,7 @@
 #include "core/page_directory.h"
 #include "core/page_table.h"
 #include "core/tier_planner.h"
+#include "worker/filling_checksum.h"
 #include "worker/model_host.h"
 
 namespace pagetide {
@@ -101,6 +102,8 @@ class ModelHostImpl final : public ModelHost {
     std::vector<std::vector<PageId>> targets;
     // [group]: those of targets that this write created and no page table holds yet.
     std::vector<std::vector<PageId>> created;
+    // [group][target]: of an append whose device the host can address; empty otherwise.
+    std::vector<std::vector<FillingChecksum>> checksums;
     // [group][layer][K, V]: rows arrived, counted from the first.
     std::vector<std::vector<std::array<uint32_t, 2>>> arrived;
     uint64_t pages_created = 0;

@@ -258,10 +258,17 @@ absl::StatusOr<PendingSlot> ModelHostImpl::BeginAppend(
     sequence->pending->tokens.assign(tokens.begin(), tokens.end());
     sequence->pending->inputs.assign(inputs.begin(), inputs.end());
     const absl::Status opened = OpenWrites(tenant.name, {sequence}, deadline);
-    if (opened.ok())
+    if (opened.ok()) {
+      Pending& pending = *sequence->pending;
+      if (pool_->host_view() != nullptr) {
+        for (const std::vector<PageId>& targets : pending.targets) {
+          pending.checksums.emplace_back(targets.size());
+        }
+      }
       slot = SlotOf(*sequence);
-    else
+    } else {
       slot = opened;
+    }
   }
   Flush();
   return slot;
@@ -353,6 +360,8 @@ absl::Status ModelHostImpl::WriteRows(const Tenant& tenant, SequenceId id, uint6
     uint64_t frame_offset;  // of the first row, in the pool
     uint64_t source_offset;
     uint64_t num_bytes;
+    FillingChecksum* checksum;  // null: none is kept
+    bool is_hashed;             // here, block by block
   };
   std::vector<Piece> pieces;
   SequencePtr sequence;
@@ -391,10 +400,16 @@ absl::Status ModelHostImpl::WriteRows(const Tenant& tenant, SequenceId id, uint6
       const uint64_t slot_in_run = tail_rows + token;
       const uint32_t slot = slot_in_run % page_tokens();
       const uint64_t count = std::min<uint64_t>(end - token, page_tokens() - slot);
-      const Page& page = pages_.Get(pending->targets[run.group][slot_in_run / page_tokens()]);
-      pieces.push_back(
-          {FrameOffset(run.group, page.frame()) + geometry.RowOffset(run.layer, run.kind, slot),
-           (token - run.first_token) * row_bytes, count * row_bytes});
+      const uint64_t target = slot_in_run / page_tokens();
+      const Page& page = pages_.Get(pending->targets[run.group][target]);
+      const uint64_t offset = geometry.RowOffset(run.layer, run.kind, slot);
+      Piece piece{FrameOffset(run.group, page.frame()) + offset,
+                  (token - run.first_token) * row_bytes, count * row_bytes, nullptr, false};
+      if (!pending->checksums.empty()) {
+        piece.checksum = &pending->checksums[run.group][target];
+        piece.is_hashed = piece.checksum->Claim(offset, piece.num_bytes);
+      }
+      pieces.push_back(piece);
       token += count;
     }
     ++pending->num_writers;
@@ -406,7 +421,13 @@ absl::Status ModelHostImpl::WriteRows(const Tenant& tenant, SequenceId id, uint6
   for (const Piece& piece : pieces) {
     if (piece.num_bytes == 0) continue;
     if (view != nullptr) {
-      source(piece.source_offset, std::span(view + piece.frame_offset, piece.num_bytes));
+      const std::span<std::byte> to(view + piece.frame_offset, piece.num_bytes);
+      const size_t block = piece.is_hashed ? ChecksumStream::kBlockBytes : to.size();
+      for (size_t at = 0; at < to.size(); at += block) {
+        const auto part = to.subspan(at, std::min(block, to.size() - at));
+        source(piece.source_offset + at, part);
+        if (piece.is_hashed) piece.checksum->Update(part);
+      }
     } else {
       buffer.resize(piece.num_bytes);
       source(piece.source_offset, buffer);
@@ -418,6 +439,9 @@ absl::Status ModelHostImpl::WriteRows(const Tenant& tenant, SequenceId id, uint6
   {
     MutexLock lock(&mu_);
     --pending->num_writers;
+    for (const Piece& piece : pieces) {
+      if (piece.checksum != nullptr) piece.checksum->Release();
+    }
     if (status.ok()) {
       uint32_t& arrived = pending->arrived[run.group][run.layer][run.kind == RowKind::kV];
       arrived = std::max(arrived, run.first_token + run.num_tokens);
@@ -509,7 +533,11 @@ absl::StatusOr<CommitResult> ModelHostImpl::Commit(const Tenant& tenant,
       for (uint32_t p = 0; p < num_filled && status.ok(); ++p) {
         const auto bytes = PageBytes(g, offsets[g][p], buffer);
         status = bytes.status();
-        if (status.ok()) checksums[g].push_back(ChecksumOf(*bytes));
+        if (status.ok()) {
+          checksums[g].push_back(pending->checksums.empty()
+                                     ? ChecksumOf(*bytes)
+                                     : pending->checksums[g][p].Finish(*bytes));
+        }
         page_keys[g].push_back(MakePageKey(keys[first_filled + p], Geometry(g).fingerprint()));
       }
     }

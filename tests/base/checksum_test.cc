@@ -1,5 +1,6 @@
 #include "base/checksum.h"
 
+#include <algorithm>
 #include <random>
 #include <set>
 #include <string>
@@ -29,6 +30,43 @@ TEST(ChecksumTest, CopyingGivesTheSameBytesAndTheSameChecksum) {
     std::vector<std::byte> to(n);
     EXPECT_EQ(CopyWithChecksum(from, to), ChecksumOf(from)) << n;
     EXPECT_EQ(to, from) << n;
+  }
+}
+
+TEST(ChecksumTest, PiecesOfAnySizeGiveTheChecksumOfTheWhole) {
+  const auto bytes = Random(300'001);
+  std::mt19937 rng(5);
+  for (int round = 0; round < 50; ++round) {
+    ChecksumStream stream;
+    for (size_t at = 0; at < bytes.size();) {
+      const size_t n = std::min<size_t>(rng() % (round % 2 ? 300 : 70'000), bytes.size() - at);
+      stream.Update(std::span(bytes).subspan(at, n));
+      at += n;
+      if (rng() % 64 == 0) {
+        EXPECT_EQ(stream.Get(), ChecksumOf(std::span(bytes).first(at))) << at;
+      }
+    }
+    EXPECT_EQ(stream.Get(), ChecksumOf(bytes));
+  }
+}
+
+// A machine may have none of the extensions: then only the portable kernel runs here.
+TEST(ChecksumTest, AllKernelsOfThisMachineAgree) {
+  const auto bytes = Random(100'003);
+  std::vector<const checksum_internal::Kernel*> kernels;
+#if defined(__x86_64__)
+  if (__builtin_cpu_supports("avx2")) kernels.push_back(&checksum_internal::Avx2Kernel());
+  if (__builtin_cpu_supports("avx512f")) kernels.push_back(&checksum_internal::Avx512Kernel());
+#endif
+  for (size_t n : {0, 1, 3, 16, 128, 240, 241, 1024, 4097, 100'003}) {
+    Checksum128 expected;
+    checksum_internal::PortableKernel().hash(bytes.data(), n, &expected.low, &expected.high);
+    EXPECT_EQ(ChecksumOf(std::span(bytes).first(n)), expected);
+    for (const auto* kernel : kernels) {
+      Checksum128 got;
+      kernel->hash(bytes.data(), n, &got.low, &got.high);
+      EXPECT_EQ(got, expected) << n;
+    }
   }
 }
 

@@ -85,6 +85,24 @@ TEST(ByteBufferTest, ProtobufReadsWhatWeWrite) {
   }
 }
 
+TEST(ByteBufferTest, ProtobufReadsAPayloadOneLevelDown) {
+  std::mt19937_64 random(11);
+  for (int round = 0; round < 500; ++round) {
+    EchoRequest outer;
+    EchoRequest& inner = *outer.mutable_nested() = RandomHeader(random);
+    const std::string payload = RandomBytes(random() % 600, random);
+    const grpc::Slice halves[] = {
+        grpc::Slice(payload.data(), payload.size() / 2),
+        grpc::Slice(payload.data() + payload.size() / 2, payload.size() - payload.size() / 2)};
+    EchoRequest parsed;
+    ASSERT_TRUE(parsed.ParseFromString(
+        Flatten(EncodeNestedPayload(EchoRequest::kNestedFieldNumber, inner, kPayload, halves))))
+        << "round " << round;
+    inner.set_payload(payload);
+    ASSERT_TRUE(MessageDifferencer::Equals(parsed, outer)) << "round " << round;
+  }
+}
+
 TEST(ByteBufferTest, WeReadWhatProtobufWrites) {
   std::mt19937_64 random(2);
   for (int round = 0; round < 2000; ++round) {

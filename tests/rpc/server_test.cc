@@ -86,6 +86,33 @@ TEST_F(RpcServerTest, ServesCallsOverTcpAndUnixSockets) {
   EXPECT_NE(stat(path.c_str(), &st), 0) << "socket file is left behind";
 }
 
+TEST_F(RpcServerTest, BulkChannelsHaveAConnectionOfTheirOwn) {
+  TempDir dir;
+  RpcServer::Options options;
+  options.addresses = {"127.0.0.1:0", "unix:" + dir.path() + "/rpc.sock"};
+  Start(options);
+  ASSERT_TRUE(Echo("small").ok());
+  size_t connections = server_->num_connections();
+  for (const std::string& address : server_->addresses()) {
+    auto bulk = MakeBulkChannel(address);
+    ASSERT_TRUE(bulk.ok()) << bulk.status();
+    const auto stub = test::EchoService::NewStub(*bulk);
+    std::string answer;
+    EXPECT_TRUE(Echo("over " + address, &answer, stub.get()).ok());
+    EXPECT_EQ(answer, "over " + address);
+    EXPECT_EQ(server_->num_connections(), ++connections);
+  }
+  const auto bulk = MakeBulkChannel(server_->addresses()[1]);
+  ASSERT_TRUE(bulk.ok()) << bulk.status();
+  server_->Drain(absl::ZeroDuration());
+  const auto stub = test::EchoService::NewStub(*bulk);
+  EXPECT_EQ(Echo("gone", nullptr, stub.get()).code(), absl::StatusCode::kUnavailable);
+  const absl::Status nobody = MakeBulkChannel(server_->addresses()[1]).status();
+  EXPECT_EQ(nobody.code(), absl::StatusCode::kUnavailable);
+  EXPECT_THAT(std::string(nobody.message()), HasSubstr(dir.path()));
+  EXPECT_EQ(MakeBulkChannel("unix:").status().code(), absl::StatusCode::kInvalidArgument);
+}
+
 TEST_F(RpcServerTest, CarriesReasonAndRetryDelayToTheClient) {
   Start();
   test::EchoRequest request;
