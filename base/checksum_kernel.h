@@ -4,8 +4,8 @@
 #ifndef PAGETIDE_BASE_CHECKSUM_KERNEL_H_
 #define PAGETIDE_BASE_CHECKSUM_KERNEL_H_
 
-#include <stddef.h>
-#include <stdint.h>
+#include <cstddef>
+#include <cstdint>
 
 namespace pagetide::checksum_internal {
 
