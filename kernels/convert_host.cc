@@ -9,7 +9,7 @@ namespace pagetide::kernels {
 namespace {
 
 typedef uint16_t Half8 __attribute__((vector_size(16)));
-typedef uint8_t Byte8 __attribute__((vector_size(8)));
+typedef uint8_t Byte16 __attribute__((vector_size(16)));
 
 PAGETIDE_ALWAYS_INLINE Int8 AsInt(Float8 v) {
   Int8 bits;
@@ -32,18 +32,27 @@ PAGETIDE_ALWAYS_INLINE Int8 LoadHalves(const uint8_t* in) {
   std::memcpy(&v, in, sizeof(v));
   return __builtin_convertvector(v, Int8);
 }
+// Bytes go by way of halves: compilers take a direct conversion apart lane by lane.
 PAGETIDE_ALWAYS_INLINE Int8 LoadBytes(const uint8_t* in) {
-  Byte8 v;
-  std::memcpy(&v, in, sizeof(v));
-  return __builtin_convertvector(v, Int8);
+  Byte16 v{};
+  std::memcpy(&v, in, 8);
+  const Byte16 zero{};
+  v = __builtin_shufflevector(v, zero, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+  Half8 halves;
+  std::memcpy(&halves, &v, sizeof(halves));
+  return __builtin_convertvector(halves, Int8);
 }
 PAGETIDE_ALWAYS_INLINE void StoreHalves(uint8_t* out, Int8 v) {
   const Half8 narrow = __builtin_convertvector(v, Half8);
   std::memcpy(out, &narrow, sizeof(narrow));
 }
 PAGETIDE_ALWAYS_INLINE void StoreBytes(uint8_t* out, Int8 v) {
-  const Byte8 narrow = __builtin_convertvector(v, Byte8);
-  std::memcpy(out, &narrow, sizeof(narrow));
+  const Half8 halves = __builtin_convertvector(v, Half8);
+  Byte16 bytes;
+  std::memcpy(&bytes, &halves, sizeof(bytes));
+  bytes =
+      __builtin_shufflevector(bytes, bytes, 0, 2, 4, 6, 8, 10, 12, 14, 0, 2, 4, 6, 8, 10, 12, 14);
+  std::memcpy(out, &bytes, 8);
 }
 
 // --- plain types: eight elements at a time
@@ -297,14 +306,14 @@ PAGETIDE_ALWAYS_INLINE void EncodeGroupVector(const float* in, uint8_t* out) {
 
 // Both levels of a byte of two nibbles.
 struct Iq4NlPairs {
-  int8_t low[256];
-  int8_t high[256];
+  uint8_t low[256];
+  uint8_t high[256];
 };
 constexpr Iq4NlPairs MakeIq4NlPairs() {
   Iq4NlPairs pairs{};
   for (int byte = 0; byte < 256; ++byte) {
-    pairs.low[byte] = static_cast<int8_t>(Iq4NlLevel(byte & 15));
-    pairs.high[byte] = static_cast<int8_t>(Iq4NlLevel(byte >> 4));
+    pairs.low[byte] = static_cast<uint8_t>(Iq4NlLevel(byte & 15));
+    pairs.high[byte] = static_cast<uint8_t>(Iq4NlLevel(byte >> 4));
   }
   return pairs;
 }
@@ -312,10 +321,9 @@ constexpr Iq4NlPairs kIq4NlPairs = MakeIq4NlPairs();
 
 template <KvType kType>
 PAGETIDE_ALWAYS_INLINE void DecodeGroupVector(const uint8_t* in, float* out) {
-  typedef int8_t Signed8 __attribute__((vector_size(8)));
   const Float8 d = Broadcast8(F16ToF32(LoadU16(in)));
   if (kType == KvType::kQ8_0 || kType == KvType::kIQ4NL) {
-    int8_t levels[32];
+    uint8_t levels[32];
     if (kType == KvType::kQ8_0) {
       std::memcpy(levels, in + 2, sizeof(levels));
     } else {
@@ -325,9 +333,8 @@ PAGETIDE_ALWAYS_INLINE void DecodeGroupVector(const uint8_t* in, float* out) {
       }
     }
     for (int t = 0; t < 4; ++t) {
-      Signed8 q;
-      std::memcpy(&q, levels + t * kLanes, sizeof(q));
-      Store8(out + t * kLanes, ToFloat(__builtin_convertvector(q, Int8)) * d);
+      const Int8 q = (LoadBytes(levels + t * kLanes) ^ 0x80) - 0x80;  // sign extended
+      Store8(out + t * kLanes, ToFloat(q) * d);
     }
     return;
   }
