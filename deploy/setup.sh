@@ -5,8 +5,9 @@
 #   deploy/setup.sh [--checks] [--grpcurl] [--cuda]
 #     --checks   also clang 14, clang-tidy and clang-format (thread-safety build, CI)
 #     --grpcurl  also grpcurl, built by Go into build/tools/
-#     --cuda     also the CUDA 13.0 compiler and runtime, from PyPI into build/tools/cuda, unless
-#                nvcc is on the PATH or in /usr/local/cuda; no driver, no GPU needed
+#     --cuda     also the CUDA 13.0 compiler and runtime and a disassembler, from PyPI into
+#                build/tools/cuda, unless nvcc is on the PATH or in /usr/local/cuda; no driver, no
+#                GPU needed
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -95,7 +96,8 @@ if $with_cuda; then
     python3 -m venv "$venv"
     "$venv/bin/pip" install --quiet --disable-pip-version-check \
       "nvidia-cuda-nvcc==13.0.*" "nvidia-cuda-crt==13.0.*" "nvidia-nvvm==13.0.*" \
-      "nvidia-cuda-runtime==13.0.*" "nvidia-cuda-cccl==13.0.*"
+      "nvidia-cuda-runtime==13.0.*" "nvidia-cuda-cccl==13.0.*" \
+      "nvidia-cuda-cuobjdump==13.2.*" "nvidia-cuda-nvdisasm==13.2.*"  # the first on PyPI
     # Where nvcc's profile and CMake look: the packages have neither lib64 nor unversioned names.
     toolkit="$(echo "$venv"/lib/python3*/site-packages/nvidia/cu13)"
     ln -sfn libcudart.so.13 "$toolkit/lib/libcudart.so"
