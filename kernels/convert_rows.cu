@@ -65,8 +65,8 @@ __global__ void __launch_bounds__(kThreads, 2) ConvertRowsKernel(ConvertRowsArgs
   for (int64_t r = blockIdx.y; r < args.num_runs; r += gridDim.y) {
     const ConvertRun run = args.runs[r];
     for (int64_t row = blockIdx.x; row < run.num_rows; row += gridDim.x) {
-      const char* in = static_cast<const char*>(run.in) + row * args.in_row_bytes;
-      char* out = static_cast<char*>(run.out) + row * args.out_row_bytes;
+      const char* in = device::Global(static_cast<const char*>(run.in)) + row * args.in_row_bytes;
+      char* out = device::Global(static_cast<char*>(run.out)) + row * args.out_row_bytes;
       const bool wide_in = device::IsAligned(in, 16);
       const bool wide_out = device::IsAligned(out, 16);
       for (int64_t chunk = threadIdx.x; chunk < chunks; chunk += kThreads) {
@@ -95,9 +95,9 @@ __global__ void __launch_bounds__(kThreads, 2) CopyEncodedRowsKernel(ConvertRows
   for (int64_t r = blockIdx.y; r < args.num_runs; r += gridDim.y) {
     const ConvertRun run = args.runs[r];
     for (int64_t row = blockIdx.x; row < run.num_rows; row += gridDim.x) {
-      device::CopyBytes(static_cast<const char*>(run.in) + row * args.in_row_bytes,
-                        static_cast<char*>(run.out) + row * args.out_row_bytes, row_bytes,
-                        static_cast<int>(threadIdx.x), kThreads);
+      device::CopyBytes(device::Global(static_cast<const char*>(run.in)) + row * args.in_row_bytes,
+                        device::Global(static_cast<char*>(run.out)) + row * args.out_row_bytes,
+                        row_bytes, static_cast<int>(threadIdx.x), kThreads);
     }
   }
 }

@@ -14,8 +14,9 @@ __global__ void __launch_bounds__(kThreads, 2) CopyRowsKernel(CopyRowsArgs args)
   for (int64_t r = blockIdx.y; r < args.num_runs; r += gridDim.y) {
     const CopyRun run = args.runs[r];
     for (int64_t plane = blockIdx.z; plane < args.num_planes; plane += gridDim.z) {
-      const char* in = static_cast<const char*>(run.in) + plane * args.in_plane_bytes;
-      char* out = static_cast<char*>(run.out) + plane * args.out_plane_bytes;
+      const char* in =
+          device::Global(static_cast<const char*>(run.in)) + plane * args.in_plane_bytes;
+      char* out = device::Global(static_cast<char*>(run.out)) + plane * args.out_plane_bytes;
       for (int64_t at = blockIdx.x * kBlockBytes; at < run.num_bytes;
            at += gridDim.x * kBlockBytes) {
         const int64_t n = run.num_bytes - at < kBlockBytes ? run.num_bytes - at : kBlockBytes;

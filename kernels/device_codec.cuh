@@ -20,6 +20,14 @@ __device__ inline bool IsAligned(const void* p, unsigned bytes) {
   return (reinterpret_cast<uintptr_t>(p) & (bytes - 1)) == 0;
 }
 
+// Says that a pointer read from an argument array is to global memory, so that accesses need not
+// find out at run time.
+template <typename T>
+__device__ inline T* Global(T* p) {
+  __builtin_assume(__isGlobal(p));
+  return p;
+}
+
 // One element of a plain type at `index`.
 template <KvType kType>
 __device__ inline float LoadPlain(const void* in, int64_t index) {

@@ -23,11 +23,11 @@ __global__ void __launch_bounds__(32 * kWarps, 2) PageMoveKernel(PageMoveArgs ar
       const int64_t piece_bytes = whole ? row_bytes : args.head_bytes;
       for (int32_t t = static_cast<int32_t>(blockIdx.x * kWarps + threadIdx.y);
            t < tokens.num_tokens; t += gridDim.x * kWarps) {
-        const int64_t slot = tokens.slots[t];
+        const int64_t slot = device::Global(tokens.slots)[t];
         if (slot < 0) continue;
-        char* row = static_cast<char*>(tokens.page) + plane.page_offset +
+        char* row = device::Global(static_cast<char*>(tokens.page)) + plane.page_offset +
                     (tokens.first_token + t) * row_bytes;
-        char* place = static_cast<char*>(plane.base) +
+        char* place = device::Global(static_cast<char*>(plane.base)) +
                       slot / args.engine_page_tokens * plane.engine_page_bytes +
                       slot % args.engine_page_tokens * plane.engine_token_bytes;
         for (int32_t h = 0; h < pieces; ++h) {

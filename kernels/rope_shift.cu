@@ -54,9 +54,9 @@ __global__ void __launch_bounds__(32 * kMaxWarps, 2)
            unit += static_cast<int64_t>(gridDim.x) * blockDim.y) {
         const int64_t row = unit / args.num_heads;
         const int64_t of_head = unit % args.num_heads * head_bytes;
-        const char* in = static_cast<const char*>(run.in) + layer * args.in_layer_bytes +
-                         row * args.in_row_bytes + of_head;
-        char* out = static_cast<char*>(run.out) + layer * args.out_layer_bytes +
+        const char* in = device::Global(static_cast<const char*>(run.in)) +
+                         layer * args.in_layer_bytes + row * args.in_row_bytes + of_head;
+        char* out = device::Global(static_cast<char*>(run.out)) + layer * args.out_layer_bytes +
                     row * args.out_row_bytes + of_head;
         if (run.delta == 0) {
           if (in != out) device::CopyBytes(in, out, head_bytes, lane, 32);
