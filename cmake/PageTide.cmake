@@ -29,6 +29,8 @@ endif()
 add_compile_options("$<$<CONFIG:Release>:-fstack-protector-strong;-U_FORTIFY_SOURCE;-D_FORTIFY_SOURCE=3>")
 add_link_options("$<$<CONFIG:Release>:-pie;-Wl,-z,relro,-z,now>")
 if(PAGETIDE_SANITIZE)
+  # Compiles in two thirds of the time; the instrumentation is what counts there.
+  string(REPLACE "-O2" "-O1" CMAKE_CXX_FLAGS_RELWITHDEBINFO "${CMAKE_CXX_FLAGS_RELWITHDEBINFO}")
   set(PAGETIDE_SANITIZERS -fsanitize=${PAGETIDE_SANITIZE} -fno-omit-frame-pointer -fno-sanitize-recover=all)
   add_compile_options("$<$<COMPILE_LANGUAGE:C,CXX>:${PAGETIDE_SANITIZERS}>")
   add_link_options(-fsanitize=${PAGETIDE_SANITIZE})
