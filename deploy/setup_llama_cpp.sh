@@ -40,8 +40,9 @@ if ! has llama-cpp-python "$LLAMA_CPP_PYTHON"; then
   fi
   "$cache/venv/bin/pip" install -q "$cache/wheels/llama_cpp_python-$LLAMA_CPP_PYTHON-"*.whl >&2
 fi
-if ! "$python" -c "import grpc, google.protobuf, numpy, pytest, gguf" 2> /dev/null; then
-  "$cache/venv/bin/pip" install -q grpcio protobuf numpy pytest gguf mypy >&2
+if ! "$python" -c "import grpc, google.protobuf, numpy, pytest, gguf, fastapi, uvicorn, yaml" 2> /dev/null; then
+  "$cache/venv/bin/pip" install -q grpcio protobuf numpy pytest gguf mypy \
+    fastapi uvicorn pydantic-settings sse-starlette starlette-context PyYAML >&2
 fi
 say "llama-cpp-python $LLAMA_CPP_PYTHON is in $cache/venv"
 echo "PAGETIDE_LLAMA_PYTHON=$python"

@@ -1,9 +1,12 @@
 #!/usr/bin/env bash
-# Runs the llama.cpp connector's tests with a real llama.cpp, against the
+# Runs the llama.cpp connector's tests and measurements with a real llama.cpp (and a real model), against the
 # programs of a build. Not part of the CI: the first run builds llama.cpp and fetches the model.
 #
-#   tests/connectors/llama_cpp/run.sh [--build DIR] [test] [arguments]
-#     test   pytest with tiny models of random weights: all KV types, failures, refusals (default)
+#   tests/connectors/llama_cpp/run.sh [--build DIR] [test|real|ttft] [arguments]
+#     test   pytest with tiny models of random weights: all KV types, failures, refusals, the
+#            OpenAI-compatible server (default)
+#     real   logits of prompts with the real model: cold, warm, another process, restart, against a control
+#     ttft   time to first token, cold and warm, against the baselines
 set -euo pipefail
 cd "$(dirname "$0")/../../.."
 
@@ -22,6 +25,8 @@ export PYTHONPATH=$PWD/$build/python:$PWD/connectors/llama_cpp/src:$PWD/tests/cl
 export PYTHONDONTWRITEBYTECODE=1
 here=tests/connectors/llama_cpp
 case "$what" in
-  test) exec "$PAGETIDE_LLAMA_PYTHON" -m pytest -q -p no:cacheprovider "$here/connector_test.py" "$@" ;;
+  test) exec "$PAGETIDE_LLAMA_PYTHON" -m pytest -q -p no:cacheprovider "$here/connector_test.py" "$here/server_test.py" "$@" ;;
+  real) exec "$PAGETIDE_LLAMA_PYTHON" "$here/real_model.py" "$@" ;;
+  ttft) exec "$PAGETIDE_LLAMA_PYTHON" "$here/ttft.py" "$@" ;;
   *) echo "run.sh: unknown command '$what'" >&2; exit 2 ;;
 esac

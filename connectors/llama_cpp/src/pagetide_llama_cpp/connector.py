@@ -8,10 +8,11 @@ goes on by computing, and the reason is in the connector's last report, its coun
 from __future__ import annotations
 
 import collections
+import contextlib
 import dataclasses
 import logging
 import time
-from typing import Any, Callable, Generator, Optional, Sequence
+from typing import Any, Callable, Generator, Iterator, Optional, Sequence
 
 import llama_cpp
 import llama_cpp.llama_cpp as lc
@@ -36,6 +37,8 @@ class Options:
     cool_down: float = 5.0
     # Rows that wait to be stored; more are dropped.
     max_pending_bytes: int = 256 << 20
+    # False: only read what others stored.
+    store: bool = True
     # Store pages that generation filled, too. Their rows were computed one token at a time, so that the
     # last bits can differ from those of a prefill.
     store_generated: bool = True
@@ -54,25 +57,34 @@ class Report:
     worker_id: str = ""
     ask_seconds: float = 0.0   # assignment, opening, restores
     load_seconds: float = 0.0  # reading pages and handing them to the context
+    cut_seconds: float = 0.0   # copying filled pages out of the context, for the store thread
 
 
-def open_llama(model_path: str, **arguments: Any) -> llama_cpp.Llama:
-    """A Llama whose context can give out pages: a unified cache with a second sequence, and full-size
-    caches for window layers. The class itself has no parameters for the first two."""
-    arguments.setdefault("swa_full", True)
+@contextlib.contextmanager
+def contexts_with_pages() -> Iterator[None]:
+    """Contexts that are made inside can give out pages: a unified cache with a second sequence. The class
+    Llama has no parameters for these two. Not for several threads at a time."""
     original = lc.llama_context_default_params
 
     def with_second_sequence() -> Any:
         params = original()
         params.kv_unified = True
         params.n_seq_max = 2
+        params.swa_full = True
         return params
 
     lc.llama_context_default_params = with_second_sequence
     try:
-        return llama_cpp.Llama(model_path, **arguments)
+        yield
     finally:
         lc.llama_context_default_params = original
+
+
+def open_llama(model_path: str, **arguments: Any) -> llama_cpp.Llama:
+    """A Llama whose context can give out pages: contexts_with_pages, and full-size caches for window layers
+    unless swa_full says otherwise."""
+    with contexts_with_pages():
+        return llama_cpp.Llama(model_path, **arguments)
 
 
 def attach(llama: llama_cpp.Llama, router: str, options: Options = Options(),
@@ -157,7 +169,10 @@ class Connector:
 
     def _eval_and_store(self, tokens: Sequence[int]) -> None:
         self._eval(tokens)
+        began = time.monotonic()
         self._hand_over()
+        if self.last is not None:
+            self.last.cut_seconds += time.monotonic() - began
 
     def prepare(self, tokens: list[int]) -> Report:
         """Brings the longest known prefix of a prompt into the context, unless the context holds as much
@@ -211,7 +226,7 @@ class Connector:
                 self._load(sequence, tokens, min(usable, len(tokens) - 1), report)
         else:
             report.ask_seconds = time.monotonic() - began
-        self._sequence = sequence
+        self._sequence = sequence if self._options.store else None
         self._handed_over = tokens[:sequence.length]
         self._prompt_tokens = len(tokens)
 
