@@ -242,6 +242,13 @@ void AcceptLoop::Stop() {
   }
 }
 
+void AcceptLoop::CloseConnections() {
+  Sweep();
+  // A descriptor that gRPC closes and the process reuses just now would be hit in its place; the
+  // process is about to end.
+  for (const auto& [fd, connection] : open_) shutdown(fd, SHUT_RDWR);
+}
+
 size_t AcceptLoop::Cap() const {
   const uint64_t limit = DescriptorLimit();
   const uint64_t usable =

@@ -71,6 +71,10 @@ class AcceptLoop {
   // Closes the listening sockets (new peers are refused by the kernel) and joins. Idempotent.
   void Stop();
 
+  // Ends the connections that are open, both ways: their owner reads the end of the stream. What
+  // was written still goes out. After Stop only.
+  void CloseConnections();
+
   // What was bound, with the real ports, in the order asked for.
   const std::vector<ListenAddress>& addresses() const { return addresses_; }
   // Connections accepted and not yet seen closed: exact after at most one second.
@@ -108,7 +112,7 @@ class AcceptLoop {
   std::atomic<bool> stopping_{false};     // set once, then wake_fd_ is signalled
   std::atomic<size_t> num_open_{0};       // written by the accept thread; a statistic for others
 
-  // Owned by the accept thread.
+  // Owned by the accept thread; after Stop by who stopped it.
   int reserve_fd_ = -1;
   absl::flat_hash_map<int, Connection> open_;
   absl::flat_hash_map<std::string, size_t> per_peer_;

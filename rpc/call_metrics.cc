@@ -7,6 +7,7 @@
 
 #include "absl/container/flat_hash_map.h"
 #include "absl/status/status.h"
+#include "absl/strings/match.h"
 #include "absl/strings/str_cat.h"
 #include "absl/strings/strip.h"
 #include "base/clock.h"
@@ -50,10 +51,15 @@ class MethodMetrics {
 
 class CallMetrics final : public grpc::experimental::Interceptor {
  public:
-  explicit CallMetrics(MethodMetrics* method)
-      : method_(method), start_(Clock::Real()->MonotonicNow()) {}
+  // `running` may be null.
+  CallMetrics(MethodMetrics* method, RunningCalls* running)
+      : method_(method), running_(running), start_(Clock::Real()->MonotonicNow()) {
+    if (running_ != nullptr) running_->Add();
+  }
+  // Goes with the call, whose status was sent.
   ~CallMetrics() override {
     if (!is_recorded_) Record(static_cast<int>(absl::StatusCode::kCancelled));
+    if (running_ != nullptr) running_->Remove();
   }
   void Intercept(grpc::experimental::InterceptorBatchMethods* batch) override {
     if (batch->QueryInterceptionHookPoint(
@@ -70,13 +76,15 @@ class CallMetrics final : public grpc::experimental::Interceptor {
   }
 
   MethodMetrics* const method_;
+  RunningCalls* const running_;
   const MonotonicTime start_;
   bool is_recorded_ = false;  // batches of one call are intercepted one after another
 };
 
 class CallMetricsFactory final : public grpc::experimental::ServerInterceptorFactoryInterface {
  public:
-  explicit CallMetricsFactory(Metrics* metrics) : metrics_(metrics) {}
+  CallMetricsFactory(Metrics* metrics, RunningCalls* running)
+      : metrics_(metrics), running_(running) {}
 
   grpc::experimental::Interceptor* CreateServerInterceptor(
       grpc::experimental::ServerRpcInfo* info) override {
@@ -86,11 +94,13 @@ class CallMetricsFactory final : public grpc::experimental::ServerInterceptorFac
     if (found == methods_.end()) {
       found = methods_.emplace(name, std::make_unique<MethodMetrics>(metrics_, name)).first;
     }
-    return new CallMetrics(found->second.get());
+    const bool is_ours = !absl::StartsWith(name, "grpc.");
+    return new CallMetrics(found->second.get(), is_ours ? running_ : nullptr);
   }
 
  private:
   Metrics* const metrics_;
+  RunningCalls* const running_;
   Mutex mu_;
   // Grows only by registered methods: gRPC creates no interceptor for a method it does not know.
   absl::flat_hash_map<std::string, std::unique_ptr<MethodMetrics>> methods_ ABSL_GUARDED_BY(mu_);
@@ -99,8 +109,8 @@ class CallMetricsFactory final : public grpc::experimental::ServerInterceptorFac
 }  // namespace
 
 std::unique_ptr<grpc::experimental::ServerInterceptorFactoryInterface> MakeCallMetricsInterceptor(
-    Metrics* metrics) {
-  return std::make_unique<CallMetricsFactory>(metrics);
+    Metrics* metrics, RunningCalls* running) {
+  return std::make_unique<CallMetricsFactory>(metrics, running);
 }
 
 }  // namespace pagetide

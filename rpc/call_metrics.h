@@ -8,12 +8,15 @@
 #include <memory>
 
 #include "base/metrics.h"
+#include "rpc/running_calls.h"
 
 namespace pagetide {
 
-// `metrics` outlives the server. A call that ends without a status of its own counts as CANCELLED.
+// A call that ends without a status of its own counts as CANCELLED. `running` counts the calls of
+// our own services: those of gRPC's (health, reflection, channelz) may stay open for as long as
+// their clients like. Both outlive the server.
 std::unique_ptr<grpc::experimental::ServerInterceptorFactoryInterface> MakeCallMetricsInterceptor(
-    Metrics* metrics);
+    Metrics* metrics, RunningCalls* running);
 
 }  // namespace pagetide
 

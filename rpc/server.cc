@@ -8,6 +8,7 @@
 #include <grpcpp/impl/server_initializer.h>
 #include <grpcpp/resource_quota.h>
 #include <grpcpp/security/server_credentials.h>
+#include <pthread.h>
 
 #include <chrono>
 #include <thread>
@@ -22,6 +23,8 @@
 
 namespace pagetide {
 namespace {
+
+constexpr absl::Duration kGoAwayHeadStart = absl::Milliseconds(20);
 
 // Both plugins work on every server that is built later in this process; calling again is harmless.
 void InstallPlugins() {
@@ -98,7 +101,9 @@ absl::StatusOr<std::unique_ptr<RpcServer>> RpcServer::Create(
   for (grpc::Service* service : services) builder.RegisterService(service);
   builder.SetMaxReceiveMessageSize(kMaxMessageBytes);
   builder.SetMaxSendMessageSize(kMaxMessageBytes);
-  builder.SetResourceQuota(grpc::ResourceQuota("pagetide").Resize(options.memory_quota_bytes));
+  builder.SetResourceQuota(grpc::ResourceQuota("pagetide")
+                               .Resize(options.memory_quota_bytes)
+                               .SetMaxThreads(options.max_threads));
   builder.AddChannelArgument(GRPC_ARG_MAX_METADATA_SIZE, kMaxMetadataBytes);
   builder.AddChannelArgument(GRPC_ARG_HTTP2_MAX_FRAME_SIZE, kHttp2MaxFrameBytes);
   builder.AddChannelArgument(GRPC_ARG_HTTP2_WRITE_BUFFER_SIZE, kHttp2WriteBufferBytes);
@@ -116,7 +121,7 @@ absl::StatusOr<std::unique_ptr<RpcServer>> RpcServer::Create(
   builder.AddChannelArgument(GRPC_ARG_HTTP2_MAX_PING_STRIKES, 3);
   builder.AddChannelArgument(GRPC_ARG_ENABLE_CHANNELZ, 1);
   std::vector<std::unique_ptr<grpc::experimental::ServerInterceptorFactoryInterface>> interceptors;
-  interceptors.push_back(MakeCallMetricsInterceptor(self->metrics_.get()));
+  interceptors.push_back(MakeCallMetricsInterceptor(self->metrics_.get(), &self->running_));
   builder.experimental().SetInterceptorCreators(std::move(interceptors));
   self->acceptor_ = builder.experimental().AddExternalConnectionAcceptor(
       grpc::ServerBuilder::experimental_type::ExternalConnectionType::FROM_FD,
@@ -183,10 +188,21 @@ void RpcServer::Drain(absl::Duration timeout) {
     std::this_thread::sleep_for(absl::ToChronoNanoseconds(options_.drain_notice));
   }
   accept_loop_->Stop();
-  server_->Shutdown(std::chrono::system_clock::now() +
-                    std::chrono::duration_cast<std::chrono::system_clock::duration>(
-                        absl::ToChronoNanoseconds(timeout)));
-  server_->Wait();
+  const auto deadline = std::chrono::system_clock::now() +
+                        std::chrono::duration_cast<std::chrono::system_clock::duration>(
+                            absl::ToChronoNanoseconds(timeout));
+  // Sends GOAWAY, takes no new calls, and returns when every connection is gone. A client without a
+  // call looks at its connection every five seconds only, and would have us wait for that.
+  std::thread shutdown([this, deadline] {
+    pthread_setname_np(pthread_self(), "rpc-drain");
+    server_->Shutdown(deadline);
+    server_->Wait();
+  });
+  // So that clients read the GOAWAY before the end: they then know that a call was not begun.
+  std::this_thread::sleep_for(absl::ToChronoNanoseconds(kGoAwayHeadStart));
+  running_.WaitForNone(timeout);
+  accept_loop_->CloseConnections();
+  shutdown.join();
   MutexLock lock(&mu_);
   is_drained_ = true;
   drained_changed_.SignalAll();

@@ -24,6 +24,7 @@
 #include "rpc/accept_loop.h"
 #include "rpc/metrics.h"
 #include "rpc/metrics_http.h"
+#include "rpc/running_calls.h"
 
 namespace pagetide {
 
@@ -39,6 +40,8 @@ class RpcServer {
     // Memory that gRPC may hold for messages in flight; beyond it, reads wait and idle streams go.
     size_t memory_quota_bytes = size_t{1} << 30;
     int max_concurrent_streams = 1024;  // a connection
+    // Threads for calls that block; beyond them calls are answered RESOURCE_EXHAUSTED.
+    int max_threads = 2048;
     // A peer that has not finished its HTTP/2 (and TLS) handshake by then is cut off.
     absl::Duration handshake_timeout = absl::Seconds(10);
     // A connection without any call for this long gets a GOAWAY; clients reconnect by themselves.
@@ -70,7 +73,8 @@ class RpcServer {
   // services end their long streams. Set before Drain.
   void OnDrain(std::function<void()> callback);
   // NOT_SERVING → OnDrain → no new connections → GOAWAY → waits for running calls up to `timeout`,
-  // then cancels them. Returns when the last call is over; a second call waits for the first.
+  // then cancels them → closes connections. Idle clients, and those that watch health, are not
+  // waited for. Returns when the last call is over; a second call waits for the first.
   void Drain(absl::Duration timeout);
 
   // As clients dial it, with the real ports, in the order of Options::addresses.
@@ -88,6 +92,7 @@ class RpcServer {
   // Const after Create.
   std::shared_ptr<PrometheusMetrics> metrics_;  // shared with the mains' other parts
   std::unique_ptr<AcceptLoop> accept_loop_;
+  RunningCalls running_;  // outlives server_
   std::unique_ptr<grpc::experimental::ExternalConnectionAcceptor> acceptor_;
   std::unique_ptr<grpc::Server> server_;
   std::unique_ptr<MetricsHttpServer> http_;

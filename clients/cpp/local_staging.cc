@@ -32,14 +32,16 @@ class Descriptors {
  public:
   Descriptors() = default;
   ~Descriptors() {
-    for (const int fd : fds_) close(fd);
+    for (const int fd : fds_) {
+      if (fd >= 0) close(fd);
+    }
   }
   Descriptors(const Descriptors&) = delete;
   Descriptors& operator=(const Descriptors&) = delete;
   void Add(int fd) { fds_.push_back(fd); }
   size_t size() const { return fds_.size(); }
   int operator[](size_t i) const { return fds_[i]; }
-  void ReleaseAll() { fds_.clear(); }
+  void Release(size_t i) { fds_[i] = -1; }
 
  private:
   std::vector<int> fds_;
@@ -112,9 +114,9 @@ absl::Status ReceiveWelcome(int fd, absl::Time deadline, absl::string_view path,
 
 }  // namespace
 
-absl::StatusOr<std::unique_ptr<LocalStaging>> LocalStaging::Connect(absl::string_view socket_path,
-                                                                    uint64_t staging_bytes,
-                                                                    absl::Duration timeout) {
+absl::StatusOr<std::unique_ptr<LocalStaging>> LocalStaging::Connect(
+    absl::string_view socket_path, uint64_t staging_bytes, absl::Duration timeout,
+    absl::string_view model_digest) {
   const absl::Time deadline = absl::Now() + timeout;
   sockaddr_un address{};
   address.sun_family = AF_UNIX;
@@ -135,6 +137,7 @@ absl::StatusOr<std::unique_ptr<LocalStaging>> LocalStaging::Connect(absl::string
   v1::LocalHello hello;
   hello.set_version(kVersion);
   hello.set_staging_bytes(staging_bytes);
+  hello.set_model_digest(std::string(model_digest));
   std::string frame(kLengthBytes, '\0');
   absl::little_endian::Store32(frame.data(), static_cast<uint32_t>(hello.ByteSizeLong()));
   hello.AppendToString(&frame);
@@ -159,10 +162,22 @@ absl::StatusOr<std::unique_ptr<LocalStaging>> LocalStaging::Connect(absl::string
   void* data =
       mmap(nullptr, welcome.staging_bytes(), PROT_READ | PROT_WRITE, MAP_SHARED, owned[1], 0);
   if (data == MAP_FAILED) return SystemError("map staging of", socket_path);
-  for (size_t i = 1; i < owned.size(); ++i) close(owned[i]);
-  owned.ReleaseAll();
-  return std::unique_ptr<LocalStaging>(new LocalStaging(
+  std::unique_ptr<LocalStaging> staging(new LocalStaging(
       fd, static_cast<std::byte*>(data), welcome.staging_bytes(), welcome.client_id()));
+  owned.Release(0);  // the socket is the staging's now
+  if (welcome.pools_size() > 0 && welcome.pools(0).has_fd() && owned.size() > 2) {
+    const uint64_t bytes = welcome.pools(0).size_bytes();
+    if (fstat(owned[2], &info) != 0) return SystemError("look at pool of", socket_path);
+    if (bytes == 0 || static_cast<uint64_t>(info.st_size) < bytes) {
+      return absl::UnavailableError(absl::StrCat("local plane ", socket_path, ": pool of ",
+                                                 info.st_size, " bytes, announced ", bytes));
+    }
+    void* pool = mmap(nullptr, bytes, PROT_READ, MAP_SHARED, owned[2], 0);
+    if (pool == MAP_FAILED) return SystemError("map pool of", socket_path);
+    staging->pool_ = static_cast<const std::byte*>(pool);
+    staging->pool_bytes_ = bytes;
+  }
+  return staging;
 }
 
 LocalStaging::LocalStaging(int socket, std::byte* data, uint64_t num_bytes, uint64_t client_id)
@@ -170,7 +185,15 @@ LocalStaging::LocalStaging(int socket, std::byte* data, uint64_t num_bytes, uint
 
 LocalStaging::~LocalStaging() {
   munmap(data_, num_bytes_);
+  if (pool_ != nullptr) munmap(const_cast<std::byte*>(pool_), pool_bytes_);
   close(socket_);
+}
+
+bool LocalStaging::IsConnected() const {
+  // The worker says nothing after its welcome: what can be read is the end.
+  char byte;
+  return recv(socket_, &byte, 1, MSG_PEEK | MSG_DONTWAIT) < 0 &&
+         (errno == EAGAIN || errno == EWOULDBLOCK);
 }
 
 absl::StatusOr<std::span<std::byte>> LocalStaging::Region(uint64_t offset,

@@ -9,8 +9,10 @@
 #include "base/error_info.h"
 #include "base/log.h"
 #include "base/status_macros.h"
+#include "clients/cpp/batch_step.h"
+#include "clients/cpp/in_place_rows.h"
 #include "clients/cpp/request_id.h"
-#include "core/staging_layout.h"
+#include "clients/cpp/row_checks.h"
 
 namespace pagetide {
 namespace {
@@ -22,22 +24,8 @@ constexpr absl::Duration kCloseTimeout = absl::Seconds(2);
 constexpr char kAppendTokens[] = "/pagetide.v1.SequenceService/AppendTokens";
 constexpr char kReadRows[] = "/pagetide.v1.SequenceService/ReadRows";
 
-std::string_view StdView(std::span<const std::byte> bytes) {
-  return {reinterpret_cast<const char*>(bytes.data()), bytes.size()};
-}
-
 v1::RowKind ToProto(RowKind kind) {
   return kind == RowKind::kK ? v1::ROW_KIND_K : v1::ROW_KIND_V;
-}
-
-// INVALID_ARGUMENT unless the model has this group and layer.
-absl::Status CheckLayer(const Model& model, uint32_t group, uint32_t layer) {
-  const PageGeometry& geometry = model.geometry();
-  if (group >= geometry.num_groups() || layer >= geometry.group(group).num_layers()) {
-    return absl::InvalidArgumentError(
-        absl::StrCat("group ", group, ", layer ", layer, ": not in model ", model.spec().name));
-  }
-  return absl::OkStatus();
 }
 
 absl::Status CopyFloats(absl::string_view field, const std::string& bytes, std::span<float> out) {
@@ -132,45 +120,27 @@ absl::StatusOr<std::unique_ptr<PendingAppend>> Sequence::BeginAppend(
 
 absl::StatusOr<std::unique_ptr<PendingStep>> Sequence::BeginStep(uint32_t num_tokens,
                                                                  bool will_attend) {
-  std::unique_ptr<PendingStep> step(new PendingStep(this));
-  step->is_open_ = false;  // until the worker has reserved
-  step->staging_ = worker_->Staging();
-  v1::ReserveSlotsRequest request;
-  v1::ReserveSlotsRequest::Item* item = request.add_items();
-  *item->mutable_sequence() = Ref();
-  item->set_num_tokens(num_tokens);
-  request.set_pin_prefix(will_attend);
-  const auto reserve = [&] {
-    request.set_request_id(NewRequestId());
-    request.set_local_client_id(step->staging_ == nullptr ? 0 : step->staging_->client_id());
-    return CallUnary(worker_->call_options(), worker_->sequences(), &Service::ReserveSlots,
-                     request);
-  };
-  absl::StatusOr<v1::ReserveSlotsResponse> response = reserve();
-  if (absl::IsNotFound(response.status()) && step->staging_ != nullptr &&
-      GetReason(response.status()) != "SEQUENCE_NOT_FOUND") {
-    // The worker forgot our staging buffer, which does not hinder the step.
-    worker_->DropStaging();
-    step->staging_ = nullptr;
-    response = reserve();
-  }
-  PT_RETURN_IF_ERROR(response.status());
-  if (response->slots_size() != 1) {
-    return absl::InternalError(absl::StrCat("reserve slots of ", id(), ": ", response->slots_size(),
-                                            " slots in the answer, expected 1"));
-  }
-  step->slot_ = std::move(*response->mutable_slots(0));
-  step->is_open_ = true;
-  if (step->staging_ != nullptr) {
-    PT_ASSIGN_OR_RETURN(step->region_, step->staging_->Region(step->slot_.staging_offset(),
-                                                              step->slot_.staging_bytes()));
-    const uint64_t expected = StagedBytes(model_->geometry(), num_tokens);
-    if (step->region_.size() != expected) {
-      return absl::InternalError(absl::StrCat("reserve slots of ", id(), ": staging of ",
-                                              step->region_.size(), " bytes, expected ", expected));
-    }
-  }
-  return step;
+  Sequence* const self = this;
+  PT_ASSIGN_OR_RETURN(std::unique_ptr<BatchStep> step,
+                      BatchStep::Begin(std::span(&self, 1), num_tokens, will_attend));
+  return std::unique_ptr<PendingStep>(new PendingStep(std::move(step)));
+}
+
+absl::StatusOr<std::unique_ptr<InPlaceRows>> Sequence::ReadInPlace(absl::Duration lease) {
+  PT_RETURN_IF_ERROR(InPlaceRows::CheckLease(lease));
+  PT_ASSIGN_OR_RETURN(std::shared_ptr<LocalStaging> memory,
+                      worker_->SharedPool(model_->digest().ToHex()));
+  v1::GetBlockTableRequest request;
+  request.set_sequence_id(state_.sequence_id());
+  absl::Duration rest;
+  request.mutable_lease()->set_seconds(absl::IDivDuration(lease, absl::Seconds(1), &rest));
+  request.mutable_lease()->set_nanos(static_cast<int32_t>(absl::ToInt64Nanoseconds(rest)));
+  const MonotonicTime sent = Clock::Real()->MonotonicNow();
+  PT_ASSIGN_OR_RETURN(
+      const v1::GetBlockTableResponse response,
+      CallUnary(worker_->call_options(), worker_->sequences(), &Service::GetBlockTable, request));
+  state_ = response.state();
+  return InPlaceRows::Create(std::move(memory), model_, response, sent + lease);
 }
 
 absl::Status Sequence::Attend(const AttendCall& call) {
@@ -409,105 +379,31 @@ absl::StatusOr<v1::AppendTokensResponse> PendingAppend::Commit() {
   return response;
 }
 
-PendingStep::~PendingStep() {
-  if (!is_open_) return;
-  v1::AbortReservationRequest request;
-  request.set_sequence_id(sequence_->id());
-  request.set_epoch(sequence_->state_.epoch());
-  request.set_reservation_id(slot_.reservation_id());
-  CallOptions once{.timeout = kCloseTimeout};
-  once.retry.max_attempts = 1;
-  const auto aborted =
-      CallUnary(once, sequence_->worker_->sequences(), &Service::AbortReservation, request);
-  if (!aborted.ok()) {
-    LogInfo("client", "abort reservation ", slot_.reservation_id(), ": ",
-            aborted.status().message());
-  }
+PendingStep::PendingStep(std::unique_ptr<BatchStep> step) : step_(std::move(step)) {}
+
+PendingStep::~PendingStep() = default;
+
+uint64_t PendingStep::first_position() const {
+  return step_->first_position(0);
+}
+
+bool PendingStep::is_local() const {
+  return step_->is_local();
 }
 
 absl::Status PendingStep::WriteRows(uint32_t group, uint32_t layer,
                                     std::span<const std::byte> k_rows,
                                     std::span<const std::byte> v_rows) {
-  PT_RETURN_IF_ERROR(CheckLayer(sequence_->model(), group, layer));
-  const PageGeometry& geometry = sequence_->model().geometry();
-  const uint32_t n = slot_.num_tokens();
-  const uint64_t k_bytes = uint64_t{n} * geometry.group(group).k_row_bytes();
-  const uint64_t v_bytes = uint64_t{n} * geometry.group(group).v_row_bytes();
-  if (k_rows.size() != k_bytes || v_rows.size() != v_bytes) {
-    return absl::InvalidArgumentError(absl::StrCat("write rows of ", n, " tokens: ", k_rows.size(),
-                                                   " K and ", v_rows.size(), " V bytes, expected ",
-                                                   k_bytes, " and ", v_bytes));
-  }
-  if (staging_ != nullptr) {
-    std::memcpy(region_.data() + StagedOffset(geometry, n, group, layer, RowKind::kK),
-                k_rows.data(), k_rows.size());
-    if (!v_rows.empty()) {
-      std::memcpy(region_.data() + StagedOffset(geometry, n, group, layer, RowKind::kV),
-                  v_rows.data(), v_rows.size());
-    }
-    return absl::OkStatus();
-  }
-  unsent_.push_back({group, layer, std::string(StdView(k_rows)), std::string(StdView(v_rows))});
-  return absl::OkStatus();
+  return step_->WriteRows(0, group, layer, k_rows, v_rows);
 }
 
 absl::Status PendingStep::Attend(const AttendCall& call) {
-  v1::AttendRequest request;
-  request.set_reservation_id(slot_.reservation_id());
-  const auto mine = std::find_if(unsent_.begin(), unsent_.end(), [&](const UnsentRows& rows) {
-    return rows.group == call.group && rows.layer == call.layer;
-  });
-  if (staging_ != nullptr) {
-    request.set_rows_in_staging(true);
-  } else if (mine != unsent_.end()) {
-    request.set_k_rows(mine->k);
-    request.set_v_rows(mine->v);
-  }
-  PT_RETURN_IF_ERROR(sequence_->Attend(call, &request));
-  if (mine != unsent_.end()) unsent_.erase(mine);
-  return absl::OkStatus();
+  return step_->Attend(0, call);
 }
 
 absl::Status PendingStep::Commit(std::span<const uint32_t> tokens) {
-  if (!is_open_) {
-    return absl::FailedPreconditionError(
-        absl::StrCat("step of ", sequence_->id(), " was committed already"));
-  }
-  v1::CommitStepRequest request;
-  request.set_request_id(NewRequestId());
-  v1::CommitStepRequest::Item* item = request.add_items();
-  *item->mutable_sequence() = sequence_->Ref();
-  item->set_reservation_id(slot_.reservation_id());
-  item->mutable_tokens()->Add(tokens.begin(), tokens.end());
-  item->set_rows_in_staging(staging_ != nullptr);
-  for (const UnsentRows& rows : unsent_) {
-    for (const RowKind kind : {RowKind::kK, RowKind::kV}) {
-      const std::string& bytes = kind == RowKind::kK ? rows.k : rows.v;
-      if (bytes.empty()) continue;
-      v1::RowPart* part = item->add_rows();
-      part->set_group(rows.group);
-      part->set_layer(rows.layer);
-      part->set_kind(ToProto(kind));
-      part->set_num_tokens(slot_.num_tokens());
-      part->set_data(bytes);
-    }
-  }
-  PT_ASSIGN_OR_RETURN(const v1::CommitStepResponse response,
-                      CallUnary(sequence_->worker_->call_options(), sequence_->worker_->sequences(),
-                                &Service::CommitStep, request));
-  if (response.results_size() != 1) {
-    return absl::InternalError(absl::StrCat("commit step of ", sequence_->id(), ": ",
-                                            response.results_size(), " results, expected 1"));
-  }
-  const v1::CommitStepResponse::Result& result = response.results(0);
-  if (result.code() != 0) {
-    const absl::Status status(static_cast<absl::StatusCode>(result.code()), result.message());
-    return result.reason().empty() ? status : WithReason(status, result.reason());
-  }
-  is_open_ = false;
-  sequence_->state_.set_revision(result.revision());
-  sequence_->state_.set_length(result.length());
-  return absl::OkStatus();
+  PT_ASSIGN_OR_RETURN(const std::vector<absl::Status> results, step_->Commit({&tokens, 1}));
+  return results[0];
 }
 
 }  // namespace pagetide

@@ -25,6 +25,7 @@
 #include "absl/functional/function_ref.h"
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
+#include "absl/time/time.h"
 #include "clients/cpp/worker_connection.h"
 #include "core/geometry.h"
 #include "core/model.h"
@@ -66,6 +67,8 @@ struct RowsPieces {
   const PayloadView* bytes = nullptr;  // [num_tokens, row_bytes]
 };
 
+class BatchStep;
+class InPlaceRows;
 class PendingAppend;
 class PendingStep;
 
@@ -114,6 +117,10 @@ class Sequence {
                              std::span<const uint32_t> layers,
                              absl::FunctionRef<absl::Status(const RowsPieces&)> sink);
 
+  // Makes all committed rows resident and pins them for `lease` (at most 30 s), to be read in place
+  // (clients/cpp/in_place_rows.h). FAILED_PRECONDITION when the worker shares no memory with us.
+  absl::StatusOr<std::unique_ptr<InPlaceRows>> ReadInPlace(absl::Duration lease);
+
   // A new sequence on the same worker with the first `length` tokens (absent: all).
   absl::StatusOr<std::unique_ptr<Sequence>> Fork(std::optional<uint64_t> length = std::nullopt);
   // Truncates to the first `length` tokens.
@@ -123,8 +130,8 @@ class Sequence {
 
  private:
   friend class Client;
+  friend class BatchStep;
   friend class PendingAppend;
-  friend class PendingStep;
 
   Sequence(std::shared_ptr<WorkerConnection> worker, std::shared_ptr<const Model> model,
            v1::SequenceState state);
@@ -183,15 +190,16 @@ class PendingAppend {
   bool has_begun_ = false;             // the worker said that it has taken the header
 };
 
-// See the head of this file. The reservation is given back if this goes away uncommitted.
+// See the head of this file. The reservation is given back if this goes away uncommitted. Many
+// sequences together: clients/cpp/batch_step.h.
 class PendingStep {
  public:
   ~PendingStep();
   PendingStep(const PendingStep&) = delete;
   PendingStep& operator=(const PendingStep&) = delete;
 
-  uint64_t first_position() const { return slot_.first_position(); }
-  bool is_local() const { return staging_ != nullptr; }
+  uint64_t first_position() const;
+  bool is_local() const;
 
   // The rows of all reserved tokens in one layer: [num_tokens, row_bytes] each.
   absl::Status WriteRows(uint32_t group, uint32_t layer, std::span<const std::byte> k_rows,
@@ -203,22 +211,8 @@ class PendingStep {
 
  private:
   friend class Sequence;
-  explicit PendingStep(Sequence* sequence) : sequence_(sequence) {}
-
-  // Rows written here that the worker does not have yet.
-  struct UnsentRows {
-    uint32_t group;
-    uint32_t layer;
-    std::string k;
-    std::string v;
-  };
-
-  Sequence* const sequence_;
-  v1::ReserveSlotsResponse::Slot slot_;
-  std::shared_ptr<LocalStaging> staging_;  // shared with the connection; null: rows go by RPC
-  std::span<std::byte> region_;            // in staging_
-  std::vector<UnsentRows> unsent_;
-  bool is_open_ = true;
+  explicit PendingStep(std::unique_ptr<BatchStep> step);
+  const std::unique_ptr<BatchStep> step_;  // of one sequence
 };
 
 }  // namespace pagetide

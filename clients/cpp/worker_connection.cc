@@ -2,6 +2,7 @@
 
 #include <utility>
 
+#include "absl/strings/str_cat.h"
 #include "base/log.h"
 #include "base/status_macros.h"
 
@@ -61,6 +62,31 @@ absl::StatusOr<std::shared_ptr<grpc::Channel>> WorkerConnection::BulkChannel() {
 void WorkerConnection::DropBulkChannel(const std::shared_ptr<grpc::Channel>& channel) {
   MutexLock lock(&mu_);
   if (bulk_ == channel) bulk_.reset();
+}
+
+absl::StatusOr<std::shared_ptr<LocalStaging>> WorkerConnection::SharedPool(
+    absl::string_view model_digest) {
+  const std::string digest(model_digest);
+  if (options_.local_socket.empty()) {
+    return absl::FailedPreconditionError(
+        absl::StrCat("share the pool of worker ", options_.address, ": it has no local plane"));
+  }
+  {
+    MutexLock lock(&mu_);
+    const auto it = pools_.find(digest);
+    if (it != pools_.end() && it->second->IsConnected()) return it->second;
+  }
+  // Connects without the lock; of two first callers the later one's connection stays.
+  PT_ASSIGN_OR_RETURN(std::shared_ptr<LocalStaging> pool,
+                      LocalStaging::Connect(options_.local_socket, /*staging_bytes=*/1,
+                                            kLocalPlaneTimeout, digest));
+  if (pool->pool().empty()) {
+    return absl::FailedPreconditionError(absl::StrCat("share the pool of worker ", options_.address,
+                                                      ": the host cannot address its frames"));
+  }
+  MutexLock lock(&mu_);
+  pools_[digest] = pool;
+  return pool;
 }
 
 absl::StatusOr<std::map<std::string, double>> WorkerConnection::GetStats() const {

@@ -89,6 +89,11 @@ class WorkerConnection {
   // The worker no longer knows this buffer (it restarted): forget it, and use RPC from now on.
   void DropStaging();
 
+  // The frames of a model of this worker, mapped on first use. FAILED_PRECONDITION when the worker
+  // is not on this host, has no local plane or does not export the pool; else as
+  // LocalStaging::Connect.
+  absl::StatusOr<std::shared_ptr<LocalStaging>> SharedPool(absl::string_view model_digest);
+
   // Counters of the worker since its start, by metric name.
   absl::StatusOr<std::map<std::string, double>> GetStats() const;
   // max_pages 0: all that can be.
@@ -104,6 +109,8 @@ class WorkerConnection {
   Mutex mu_;
   bool is_staging_decided_ ABSL_GUARDED_BY(mu_) = false;
   std::shared_ptr<LocalStaging> staging_ ABSL_GUARDED_BY(mu_);
+  // By model digest; shared with those who read.
+  std::map<std::string, std::shared_ptr<LocalStaging>> pools_ ABSL_GUARDED_BY(mu_);
   // Shared with the calls that it carries.
   std::shared_ptr<grpc::Channel> bulk_ ABSL_GUARDED_BY(mu_);
 

@@ -9,6 +9,8 @@
 
 #include "absl/strings/str_cat.h"
 #include "base/error_info.h"
+#include "clients/cpp/batch_step.h"
+#include "clients/cpp/in_place_rows.h"
 #include "decoder/decoder.h"
 #include "decoder/local_kv_backend.h"
 #include "decoder/pagetide_kv_backend.h"
@@ -150,6 +152,164 @@ TEST_F(ClientTest, ReadsBackWhatWasAppendedAndStopsWhenToldTo) {
   const absl::Status stopped = sequence->ReadRows(
       0, 0, 0, {}, [](const RowsPart&) { return absl::OutOfRangeError("enough"); });
   EXPECT_EQ(stopped.message(), "enough");
+}
+
+// One step of three sequences: rows as the oracle has them, for each its own.
+TEST_F(ClientTest, OneStepOfManySequences) {
+  const size_t row_bytes = decoder_->config().row_bytes();
+  for (const bool local : {true, false}) {
+    SCOPED_TRACE(local ? "shared memory" : "RPC");
+    auto client = MakeClient(local);
+    const auto model = Register(*client);
+    const uint32_t num_layers = model->geometry().group(0).num_layers();
+    std::vector<std::unique_ptr<Sequence>> sequences;
+    std::vector<Sequence*> pointers;
+    std::vector<std::vector<uint32_t>> tokens;
+    for (uint32_t i = 0; i < 3; ++i) {
+      tokens.push_back(Tokens(30 + i, 100 + i + 10 * local));
+      sequences.push_back(client->Open(model, tokens[i]).value());
+      ASSERT_TRUE(Compute(*sequences[i], tokens[i]).ok());
+      pointers.push_back(sequences[i].get());
+    }
+    std::vector<std::vector<std::byte>> rows;  // [sequence], of every layer alike
+    const auto step_all = [&](bool leave_one_out) {
+      auto step = BatchStep::Begin(pointers, 1);
+      ASSERT_TRUE(step.ok()) << step.status();
+      EXPECT_EQ((*step)->is_local(), local);
+      rows.clear();
+      std::vector<std::span<const uint32_t>> next;
+      static const std::vector<uint32_t> kToken = {77};
+      for (size_t i = 0; i < pointers.size(); ++i) {
+        EXPECT_EQ((*step)->first_position(i), pointers[i]->length());
+        rows.emplace_back(row_bytes, static_cast<std::byte>(i + 1));
+        const uint32_t layers = leave_one_out && i == 1 && !local ? num_layers - 1 : num_layers;
+        for (uint32_t layer = 0; layer < layers; ++layer) {
+          ASSERT_TRUE((*step)->WriteRows(i, 0, layer, rows[i], rows[i]).ok());
+        }
+        next.push_back(kToken);
+      }
+      EXPECT_EQ((*step)->WriteRows(0, 0, num_layers, rows[0], rows[0]).code(),
+                absl::StatusCode::kInvalidArgument);
+      EXPECT_EQ((*step)->Commit({next.data(), 2}).status().code(),
+                absl::StatusCode::kInvalidArgument);
+      const auto committed = (*step)->Commit(next);
+      ASSERT_TRUE(committed.ok()) << committed.status();
+      for (size_t i = 0; i < pointers.size(); ++i) {
+        if (leave_one_out && i == 1 && !local) {
+          EXPECT_EQ(GetReason((*committed)[i]), "ROWS_MISSING");
+        } else {
+          EXPECT_TRUE((*committed)[i].ok()) << (*committed)[i];
+        }
+      }
+      if (!leave_one_out) {
+        EXPECT_EQ((*step)->Commit(next).status().code(), absl::StatusCode::kFailedPrecondition);
+      }
+    };
+    step_all(/*leave_one_out=*/false);
+    // The one without all its rows stays as it was and can be stepped again.
+    step_all(/*leave_one_out=*/true);
+    EXPECT_EQ(pointers[0]->length(), 32u);
+    EXPECT_EQ(pointers[1]->length(), local ? 33u : 32u);
+    for (size_t i = 0; i < pointers.size(); ++i) {
+      ASSERT_TRUE(pointers[i]->Refresh().ok());
+      EXPECT_EQ(pointers[i]->state().pending_tokens(), 0u);
+      uint64_t compared = 0;
+      ASSERT_TRUE(pointers[i]
+                      ->ReadRows(0, tokens[i].size(), 0, {},
+                                 [&](const RowsPart& part) {
+                                   for (const std::byte b : part.bytes) {
+                                     EXPECT_EQ(b, static_cast<std::byte>(i + 1));
+                                   }
+                                   compared += part.bytes.size();
+                                   return absl::OkStatus();
+                                 })
+                      .ok());
+      EXPECT_EQ(compared, (pointers[i]->length() - tokens[i].size()) * num_layers * 2 * row_bytes);
+    }
+    EXPECT_EQ(BatchStep::Begin({}, 1).status().code(), absl::StatusCode::kInvalidArgument);
+    pointers.push_back(pointers[0]);  // twice: refused whole
+    EXPECT_FALSE(BatchStep::Begin(pointers, 1).ok());
+    EXPECT_TRUE(BatchStep::Begin({pointers.data(), 3}, 1).ok());
+  }
+}
+
+TEST_F(ClientTest, ReadsRowsInPlaceInTheWorkersFrames) {
+  auto client = MakeClient(true);
+  const auto model = Register(*client);
+  const std::vector<uint32_t> tokens = Tokens(600, 9);
+  auto sequence = client->Open(model, tokens).value();
+  ASSERT_TRUE(Compute(*sequence, tokens, 512).ok());
+  LocalKvBackend oracle(decoder_->config());
+  ASSERT_TRUE(decoder_->Prefill(tokens, oracle).ok());
+  auto rows = sequence->ReadInPlace(absl::Seconds(20));
+  ASSERT_TRUE(rows.ok()) << rows.status();
+  EXPECT_EQ((*rows)->length(), 600u);
+  for (uint32_t layer = 0; layer < model->geometry().group(0).num_layers(); ++layer) {
+    for (const RowKind kind : {RowKind::kK, RowKind::kV}) {
+      const auto expected = kind == RowKind::kK ? oracle.k_rows(static_cast<int>(layer))
+                                                : oracle.v_rows(static_cast<int>(layer));
+      uint64_t next = 0;
+      for (const InPlaceRows::Run& run : (*rows)->Rows(0, layer, kind)) {
+        EXPECT_EQ(run.first_token, next);
+        next += run.num_tokens;
+        EXPECT_EQ(0, std::memcmp(run.bytes.data(),
+                                 expected.data() + run.first_token * decoder_->config().row_bytes(),
+                                 run.bytes.size()));
+      }
+      EXPECT_EQ(next, 600u);
+    }
+  }
+  EXPECT_TRUE((*rows)->Rows(1, 0, RowKind::kK).empty());
+  EXPECT_TRUE((*rows)->IsValid());
+  // The frames stay although the sequence goes and others want frames.
+  const std::vector<InPlaceRows::Run> runs = (*rows)->Rows(0, 0, RowKind::kK);
+  ASSERT_TRUE(sequence->Close().ok());
+  ASSERT_TRUE(sequence->worker().EvictPages(0).ok());
+  EXPECT_EQ(0, std::memcmp(runs[0].bytes.data(), oracle.k_rows(0).data(), runs[0].bytes.size()));
+
+  for (const absl::Duration lease : {absl::ZeroDuration(), absl::Seconds(31)}) {
+    EXPECT_EQ(sequence->ReadInPlace(lease).status().code(), absl::StatusCode::kInvalidArgument);
+  }
+  auto remote = MakeClient(false)->Open(model, tokens);
+  ASSERT_TRUE(remote.ok()) << remote.status();
+  EXPECT_EQ((*remote)->ReadInPlace(absl::Seconds(1)).status().code(),
+            absl::StatusCode::kFailedPrecondition);
+}
+
+TEST_F(ClientTest, LentRowsAreWhatIsAppended) {
+  auto client = MakeClient(true);
+  const auto model = Register(*client);
+  const uint32_t num_layers = model->geometry().group(0).num_layers();
+  const size_t row_bytes = decoder_->config().row_bytes();
+  const std::vector<uint32_t> tokens = Tokens(700, 21);
+  auto sequence = client->Open(model, tokens, {.no_reuse = true}).value();
+  auto rows = std::make_shared<std::vector<std::byte>>(700 * row_bytes);
+  for (size_t i = 0; i < rows->size(); ++i) (*rows)[i] = static_cast<std::byte>(i * 7 / 5);
+  const std::vector<std::byte> expected = *rows;
+  {
+    auto append = sequence->BeginAppend(tokens, /*will_attend=*/false).value();
+    for (uint32_t layer = 0; layer < num_layers; ++layer) {
+      for (const RowKind kind : {RowKind::kK, RowKind::kV}) {
+        ASSERT_TRUE(append->WriteLentRows(0, layer, kind, 0, *rows, rows).ok());
+      }
+    }
+    rows.reset();  // the append keeps them
+    ASSERT_TRUE(append->Commit().ok());
+  }
+  uint64_t compared = 0;
+  ASSERT_TRUE(
+      sequence
+          ->ReadRowPieces(0, 0, 0, {},
+                          [&](const RowsPieces& part) {
+                            const std::string bytes = part.bytes->ToString();
+                            EXPECT_EQ(0, std::memcmp(bytes.data(),
+                                                     expected.data() + part.first_token * row_bytes,
+                                                     bytes.size()));
+                            compared += bytes.size();
+                            return absl::OkStatus();
+                          })
+          .ok());
+  EXPECT_EQ(compared, num_layers * 2 * expected.size());
 }
 
 TEST_F(ClientTest, AnAppendThatIsDroppedChangesNothing) {

@@ -113,6 +113,35 @@ TEST_F(RpcServerTest, BulkChannelsHaveAConnectionOfTheirOwn) {
   EXPECT_EQ(MakeBulkChannel("unix:").status().code(), absl::StatusCode::kInvalidArgument);
 }
 
+TEST_F(RpcServerTest, DrainDoesNotWaitForIdleClientsNorForThoseThatWatchHealth) {
+  Start();
+  ASSERT_TRUE(Echo("then idle").ok());
+  const auto channel = MakeChannel(server_->addresses()[0], {.own_connection = true});
+  grpc::GenericStub generic(channel);
+  grpc::ClientContext context;
+  grpc::CompletionQueue queue;
+  const auto watch = generic.PrepareCall(&context, "/grpc.health.v1.Health/Watch", &queue);
+  watch->StartCall(nullptr);
+  void* tag;
+  bool ok = false;
+  ASSERT_TRUE(queue.Next(&tag, &ok) && ok);
+  watch->WriteLast(EncodeMessage(grpc::health::v1::HealthCheckRequest()), grpc::WriteOptions(),
+                   nullptr);
+  ASSERT_TRUE(queue.Next(&tag, &ok) && ok);
+  grpc::ByteBuffer answer;
+  watch->Read(&answer, nullptr);
+  ASSERT_TRUE(queue.Next(&tag, &ok) && ok);
+  EXPECT_EQ(server_->num_connections(), 2u);
+
+  const absl::Time began = absl::Now();
+  server_->Drain(absl::Seconds(30));
+  EXPECT_LT(absl::Now() - began, absl::Seconds(2));
+  context.TryCancel();
+  queue.Shutdown();
+  while (queue.Next(&tag, &ok)) {
+  }
+}
+
 TEST_F(RpcServerTest, CarriesReasonAndRetryDelayToTheClient) {
   Start();
   test::EchoRequest request;
