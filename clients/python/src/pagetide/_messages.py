@@ -5,14 +5,15 @@ from __future__ import annotations
 
 import dataclasses
 import uuid
-from typing import Any, Iterator, Optional, Sequence as Seq, Union
+from typing import Any, Iterator, Mapping, Optional, Sequence as Seq, Union
 
 import numpy as np
 import numpy.typing as npt
 
-from pagetide.errors import DataLoss, Internal, PageTideError, make_error
+from pagetide.errors import DataLoss, Internal, PageTideError, Unavailable, make_error
 from pagetide.model import Group, Model, RowKind
-from pagetide.v1 import prefix_pb2, router_pb2, sequence_edit_pb2, sequence_pb2, types_pb2
+from pagetide.v1 import (prefix_pb2, router_pb2, sequence_edit_pb2, sequence_pb2, session_pb2,
+                         types_pb2)
 
 Tokens = Union[Seq[int], npt.NDArray[np.integer[Any]]]
 Rows = Union[bytes, bytearray, memoryview, npt.NDArray[Any]]
@@ -86,6 +87,34 @@ def lookup_request(model: Model, tokens: Tokens,
                    allow_full_reuse: bool) -> prefix_pb2.LookupPrefixRequest:
     return prefix_pb2.LookupPrefixRequest(
         model_digest=model.digest, tokens=token_list(tokens), allow_full_reuse=allow_full_reuse)
+
+
+def load_request(name: str, version: Optional[int], model: Optional[Model],
+                 length: Optional[int]) -> session_pb2.LoadSessionRequest:
+    request = session_pb2.LoadSessionRequest(
+        request_id=new_request_id(), name=name, model_digest=model.digest if model else "")
+    if version is not None:
+        request.version = version
+    if length is not None:
+        request.length = length
+    return request
+
+
+def delete_request(name: str, expected_version: Optional[int]) -> session_pb2.DeleteSessionRequest:
+    request = session_pb2.DeleteSessionRequest(name=name)
+    if expected_version is not None:
+        request.expected_version = expected_version
+    return request
+
+
+def serving_workers(workers: Seq[router_pb2.WorkerInfo],
+                    worker_id: str) -> list[router_pb2.WorkerInfo]:
+    """The named worker, or all that serve, those with most room first. Unavailable when there is none."""
+    found = [w for w in workers if w.role == "worker" and w.state == "serving" and
+             worker_id in ("", w.worker_id)]
+    if not found:
+        raise Unavailable(f"no worker {worker_id or 'at all'} is serving", "NO_WORKER")
+    return sorted(found, key=lambda w: -(w.free_frames + w.evictable_frames))
 
 
 def row_parts(group: int, layer: int, kind: RowKind, first_token: int, rows: Bytes,
@@ -168,6 +197,8 @@ class SequenceBase:
         self.reuse = types_pb2.PrefixReuse()
         # Pages that were being restored from the store when the open answered.
         self.restoring_pages = 0
+        # Of a sequence that a session was loaded into; empty for others.
+        self.tokens: list[int] = []
         # Why restores ended with less than the open promised; empty otherwise.
         self.shortened_because = ""
         self._is_closed = False
@@ -237,6 +268,18 @@ class SequenceBase:
     def _abort_request(self, reservation_id: int) -> sequence_pb2.AbortReservationRequest:
         return sequence_pb2.AbortReservationRequest(
             sequence_id=self.id, epoch=self.state.epoch, reservation_id=reservation_id)
+
+    def _save_request(self, name: str, metadata: Optional[Mapping[str, str]],
+                      expected_version: Optional[int], durability: types_pb2.Durability,
+                      keep_tokens: Optional[int]) -> session_pb2.SaveSessionRequest:
+        request = session_pb2.SaveSessionRequest(
+            request_id=new_request_id(), sequence=self._ref(), name=name, metadata=metadata or {},
+            level=durability)
+        if expected_version is not None:
+            request.expected_version = expected_version
+        if keep_tokens is not None:
+            request.keep_tokens = keep_tokens
+        return request
 
     def _committed(self, response: sequence_pb2.CommitStepResponse) -> None:
         if len(response.results) != 1:

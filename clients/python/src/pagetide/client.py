@@ -9,7 +9,7 @@ import queue
 import threading
 import time
 from types import TracebackType
-from typing import Any, Callable, Iterator, Optional, Sequence as Seq, TypeVar
+from typing import Any, Callable, Iterator, Mapping, Optional, Sequence as Seq, TypeVar
 
 import grpc
 
@@ -22,7 +22,7 @@ from pagetide.model import Model, RowKind
 from pagetide.retry import RetryLoop, RetryPolicy
 from pagetide.v1 import (admin_pb2, admin_pb2_grpc, model_pb2, prefix_pb2_grpc, router_pb2,
                          router_pb2_grpc, sequence_edit_pb2_grpc, sequence_pb2, sequence_pb2_grpc,
-                         types_pb2)
+                         session_pb2, session_pb2_grpc, types_pb2)
 
 _log = logging.getLogger("pagetide")
 T = TypeVar("T")
@@ -75,6 +75,7 @@ class WorkerConnection:
         self._channel = _channel(address, credentials)
         self.sequences: Any = sequence_pb2_grpc.SequenceServiceStub(self._channel)
         self.edits: Any = sequence_edit_pb2_grpc.SequenceEditServiceStub(self._channel)
+        self.sessions: Any = session_pb2_grpc.SessionServiceStub(self._channel)
         self.prefixes: Any = prefix_pb2_grpc.PrefixServiceStub(self._channel)
         self.admin: Any = admin_pb2_grpc.AdminServiceStub(self._channel)
         self._lock = threading.Lock()
@@ -281,6 +282,59 @@ class Client:
         sequence.restoring_pages = response.restoring_pages
         return sequence
 
+    def _on_any_worker(self, worker_id: str, method: str, request: Any) -> tuple[WorkerConnection, Any]:
+        """A call that every worker can answer: on the named one, or on those that serve in turn."""
+        if self._router is None:
+            workers = [self.connect_worker(self._worker_address, self._worker_local_socket)]
+        else:
+            serving = m.serving_workers(self.list_workers(), worker_id)
+            workers = [self.connect_worker(w.address, w.local_socket)
+                       for w in serving[:self._max_assignments]]
+        for worker in workers[:-1]:
+            try:
+                return worker, _unary(self._options, getattr(worker.sessions, method), request)
+            except Unavailable as error:
+                _log.info("%s on %s: %s", method, worker.address, error)
+        last = workers[-1]
+        return last, _unary(self._options, getattr(last.sessions, method), request)
+
+    def load_session(self, name: str, *, version: Optional[int] = None,
+                     model: Optional[Model] = None, length: Optional[int] = None,
+                     worker_id: str = "") -> "Sequence":
+        """A new sequence with a session's tokens (Sequence.tokens) and rows, on any worker or the named
+        one. Does not wait for restores. `model`: the one that the caller is going to run;
+        FailedPrecondition (MODEL_MISMATCH) when the session is of another. None: that of the session."""
+        worker, response = self._on_any_worker(
+            worker_id, "LoadSession", m.load_request(name, version, model, length))
+        if model is None:
+            model = self.find_model(response.state.model_digest)
+        sequence = Sequence(self, worker, model, response.state)
+        sequence.tokens = list(response.tokens)
+        sequence.restoring_pages = response.restoring_pages
+        return sequence
+
+    def peek_session(self, name: str, with_tokens: bool = False) -> session_pb2.PeekSessionResponse:
+        """What a session holds, without loading it. NotFound (SESSION_NOT_FOUND)."""
+        request = session_pb2.PeekSessionRequest(name=name, with_tokens=with_tokens)
+        response: session_pb2.PeekSessionResponse = (self._on_any_worker(
+            "", "PeekSession", request))[1]
+        return response
+
+    def list_sessions(self, name_prefix: str = "") -> Iterator[session_pb2.SessionInfo]:
+        """The tenant's sessions in order of name, fetched as they are consumed."""
+        request = session_pb2.ListSessionsRequest(name_prefix=name_prefix)
+        while True:
+            response = (self._on_any_worker("", "ListSessions", request))[1]
+            for info in response.sessions:
+                yield info
+            request.page_token = response.next_page_token
+            if not request.page_token:
+                return
+
+    def delete_session(self, name: str, expected_version: Optional[int] = None) -> None:
+        """NotFound when there is none; FailedPrecondition (VERSION_MISMATCH)."""
+        self._on_any_worker("", "DeleteSession", m.delete_request(name, expected_version))
+
 
 class Sequence(m.SequenceBase):
     """One open sequence. Leaving its `with` block closes it.
@@ -447,6 +501,17 @@ class Sequence(m.SequenceBase):
     def rewind(self, length: int) -> None:
         """Truncates to the first `length` tokens."""
         self.state = self._call("edits", "Rewind", self._rewind_request(length)).state
+
+    def save(self, name: str, metadata: Optional[Mapping[str, str]] = None,
+             expected_version: Optional[int] = None,
+             durability: types_pb2.Durability = types_pb2.DURABILITY_LOCAL,
+             keep_tokens: Optional[int] = None) -> session_pb2.SaveSessionResponse:
+        """Saves the committed tokens as a session, which survives every process. expected_version: what
+        must be there now, 0 for none; None replaces whatever is there."""
+        response: session_pb2.SaveSessionResponse = self._call(
+            "sessions", "SaveSession",
+            self._save_request(name, metadata, expected_version, durability, keep_tokens))
+        return response
 
     def close(self) -> None:
         """Full pages stay in the worker's cache. Idempotent."""
