@@ -52,7 +52,8 @@ struct RocksdbPageStoreOptions {
   // After an opening nothing expires for this long: a machine that just started may not have set
   // its wall clock yet.
   absl::Duration expiry_grace = absl::Minutes(10);
-  // How often access order is written. What is newer is lost in a crash: recency only.
+  // How often access order is written, and a barrier made over what was put. What is newer is lost
+  // in a crash (recency only), or has to be verified when the store opens again.
   absl::Duration access_period = absl::Seconds(10);
   const Clock* clock = Clock::Real();
   FileSystem* file_system = FileSystem::Posix();
@@ -177,6 +178,10 @@ class RocksdbPageStore final : public PageStore {
   uint64_t EvictPages(uint64_t bytes);
   // Moves what is live out of the segment and deletes it.
   absl::Status EmptySegment(const std::shared_ptr<Segment>& segment);
+  // A barrier if anything was put since the last one made here. Nobody waits for it: it bounds what
+  // an opening after a crash has to read and verify to one access period's puts, also where nobody
+  // saves anything.
+  void MakePutsDurable();
   void WriteAccessOrder();
 
   const RocksdbPageStoreOptions options_;
@@ -211,6 +216,7 @@ class RocksdbPageStore final : public PageStore {
   bool room_wanted_ ABSL_GUARDED_BY(upkeep_mu_) = false;
   uint64_t reclaims_done_ ABSL_GUARDED_BY(upkeep_mu_) = 0;
   uint64_t access_written_ = 0;  // owned by the upkeep thread
+  uint64_t durable_puts_ = 0;    // owned by the upkeep thread: pages_put at its last barrier
   std::thread upkeep_;
 };
 

@@ -93,9 +93,17 @@ void RocksdbPageStore::RunUpkeep() {
     room_made_.SignalAll();
     if (stop || next_access <= options_.clock->MonotonicNow()) {
       WriteAccessOrder();
+      if (!stop) MakePutsDurable();
       next_access = options_.clock->MonotonicNow() + options_.access_period;
     }
   }
+}
+
+void RocksdbPageStore::MakePutsDurable() {
+  const uint64_t put = counters_.pages_put.load(std::memory_order_relaxed);
+  if (put == durable_puts_ || !CheckNotFailed().ok()) return;
+  const absl::Status s = Barrier(Durability::kLocal, MonotonicTime::InfiniteFuture());
+  if (s.ok()) durable_puts_ = put;  // a failed store has said so already
 }
 
 void RocksdbPageStore::WriteAccessOrder() {

@@ -104,6 +104,22 @@ TEST_F(RocksdbPageStoreTest, VerifiesOnlyWhatNoBarrierCovered) {
   EXPECT_EQ(store_->recovery().verified_records, 0u) << "opening makes all of it durable";
 }
 
+TEST_F(RocksdbPageStoreTest, APeriodicBarrierBoundsWhatAnOpeningVerifies) {
+  const RocksdbPageStoreOptions options = Options();
+  Open(options);
+  for (uint64_t i = 0; i < 20; ++i) {
+    ASSERT_TRUE(Put(MakeTestPage(i), Durability::kCache).status.ok());
+  }
+  clock_.Advance(options.access_period);
+  store_->WaitForUpkeep();
+  for (uint64_t i = 20; i < 23; ++i) {
+    ASSERT_TRUE(Put(MakeTestPage(i), Durability::kCache).status.ok());
+  }
+  Open(options);
+  EXPECT_EQ(store_->recovery().pages, 23u);
+  EXPECT_EQ(store_->recovery().verified_records, 3u);
+}
+
 TEST_F(RocksdbPageStoreTest, KnownLeasesGetAFullTimeToLiveAfterARestart) {
   Open();
   const auto lease = store_->AcquireLease("worker/a", 1, absl::Seconds(5), kForEver);
