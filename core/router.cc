@@ -236,14 +236,14 @@ absl::StatusOr<PlacementTable> Router::Rank(const RoutedPrompt& prompt,
   PT_ASSIGN_OR_RETURN(PlacementDecision decision, PlaceSequence(*policy_, request, snapshots));
   table.policy = std::string(policy_->name());
   table.candidates.reserve(workers.size());
-  for (PlacementCandidate& candidate : decision.candidates) {
+  for (const PlacementCandidate& candidate : decision.candidates) {
     RankedWorker& worker = workers[candidate.worker];
     worker.is_eligible = candidate.verdict == PlacementVerdict::kEligible;
     if (candidate.verdict == PlacementVerdict::kTooSmall) {
       worker.ineligible_because =
           absl::StrCat("too small: ", snapshots[candidate.worker].capacity_tokens, " tokens fit");
     }
-    worker.numbers = std::move(candidate);
+    worker.numbers = candidate;
     table.candidates.push_back(std::move(worker));
   }
 

@@ -674,8 +674,8 @@ grpc::Status SequenceServiceImpl::ListWorkerSequences(grpc::ServerContext* conte
   }
   std::vector<std::pair<SequenceInfo, ModelHost*>> found;
   for (ModelHost* host : worker_->Hosts()) {
-    for (SequenceInfo& info : host->List(call.tenant, after, limit + 1)) {
-      found.emplace_back(std::move(info), host);
+    for (const SequenceInfo& info : host->List(call.tenant, after, limit + 1)) {
+      found.emplace_back(info, host);
     }
   }
   std::sort(found.begin(), found.end(),
