@@ -7,6 +7,7 @@
 #include "base/byte_size.h"
 #include "base/little_endian.h"
 #include "base/log.h"
+#include "kvstore/failpoint.h"
 #include "kvstore/manifest_record.h"
 #include "kvstore/page_record.h"
 #include "kvstore/store_errors.h"
@@ -78,9 +79,13 @@ absl::Status RocksdbPageStore::Fail(const absl::Status& cause) {
 }
 
 absl::Status RocksdbPageStore::SyncAll() {
+  PT_FAILPOINT("barrier.before_segments");
   const auto lengths = segments_->Sync();
   if (!lengths.ok()) return lengths.status();
-  return db_->WriteDurableLengths(*lengths);
+  PT_FAILPOINT("barrier.before_lengths");
+  const absl::Status written = db_->WriteDurableLengths(*lengths);
+  PT_FAILPOINT("barrier.done");
+  return written;
 }
 
 absl::Status RocksdbPageStore::Barrier(Durability level, MonotonicTime deadline) {
@@ -141,6 +146,7 @@ PutPageResult RocksdbPageStore::PutOne(const PutPage& page, MonotonicTime deadli
     result.status = range.status();
     return result;
   }
+  PT_FAILPOINT("put.before_body");
   const absl::Status written = range->segment->file->WriteAt(
       range->offset, std::as_bytes(std::span(header.data(), header.size())), page.body);
   if (!written.ok()) {
@@ -150,6 +156,7 @@ PutPageResult RocksdbPageStore::PutOne(const PutPage& page, MonotonicTime deadli
                         : written;
     return result;
   }
+  PT_FAILPOINT("put.before_index");
   segments_->Commit(*range);
   PagePlace place{range->segment, range->offset, static_cast<uint32_t>(header.size()),
                   page.body.size()};
@@ -166,6 +173,7 @@ PutPageResult RocksdbPageStore::PutOne(const PutPage& page, MonotonicTime deadli
     return result;
   }
   index_.Publish(meta, place, /*quarantined=*/false);
+  PT_FAILPOINT("put.done");
   counters_.pages_put.fetch_add(1, std::memory_order_relaxed);
   counters_.bytes_put.fetch_add(page.body.size(), std::memory_order_relaxed);
   result.checksum = meta.checksum;
@@ -366,7 +374,7 @@ absl::StatusOr<std::optional<ManifestRecord>> RocksdbPageStore::ReadManifest(
 }
 
 absl::Status RocksdbPageStore::CheckFence(const std::optional<WriteFence>& fence) const {
-  if (!fence.has_value()) return absl::OkStatus();
+  if (!fence.has_value() || PT_BUG_IS_PLANTED("no_epoch_check")) return absl::OkStatus();
   PT_ASSIGN_OR_RETURN(const StoreRecord owner, ReadRecord("owner", fence->ownership_key));
   if (owner.version == fence->epoch) return absl::OkStatus();
   return StaleEpochError(absl::StrCat("owner of ", fence->ownership_key), owner.version,
@@ -396,20 +404,36 @@ absl::StatusOr<PutManifestResult> RocksdbPageStore::PutManifest(
   PT_ASSIGN_OR_RETURN(const ManifestRecord next,
                       ComposeManifest(old.has_value() ? &*old : nullptr, manifest));
   PutManifestResult result;
-  result.missing = WithoutRepeats(index_.Protect(next.pages));
+  const bool protects = !PT_BUG_IS_PLANTED("evict_between_check_and_manifest");
+  result.missing =
+      WithoutRepeats(protects ? index_.Protect(next.pages) : index_.Missing(next.pages));
   if (!result.missing.empty()) return result;
   // From here on the pages are protected; they stay so only if the manifest gets written.
-  const absl::Status durable = Barrier(Durability::kLocal, deadline);
-  if (!durable.ok()) {
-    index_.Unprotect(next.pages);
-    return durable;
+  PT_FAILPOINT("manifest.protected");
+  if (PT_BUG_IS_PLANTED("manifest_before_pages")) {
+    PT_RETURN_IF_ERROR(db_->PutManifest(next, /*sync=*/true));
+    PT_FAILPOINT("manifest.before_pages");
   }
-  result.missing = WithoutRepeats(index_.Missing(next.pages));  // quarantined during the barrier
-  if (!result.missing.empty()) {
-    index_.Unprotect(next.pages);
-    return result;
+  if (!PT_BUG_IS_PLANTED("acknowledge_before_barrier")) {
+    const absl::Status durable = Barrier(Durability::kLocal, deadline);
+    if (!durable.ok()) {
+      index_.Unprotect(next.pages);
+      return durable;
+    }
   }
-  const absl::Status written = db_->PutManifest(next);
+  PT_FAILPOINT("manifest.pages_durable");
+  if (protects) {
+    result.missing = WithoutRepeats(index_.Missing(next.pages));  // quarantined during the barrier
+    if (!result.missing.empty()) {
+      index_.Unprotect(next.pages);
+      return result;
+    }
+  } else {
+    index_.ProtectAnyway(next.pages);
+  }
+  const absl::Status written =
+      db_->PutManifest(next, /*sync=*/!PT_BUG_IS_PLANTED("acknowledge_before_barrier"));
+  PT_FAILPOINT("manifest.before_acknowledgement");
   // If the write failed it may still be on disk: the pages stay protected until the store is
   // reopened.
   if (!written.ok()) return Fail(written);

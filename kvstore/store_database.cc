@@ -254,12 +254,12 @@ absl::StatusOr<std::vector<std::pair<PageKey, Retention>>> StoreDatabase::ReadRe
   return out;
 }
 
-absl::Status StoreDatabase::PutManifest(const ManifestRecord& manifest) {
+absl::Status StoreDatabase::PutManifest(const ManifestRecord& manifest, bool sync) {
   rocksdb::WriteBatch batch;
   batch.Put(impl_->Of(Table::kManifests), manifest.name, EncodeManifest(manifest));
   batch.Put(impl_->Of(Table::kManifestEntries), manifest.name,
             EncodeManifestEntry(EntryOf(manifest)));
-  return impl_->Write(&batch, /*sync=*/true, "write manifest");
+  return impl_->Write(&batch, sync, "write manifest");
 }
 
 absl::Status StoreDatabase::DeleteManifest(absl::string_view name,

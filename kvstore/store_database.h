@@ -111,8 +111,8 @@ class StoreDatabase {
   absl::Status PutRetention(std::span<const PageKey> keys, const Retention& retention, bool sync);
   absl::StatusOr<std::vector<std::pair<PageKey, Retention>>> ReadRetentions() const;
 
-  // --- manifests: record and entry change together. Synced. ---
-  absl::Status PutManifest(const ManifestRecord& manifest);
+  // --- manifests: record and entry change together. Synced, unless told otherwise. ---
+  absl::Status PutManifest(const ManifestRecord& manifest, bool sync = true);
   // Also gives the pages `kept_by` their retention, in the same write.
   absl::Status DeleteManifest(absl::string_view name,
                               std::span<const std::pair<PageKey, Retention>> kept_by);
