@@ -128,6 +128,24 @@ void InstrumentedPageStore::PublishStats() {
   set("pagetide_store_pages_quarantined", "Pages found damaged since the start.",
       stats->pages_quarantined);
   set("pagetide_store_manifests", "Manifests held.", stats->manifests);
+  set("pagetide_store_manifests_expired", "Manifests removed at their end since the start.",
+      stats->manifests_expired);
+  set("pagetide_store_protected_pages", "Pages that manifests name or that are pinned.",
+      stats->protected_pages);
+  set("pagetide_store_protected_bytes", "Bytes of their bodies.", stats->protected_bytes);
+  set("pagetide_store_evicted_bytes", "Bytes of pages evicted since the start.",
+      stats->bytes_evicted);
+  set("pagetide_store_pages_refused", "Puts that found no room since the start.",
+      stats->pages_refused);
+  set("pagetide_store_pages_scrubbed", "Pages verified by scrubs since the start.",
+      stats->pages_scrubbed);
+  set("pagetide_store_disk_free_bytes", "Free bytes of the store's disk.", stats->disk_free_bytes);
+  set("pagetide_store_ever_read_bytes", "Bytes of pages held that were read at least once.",
+      stats->bytes_ever_read);
+  set("pagetide_store_put_since_hit_bytes", "Bytes put since a page was last read.",
+      stats->bytes_put_since_hit);
+  set("pagetide_store_efficacy_alarm", "1: the store takes pages and never gives any back.",
+      stats->efficacy_alarm ? 1 : 0);
   for (const char* state : {"serving", "full", "failed"}) {
     metrics_->GetGauge("pagetide_store_state", "1 for the state that holds.", {{"state", state}})
         ->Set(stats->state == state ? 1 : 0);

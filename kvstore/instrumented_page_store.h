@@ -2,7 +2,9 @@
 //   pagetide_store_calls_total{call,code}      pagetide_store_call_seconds{call}
 //   pagetide_store_pages_total{call,outcome}   pagetide_store_bytes_total{call}
 //   gauges of PublishStats: pagetide_store_pages, _logical_bytes, _physical_bytes, _capacity_bytes,
-//   _pages_ever_read, _pages_evicted, _pages_quarantined, _manifests, _state{state}
+//   _pages_ever_read, _pages_evicted, _pages_quarantined, _manifests, _manifests_expired,
+//   _protected_pages, _protected_bytes, _evicted_bytes, _pages_refused, _pages_scrubbed,
+//   _disk_free_bytes, _ever_read_bytes, _put_since_hit_bytes, _efficacy_alarm, _state{state}
 // Thread-safe. Metrics and the inner store outlive it.
 #ifndef PAGETIDE_KVSTORE_INSTRUMENTED_PAGE_STORE_H_
 #define PAGETIDE_KVSTORE_INSTRUMENTED_PAGE_STORE_H_

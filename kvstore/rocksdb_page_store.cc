@@ -121,7 +121,8 @@ absl::Status RocksdbPageStore::Barrier(Durability level, MonotonicTime deadline)
 
 // ---- pages -------------------------------------------------------------------------------------
 
-PutPageResult RocksdbPageStore::PutOne(const PutPage& page, MonotonicTime deadline) {
+PutPageResult RocksdbPageStore::PutOne(const PutPage& page, Durability level,
+                                       MonotonicTime deadline) {
   PutPageResult result;
   const PageRecordMeta& meta = page.meta;
   result.status = ValidatePutPage(page);
@@ -136,7 +137,7 @@ PutPageResult RocksdbPageStore::PutOne(const PutPage& page, MonotonicTime deadli
   }
   const std::string header = EncodePageRecordHeader(meta);
   const uint64_t record_bytes = header.size() + page.body.size();
-  result.status = WaitForRoom(record_bytes, deadline);
+  result.status = WaitForRoom(record_bytes, level, deadline);
   if (!result.status.ok()) {
     counters_.pages_refused.fetch_add(1, std::memory_order_relaxed);
     return result;
@@ -188,7 +189,7 @@ std::vector<PutPageResult> RocksdbPageStore::PutPages(std::span<const PutPage> p
     if (results[i].status.ok() && deadline <= options_.clock->MonotonicNow()) {
       results[i].status = DeadlineError("put page");
     }
-    if (results[i].status.ok()) results[i] = PutOne(pages[i], deadline);
+    if (results[i].status.ok()) results[i] = PutOne(pages[i], level, deadline);
   }
   if (level != Durability::kLocal ||
       std::none_of(results.begin(), results.end(),
@@ -403,6 +404,10 @@ absl::StatusOr<PutManifestResult> RocksdbPageStore::PutManifest(
   }
   PT_ASSIGN_OR_RETURN(const ManifestRecord next,
                       ComposeManifest(old.has_value() ? &*old : nullptr, manifest));
+  // Twice: the log and, later, the table that it goes to.
+  PT_RETURN_IF_ERROR(CheckDiskRoom(
+      absl::StrCat("write manifest ", next.name),
+      2 * (next.pages.size() * kManifestPageRefBytes + next.payload.size() + next.summary.size())));
   PutManifestResult result;
   const bool protects = !PT_BUG_IS_PLANTED("evict_between_check_and_manifest");
   result.missing =

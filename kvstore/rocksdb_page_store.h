@@ -5,9 +5,11 @@
 // groups: all who wait for a barrier share one. After a failed fsync nothing is acknowledged any
 // more and every write answers UNAVAILABLE (STORE_FAILED) until the store is opened again; reads go
 // on. Capacity is physical bytes of segments and index. A background thread drops what no manifest
-// protects, oldest first, empties half-dead segments and records the order of accesses. Above the
-// engine, a guard refuses puts (RESOURCE_EXHAUSTED, STORE_FULL) while the disk has less than
-// min_free_bytes. Thread-safe. Reads take no lock while they wait for the disk.
+// protects, by recency and cost, empties half-dead segments, removes expired manifests and records
+// the order of accesses; another verifies cold records at a bounded rate. Above the engine, a guard
+// refuses puts and manifests (RESOURCE_EXHAUSTED, STORE_FULL) while the disk has less than
+// min_free_bytes, so that the index never meets a full disk. Thread-safe. Reads take no lock while
+// they wait for the disk.
 #ifndef PAGETIDE_KVSTORE_ROCKSDB_PAGE_STORE_H_
 #define PAGETIDE_KVSTORE_ROCKSDB_PAGE_STORE_H_
 
@@ -52,6 +54,11 @@ struct RocksdbPageStoreOptions {
   // After an opening nothing expires for this long: a machine that just started may not have set
   // its wall clock yet.
   absl::Duration expiry_grace = absl::Minutes(10);
+  // The background reads and verifies what is stored at this rate, so that damage is found before
+  // somebody needs the page. 0: not at all.
+  uint64_t scrub_bytes_per_second = uint64_t{4} << 20;
+  // A round over all pages begins no sooner than this after the one before began.
+  absl::Duration scrub_period = absl::Hours(24);
   // How often access order is written, and a barrier made over what was put. What is newer is lost
   // in a crash (recency only), or has to be verified when the store opens again.
   absl::Duration access_period = absl::Seconds(10);
@@ -147,7 +154,7 @@ class RocksdbPageStore final : public PageStore {
   absl::Status VerifyOnDisk(const PageKey& key, const PagePlace& place,
                             const Checksum128& checksum);
 
-  PutPageResult PutOne(const PutPage& page, MonotonicTime deadline);
+  PutPageResult PutOne(const PutPage& page, Durability level, MonotonicTime deadline);
   GetPageResult GetOne(const GetPage& page, std::string* header);
   void QuarantineAt(const PageKey& key, const PagePlace& place, const absl::Status& cause);
   absl::Status CheckFence(const std::optional<WriteFence>& fence) const;
@@ -166,13 +173,21 @@ class RocksdbPageStore final : public PageStore {
   absl::Status SyncAll();
 
   // reclaim (rocksdb_page_store_reclaim.cc)
-  absl::Status WaitForRoom(uint64_t bytes, MonotonicTime deadline);
+  // STORE_FULL with the numbers while the disk has not that much beyond min_free_bytes.
+  absl::Status CheckDiskRoom(absl::string_view what, uint64_t bytes);
+  absl::Status WaitForRoom(uint64_t bytes, Durability level, MonotonicTime deadline);
+  bool HasRoomAgain() const;
   uint64_t PhysicalBytes() const {
     return segments_->TotalBytes() + index_bytes_.load(std::memory_order_relaxed);
   }
   uint64_t HighWater() const;
   uint64_t LowWater() const;
   void RunUpkeep();
+  void RunScrub();
+  // Verifies up to `max_pages` from where the last call ended. *round_ended: the last page was
+  // among them.
+  absl::StatusOr<ScrubResult> ScrubSome(uint64_t max_pages, MonotonicTime deadline,
+                                        bool* round_ended) ABSL_EXCLUSIVE_LOCKS_REQUIRED(scrub_mu_);
   // Brings physical bytes to at most `target`. Returns bytes given back; stops when nothing may go.
   absl::StatusOr<uint64_t> ReclaimTo(uint64_t target);
   uint64_t EvictPages(uint64_t bytes);
@@ -211,6 +226,7 @@ class RocksdbPageStore final : public PageStore {
 
   Mutex upkeep_mu_;
   CondVar upkeep_wake_;
+  CondVar scrub_wake_;
   CondVar room_made_;
   bool stopping_ ABSL_GUARDED_BY(upkeep_mu_) = false;
   bool room_wanted_ ABSL_GUARDED_BY(upkeep_mu_) = false;
@@ -218,6 +234,7 @@ class RocksdbPageStore final : public PageStore {
   uint64_t access_written_ = 0;  // owned by the upkeep thread
   uint64_t durable_puts_ = 0;    // owned by the upkeep thread: pages_put at its last barrier
   std::thread upkeep_;
+  std::thread scrubber_;
 };
 
 }  // namespace pagetide

@@ -19,20 +19,27 @@ uint64_t RocksdbPageStore::LowWater() const {
   return std::min(options_.capacity_bytes / 16 * 14, options_.capacity_bytes - 2 * segment_bytes_);
 }
 
-absl::Status RocksdbPageStore::WaitForRoom(uint64_t bytes, MonotonicTime deadline) {
+absl::Status RocksdbPageStore::CheckDiskRoom(absl::string_view what, uint64_t bytes) {
   const auto free = options_.file_system->FreeBytes(options_.dir);
   if (!free.ok()) return free.status();
-  if (*free < options_.min_free_bytes + bytes) {
-    full_.store(true, std::memory_order_relaxed);
-    return StoreFullError("put page: disk", options_.min_free_bytes + bytes, *free);
-  }
+  if (*free >= options_.min_free_bytes + bytes) return absl::OkStatus();
+  full_.store(true, std::memory_order_relaxed);
+  return StoreFullError(absl::StrCat(what, ": disk"), options_.min_free_bytes + bytes, *free);
+}
+
+absl::Status RocksdbPageStore::WaitForRoom(uint64_t bytes, Durability level,
+                                           MonotonicTime deadline) {
+  PT_RETURN_IF_ERROR(CheckDiskRoom("put page", bytes));
   if (options_.capacity_bytes == 0) {
     full_.store(false, std::memory_order_relaxed);
     return absl::OkStatus();
   }
   if (PhysicalBytes() + bytes > HighWater()) {
+    // In a store that is full what may be lost is dropped at once; a save waits for its room.
+    const bool is_dropped = level == Durability::kCache && full_.load(std::memory_order_relaxed);
     const MonotonicTime give_up =
-        std::min(deadline, options_.clock->MonotonicNow() + options_.put_wait);
+        std::min(deadline, options_.clock->MonotonicNow() +
+                               (is_dropped ? absl::ZeroDuration() : options_.put_wait));
     MutexLock lock(&upkeep_mu_);
     room_wanted_ = true;
     upkeep_wake_.SignalAll();
@@ -56,6 +63,12 @@ absl::Status RocksdbPageStore::WaitForRoom(uint64_t bytes, MonotonicTime deadlin
   return absl::OkStatus();
 }
 
+bool RocksdbPageStore::HasRoomAgain() const {
+  const auto free = options_.file_system->FreeBytes(options_.dir);
+  return free.ok() && *free >= options_.min_free_bytes &&
+         (options_.capacity_bytes == 0 || PhysicalBytes() <= HighWater());
+}
+
 void RocksdbPageStore::WaitForUpkeep() {
   MutexLock lock(&upkeep_mu_);
   // A round that runs now may have begun before what the caller did.
@@ -77,6 +90,9 @@ void RocksdbPageStore::RunUpkeep() {
     }
     index_bytes_.store(db_->PhysicalBytes(), std::memory_order_relaxed);
     index_.ApplyExpiries();
+    if (full_.load(std::memory_order_relaxed) && HasRoomAgain()) {
+      full_.store(false, std::memory_order_relaxed);
+    }
     if (!stop && CheckNotFailed().ok()) {
       const absl::Status s = RemoveExpiredManifests();
       if (!s.ok()) LogWarning("store", "expired manifests: ", s.ToString());
@@ -263,29 +279,39 @@ absl::StatusOr<uint64_t> RocksdbPageStore::Compact(MonotonicTime deadline) {
 }
 
 absl::StatusOr<ScrubResult> RocksdbPageStore::Scrub(uint64_t max_pages, MonotonicTime deadline) {
-  ScrubResult result;
   MutexLock scrub_lock(&scrub_mu_);
+  // A bounded scrub goes on where the last one ended; one of all pages begins anew.
   if (max_pages == 0) scrub_cursor_.reset();
-  // A bounded scrub goes on where the last one ended; it starts again after the last page.
-  bool more = true;
-  while (more && (max_pages == 0 || result.verified_pages < max_pages)) {
-    constexpr size_t kChunk = 1024;
-    const size_t limit =
-        max_pages == 0 ? kChunk : std::min<uint64_t>(kChunk, max_pages - result.verified_pages);
-    std::vector<PageKey> keys;
-    PT_RETURN_IF_ERROR(
-        db_->ForEachPage(scrub_cursor_, [&](const PageKey& key, const StoreDatabase::StoredPage*) {
-          keys.push_back(key);
-          return keys.size() < limit;
-        }));
-    more = keys.size() == limit;
-    for (const PageKey& key : keys) {
-      if (deadline <= options_.clock->MonotonicNow()) {
-        return absl::DeadlineExceededError(
-            absl::StrCat("scrub: deadline after ", result.verified_pages, " pages"));
-      }
-      const std::optional<IndexedPage> page = index_.Find(key);
-      if (!page.has_value() || page->quarantined) continue;
+  ScrubResult result;
+  bool round_ended = false;
+  while (!round_ended && (max_pages == 0 || result.verified_pages < max_pages)) {
+    constexpr uint64_t kChunk = 1024;
+    const uint64_t left = max_pages == 0 ? kChunk : max_pages - result.verified_pages;
+    PT_ASSIGN_OR_RETURN(const ScrubResult some,
+                        ScrubSome(std::min(kChunk, left), deadline, &round_ended));
+    result.verified_pages += some.verified_pages;
+    result.quarantined_pages += some.quarantined_pages;
+    result.verified_bytes += some.verified_bytes;
+  }
+  return result;
+}
+
+absl::StatusOr<ScrubResult> RocksdbPageStore::ScrubSome(uint64_t max_pages, MonotonicTime deadline,
+                                                        bool* round_ended) {
+  ScrubResult result;
+  std::vector<PageKey> keys;
+  PT_RETURN_IF_ERROR(
+      db_->ForEachPage(scrub_cursor_, [&](const PageKey& key, const StoreDatabase::StoredPage*) {
+        keys.push_back(key);
+        return keys.size() < max_pages;
+      }));
+  for (const PageKey& key : keys) {
+    if (deadline <= options_.clock->MonotonicNow()) {
+      return absl::DeadlineExceededError(
+          absl::StrCat("scrub: deadline after ", result.verified_pages, " pages"));
+    }
+    const std::optional<IndexedPage> page = index_.Find(key);
+    if (page.has_value() && !page->quarantined) {
       const absl::Status verified = VerifyOnDisk(key, page->place, page->checksum);
       if (absl::IsDataLoss(verified) || absl::IsUnimplemented(verified)) {
         QuarantineAt(key, page->place, verified);
@@ -297,13 +323,45 @@ absl::StatusOr<ScrubResult> RocksdbPageStore::Scrub(uint64_t max_pages, Monotoni
       counters_.pages_scrubbed.fetch_add(1, std::memory_order_relaxed);
       result.verified_bytes += page->place.body_bytes;
     }
-    if (more) {
-      scrub_cursor_ = keys.back();
+    scrub_cursor_ = key;
+  }
+  *round_ended = keys.size() < max_pages;
+  if (*round_ended) scrub_cursor_.reset();
+  return result;
+}
+
+void RocksdbPageStore::RunScrub() {
+  MonotonicTime next = options_.clock->MonotonicNow() + absl::Seconds(1);
+  MonotonicTime next_round = next;
+  for (;;) {
+    {
+      MutexLock lock(&upkeep_mu_);
+      while (!stopping_ && options_.clock->MonotonicNow() < next) {
+        // By the second, because the store's clock may be another than the machine's.
+        const absl::Duration left = next - options_.clock->MonotonicNow();
+        scrub_wake_.WaitWithTimeout(&upkeep_mu_, std::min(left, absl::Seconds(1)));
+      }
+      if (stopping_) return;
+    }
+    const MonotonicTime began = options_.clock->MonotonicNow();
+    if (began >= next_round) next_round = began + options_.scrub_period;
+    bool round_ended = false;
+    absl::StatusOr<ScrubResult> some;
+    {
+      MutexLock lock(&scrub_mu_);
+      // One page a step: pages may have a gibibyte.
+      some = ScrubSome(1, MonotonicTime::InfiniteFuture(), &round_ended);
+    }
+    if (!some.ok()) {
+      LogWarning("store", "background scrub: ", some.status().ToString());
+      next = began + absl::Minutes(1);
+    } else if (round_ended) {
+      next = next_round;
     } else {
-      scrub_cursor_.reset();
+      next = began + absl::Seconds(static_cast<double>(some->verified_bytes) /
+                                   static_cast<double>(options_.scrub_bytes_per_second));
     }
   }
-  return result;
 }
 
 }  // namespace pagetide

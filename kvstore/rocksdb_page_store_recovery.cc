@@ -27,6 +27,9 @@ absl::StatusOr<std::unique_ptr<RocksdbPageStore>> RocksdbPageStore::Open(
           " records verified, ", r.dropped_entries, " entries dropped, ", r.lost_manifest_pages,
           " manifest pages lost, ", absl::FormatDuration(r.took));
   store->upkeep_ = std::thread([raw = store.get()] { raw->RunUpkeep(); });
+  if (store->options_.scrub_bytes_per_second > 0) {
+    store->scrubber_ = std::thread([raw = store.get()] { raw->RunScrub(); });
+  }
   return store;
 }
 
@@ -38,6 +41,8 @@ RocksdbPageStore::~RocksdbPageStore() {
   }
   upkeep_wake_.SignalAll();
   room_made_.SignalAll();
+  scrub_wake_.SignalAll();
+  if (scrubber_.joinable()) scrubber_.join();
   if (upkeep_.joinable()) upkeep_.join();
 }
 

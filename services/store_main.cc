@@ -29,6 +29,8 @@ struct Flags {
   std::string capacity = "0";
   std::string segment_size = "0";
   std::string min_free = "128MiB";
+  std::string scrub_rate = "4MiB";
+  std::string efficacy_alarm = "16GiB";
   int threads = 32;
   int drain_seconds = 30;
   bool insecure = false;
@@ -48,7 +50,9 @@ int Serve(const Flags& flags, TerminationSignal* termination) {
   for (const auto& [flag, text, out] :
        {std::tuple("--capacity", &flags.capacity, &options.capacity_bytes),
         std::tuple("--segment-size", &flags.segment_size, &options.segment_bytes),
-        std::tuple("--min-free", &flags.min_free, &options.min_free_bytes)}) {
+        std::tuple("--min-free", &flags.min_free, &options.min_free_bytes),
+        std::tuple("--scrub-rate", &flags.scrub_rate, &options.scrub_bytes_per_second),
+        std::tuple("--efficacy-alarm", &flags.efficacy_alarm, &options.efficacy_alarm_bytes)}) {
     const absl::StatusOr<uint64_t> bytes = ParseByteSize(*text);
     if (!bytes.ok()) return Fail(flag, bytes.status());
     *out = *bytes;
@@ -104,15 +108,22 @@ int main(int argc, char** argv) {
                  "HTTP address of /metrics and /healthz; empty: none")
       ->capture_default_str();
   app.add_option("--data-dir", flags.data_dir, "Folder of the store; made if absent")->required();
-  app.add_option(
-         "--capacity", flags.capacity,
-         "Bytes on disk, such as 200GiB; beyond it what no manifest holds is evicted, oldest "
-         "first. 0: bounded by the disk")
+  app.add_option("--capacity", flags.capacity,
+                 "Bytes on disk, such as 200GiB; beyond it what no manifest holds is evicted, by "
+                 "recency and cost. 0: bounded by the disk")
       ->capture_default_str();
   app.add_option("--segment-size", flags.segment_size,
                  "Length of a segment file; 0: a sixteenth of the capacity, 1MiB to 64MiB")
       ->capture_default_str();
   app.add_option("--min-free", flags.min_free, "Refuse writes while the disk has less than this")
+      ->capture_default_str();
+  app.add_option(
+         "--scrub-rate", flags.scrub_rate,
+         "Bytes a second that the background verifies, each page at most once a day; 0: none")
+      ->capture_default_str();
+  app.add_option("--efficacy-alarm", flags.efficacy_alarm,
+                 "Raise the efficacy alarm when this much was put since a page was last read; 0: "
+                 "never")
       ->capture_default_str();
   app.add_option("--threads", flags.threads, "Threads that wait for the disk")
       ->check(CLI::Range(1, 1024))

@@ -304,6 +304,131 @@ TEST_F(RocksdbPageStoreTest, EvictsByRecencyAndKeepsTheOrderOverARestart) {
       << read_kept << " of the read pages kept with " << unread_kept << " of the others";
 }
 
+TEST_F(RocksdbPageStoreTest, PriorityOutlivesRecencyAndSurvivesARestart) {
+  RocksdbPageStoreOptions options = Options();
+  options.capacity_bytes = 16 * kMiB;
+  options.clock = Clock::Real();
+  Open(options);
+  std::vector<TestPage> low, normal, high;
+  for (uint64_t i = 0; i < 10; ++i) {
+    for (std::vector<TestPage>* kind : {&high, &normal, &low}) {
+      kind->push_back(MakeTestPage(i * 3 + (kind == &low      ? 0
+                                            : kind == &normal ? 1
+                                                              : 2),
+                                   128 * kKiB, /*keyed=*/false));
+      ASSERT_TRUE(Put(kind->back()).status.ok());
+    }
+  }
+  const auto set = [&](const std::vector<TestPage>& pages, uint32_t priority) {
+    std::vector<PageKey> keys;
+    for (const TestPage& page : pages) keys.push_back(page.meta.key);
+    Retention retention;
+    retention.priority = priority;
+    const auto missing = store_->SetRetention(keys, retention, kForEver);
+    ASSERT_TRUE(missing.ok() && missing->empty()) << missing.status();
+  };
+  set(high, 100);
+  set(low, 0);
+  Open(options);
+  for (uint64_t i = 1000; i < 1100; ++i) {
+    ASSERT_TRUE(Put(MakeTestPage(i, 128 * kKiB, /*keyed=*/false)).status.ok());
+  }
+  const auto held = [&](const std::vector<TestPage>& pages) {
+    int n = 0;
+    for (const TestPage& page : pages) n += Holds(page) ? 1 : 0;
+    return n;
+  };
+  EXPECT_EQ(held(low), 0);
+  EXPECT_EQ(held(high), 10);
+  EXPECT_LE(held(normal), held(high));
+  EXPECT_GT(Stats().pages_evicted, 0u);
+}
+
+TEST_F(RocksdbPageStoreTest, APinSurvivesARestartAndEndsByBothClocks) {
+  RocksdbPageStoreOptions options = Options();
+  options.expiry_grace = absl::Minutes(10);
+  Open(options);
+  const TestPage page = MakeTestPage(1);
+  ASSERT_TRUE(Put(page).status.ok());
+  Retention retention;
+  retention.pinned_until = clock_.WallNow() + absl::Hours(1);
+  ASSERT_TRUE(store_->SetRetention({&page.meta.key, 1}, retention, kForEver).ok());
+  // The machine comes up with a clock that is a day ahead, and sets it right soon after.
+  store_.reset();
+  clock_.JumpWall(absl::Hours(24));
+  Open(options);
+  clock_.Advance(absl::Minutes(9));
+  EXPECT_EQ(store_->DeletePages({&page.meta.key, 1}, kForEver).value(), 0u);
+  clock_.JumpWall(-absl::Hours(24));
+  clock_.Advance(absl::Minutes(50));
+  EXPECT_EQ(store_->DeletePages({&page.meta.key, 1}, kForEver).value(), 0u);
+  clock_.Advance(absl::Minutes(1));
+  EXPECT_EQ(store_->DeletePages({&page.meta.key, 1}, kForEver).value(), 1u);
+}
+
+TEST_F(RocksdbPageStoreTest, AnEndOfAManifestSurvivesARestart) {
+  RocksdbPageStoreOptions options = Options();
+  options.expiry_grace = absl::Minutes(10);
+  Open(options);
+  const TestPage page = MakeTestPage(1);
+  ASSERT_TRUE(Put(page).status.ok());
+  ManifestRecord manifest;
+  manifest.name = "s";
+  manifest.pages.push_back(page.ref());
+  manifest.saved_at = clock_.WallNow();
+  manifest.expires_at = clock_.WallNow() + absl::Hours(1);
+  manifest.priority = 90;
+  ASSERT_TRUE(store_->PutManifest(manifest, 0, std::nullopt, kForEver).ok());
+  store_.reset();
+  clock_.Advance(absl::Hours(2));  // it ended while the store was away
+  Open(options);
+  store_->WaitForUpkeep();
+  EXPECT_TRUE(store_->GetManifest("s", kForEver).ok()) << "the grace after an opening";
+  clock_.Advance(absl::Minutes(10));
+  store_->WaitForUpkeep();
+  EXPECT_TRUE(absl::IsNotFound(store_->GetManifest("s", kForEver).status()));
+  EXPECT_EQ(Stats().protected_pages, 0u);
+  EXPECT_TRUE(store_->ListManifests("", "", 10, kForEver)->empty());
+  EXPECT_EQ(Get(page), GetOutcome::kHit) << "released, not deleted";
+}
+
+TEST_F(RocksdbPageStoreTest, ChildrenSurviveARestart) {
+  Open(Options());
+  const PrefixKey root{Sha256Of("root")};
+  const TestPage page = MakeTokenPage(root, {1, 2, 3, 4}, 1);
+  ASSERT_TRUE(Put(page, Durability::kLocal).status.ok());
+  Open(Options());
+  const std::vector<uint32_t> tokens = {1, 2, 3, 9};
+  const PartialQuery query{root, page.meta.fingerprint, tokens};
+  const auto found = store_->FindPartialPages({&query, 1}, kForEver);
+  ASSERT_TRUE(found.ok()) << found.status();
+  EXPECT_EQ((*found)[0].common_tokens, 3u);
+  EXPECT_EQ((*found)[0].key, page.meta.key);
+}
+
+TEST_F(RocksdbPageStoreTest, TheBackgroundFindsDamageAtItsRate) {
+  RocksdbPageStoreOptions options = Options();
+  options.scrub_bytes_per_second = 1000 * 4096;  // a page a millisecond of the fake clock
+  Open(options);
+  std::vector<TestPage> pages;
+  for (uint64_t i = 0; i < 12; ++i) {
+    pages.push_back(MakeTestPage(i));
+    ASSERT_TRUE(Put(pages.back(), Durability::kLocal).status.ok());
+  }
+  const FoundRecord record = FindStoredRecord(dir_.path(), pages[5].meta.key);
+  FlipFileBit(record.file, (record.offset + PageRecordHeaderBytes(pages[5].meta)) * 8 + 99);
+  const MonotonicTime give_up = Clock::Real()->MonotonicNow() + absl::Seconds(30);
+  clock_.Advance(absl::Seconds(1));  // when it begins
+  for (uint64_t step = 1; step <= 12; ++step) {
+    while (Stats().pages_scrubbed < step && Clock::Real()->MonotonicNow() < give_up) {
+      std::this_thread::yield();
+    }
+    EXPECT_EQ(Stats().pages_scrubbed, step) << "no faster than told";
+    clock_.Advance(absl::Milliseconds(1));
+  }
+  EXPECT_EQ(Stats().pages_quarantined, 1u);
+}
+
 TEST_F(RocksdbPageStoreTest, APrefixOutlivesWhatContinuesIt) {
   RocksdbPageStoreOptions options = Options();
   options.capacity_bytes = 16 * kMiB;
