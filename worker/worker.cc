@@ -98,7 +98,7 @@ absl::StatusOr<ModelHost*> Worker::HostOfModel(absl::string_view model_digest,
   }
   PT_ASSIGN_OR_RETURN(ModelHost * host, FindOrClaim(*digest, deadline));
   if (host != nullptr) return host;
-  return MakeHost(LoadModel(*digest, deadline), *digest);
+  return MakeHost(ReadModel(*digest, deadline), *digest);
 }
 
 absl::StatusOr<ModelHost*> Worker::AddModel(Model model, MonotonicTime deadline) {
@@ -138,7 +138,7 @@ absl::StatusOr<ModelHost*> Worker::FindOrClaim(const Digest& digest, MonotonicTi
   }
 }
 
-absl::StatusOr<Model> Worker::LoadModel(const Digest& digest, MonotonicTime deadline) {
+absl::StatusOr<Model> Worker::ReadModel(const Digest& digest, MonotonicTime deadline) {
   if (ports_.store == nullptr) return ModelNotFound(digest, "this worker has no store to ask");
   const absl::StatusOr<StoreRecord> record =
       ports_.store->GetRecord(kModelRecordKind, digest.ToHex(), deadline);

@@ -85,6 +85,8 @@ class Worker {
   // (MODEL_NOT_FOUND), INVALID_ARGUMENT (digest; POOL_TOO_SMALL), RESOURCE_EXHAUSTED (no budget
   // left).
   absl::StatusOr<ModelHost*> HostOfModel(absl::string_view model_digest, MonotonicTime deadline);
+  // A model as it is registered, without a host for it. NOT_FOUND (MODEL_NOT_FOUND), DATA_LOSS.
+  absl::StatusOr<Model> ReadModel(const Digest& digest, MonotonicTime deadline);
   // Makes a host for a model the store need not know. Returns the present one if there is one.
   absl::StatusOr<ModelHost*> AddModel(Model model, MonotonicTime deadline);
   // Nullptr when no host was made for it yet.
@@ -106,7 +108,6 @@ class Worker {
 
  private:
   Worker(Options options, Ports ports);
-  absl::StatusOr<Model> LoadModel(const Digest& digest, MonotonicTime deadline);
   // Waits for a host that another thread is making; claims the digest otherwise (then returns
   // null).
   absl::StatusOr<ModelHost*> FindOrClaim(const Digest& digest, MonotonicTime deadline);

@@ -15,6 +15,7 @@
 #include <cstdint>
 #include <map>
 #include <memory>
+#include <optional>
 #include <span>
 #include <string>
 #include <vector>
@@ -58,6 +59,19 @@ struct OpenOptions {
   std::vector<std::string> exclude_worker_ids;
 };
 
+struct LoadOptions {
+  std::optional<uint64_t> version;  // absent: the current one
+  std::optional<uint64_t> length;   // the first so many tokens only
+  // Load on this worker if it is alive.
+  std::string sticky_worker_id;
+};
+
+struct LoadedSequence {
+  std::unique_ptr<Sequence> sequence;
+  v1::SessionInfo session;
+  std::vector<uint32_t> tokens;  // of the sequence
+};
+
 class Client {
  public:
   static absl::StatusOr<std::unique_ptr<Client>> Create(ClientOptions options);
@@ -74,6 +88,20 @@ class Client {
                                                  std::span<const uint32_t> prompt,
                                                  const OpenOptions& options = {});
 
+  // A new sequence with what was saved under `name`, on the worker that has most of it. Does not
+  // wait for restores. NOT_FOUND; FAILED_PRECONDITION (MODEL_MISMATCH) says what differs.
+  absl::StatusOr<LoadedSequence> LoadSession(std::shared_ptr<const Model> model,
+                                             absl::string_view name,
+                                             const LoadOptions& options = {});
+  // What a session holds; with its token ids if asked for.
+  absl::StatusOr<v1::PeekSessionResponse> PeekSession(absl::string_view name,
+                                                      bool with_tokens = false);
+  // All sessions whose names begin with `prefix`, in order.
+  absl::StatusOr<std::vector<v1::SessionInfo>> ListSessions(absl::string_view prefix = "");
+  // Returns the version that was deleted. expected_version absent: whatever is there.
+  absl::StatusOr<uint64_t> DeleteSession(absl::string_view name,
+                                         std::optional<uint64_t> expected_version = std::nullopt);
+
   // Workers as the router knows them. FAILED_PRECONDITION without a router.
   absl::StatusOr<std::vector<v1::WorkerInfo>> ListWorkers();
   // The connection to a worker, made or found. local_socket may be empty.
@@ -89,6 +117,12 @@ class Client {
                                                    std::span<const uint32_t> prompt,
                                                    const OpenOptions& options,
                                                    absl::string_view assignment_id);
+
+  // Any worker that serves: all of them see all sessions.
+  absl::StatusOr<std::shared_ptr<WorkerConnection>> AnyWorker();
+  absl::StatusOr<LoadedSequence> LoadOn(std::shared_ptr<WorkerConnection> worker,
+                                        std::shared_ptr<const Model> model, absl::string_view name,
+                                        const LoadOptions& options);
 
   const ClientOptions options_;
   const std::unique_ptr<v1::RouterService::StubInterface> router_;

@@ -246,6 +246,19 @@ absl::Status Sequence::ReadRowPieces(uint32_t group, uint64_t begin, uint64_t en
   return CallWithRetry(options.retry, options.timeout, read);
 }
 
+absl::StatusOr<v1::SaveSessionResponse> Sequence::Save(absl::string_view name,
+                                                       const SaveOptions& options) {
+  v1::SaveSessionRequest request;
+  request.set_request_id(NewRequestId());
+  *request.mutable_sequence() = Ref();
+  request.set_name(std::string(name));
+  request.mutable_metadata()->insert(options.metadata.begin(), options.metadata.end());
+  if (options.expected_version) request.set_expected_version(*options.expected_version);
+  if (options.keep_tokens) request.set_keep_tokens(*options.keep_tokens);
+  return CallUnary(worker_->call_options(), worker_->sessions(),
+                   &v1::SessionService::StubInterface::SaveSession, request);
+}
+
 absl::StatusOr<std::unique_ptr<Sequence>> Sequence::Fork(std::optional<uint64_t> length) {
   v1::ForkSequenceRequest request;
   request.set_request_id(NewRequestId());

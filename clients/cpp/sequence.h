@@ -16,6 +16,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <map>
 #include <memory>
 #include <optional>
 #include <span>
@@ -30,6 +31,7 @@
 #include "core/geometry.h"
 #include "core/model.h"
 #include "pagetide/v1/sequence.pb.h"
+#include "pagetide/v1/session.pb.h"
 #include "rpc/byte_buffer.h"
 #include "rpc/raw_stream.h"
 
@@ -65,6 +67,13 @@ struct RowsPieces {
   uint64_t first_token = 0;
   uint32_t num_tokens = 0;
   const PayloadView* bytes = nullptr;  // [num_tokens, row_bytes]
+};
+
+struct SaveOptions {
+  std::map<std::string, std::string> metadata;  // replaces what was there
+  // The version that must be there; 0: none. Absent: whatever is there is replaced.
+  std::optional<uint64_t> expected_version;
+  std::optional<uint64_t> keep_tokens;  // the first so many only
 };
 
 class BatchStep;
@@ -123,6 +132,10 @@ class Sequence {
 
   // A new sequence on the same worker with the first `length` tokens (absent: all).
   absl::StatusOr<std::unique_ptr<Sequence>> Fork(std::optional<uint64_t> length = std::nullopt);
+  // Saves the committed tokens under a name; durable when it returns. Only what the store does not
+  // have is written. May be called while the sequence goes on.
+  absl::StatusOr<v1::SaveSessionResponse> Save(absl::string_view name,
+                                               const SaveOptions& options = {});
   // Truncates to the first `length` tokens.
   absl::Status Rewind(int64_t length);
   // Full pages stay in the worker's cache. Idempotent.

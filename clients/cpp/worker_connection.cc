@@ -19,6 +19,7 @@ WorkerConnection::WorkerConnection(Options options, std::shared_ptr<grpc::Channe
       sequences_(v1::SequenceService::NewStub(channel)),
       edits_(v1::SequenceEditService::NewStub(channel)),
       prefixes_(v1::PrefixService::NewStub(channel)),
+      sessions_(v1::SessionService::NewStub(channel)),
       admin_(v1::AdminService::NewStub(channel)) {}
 
 std::shared_ptr<LocalStaging> WorkerConnection::Staging() {

@@ -25,6 +25,7 @@
 #include "pagetide/v1/prefix.grpc.pb.h"
 #include "pagetide/v1/sequence.grpc.pb.h"
 #include "pagetide/v1/sequence_edit.grpc.pb.h"
+#include "pagetide/v1/session.grpc.pb.h"
 #include "rpc/channel.h"
 #include "rpc/retry.h"
 #include "rpc/status_mapping.h"
@@ -75,6 +76,7 @@ class WorkerConnection {
   v1::SequenceService::StubInterface* sequences() const { return sequences_.get(); }
   v1::SequenceEditService::StubInterface* edits() const { return edits_.get(); }
   v1::PrefixService::StubInterface* prefixes() const { return prefixes_.get(); }
+  v1::SessionService::StubInterface* sessions() const { return sessions_.get(); }
   v1::AdminService::StubInterface* admin() const { return admin_.get(); }
   // For raw streams (rpc/raw_stream.h), apart from small calls: made on first use. UNAVAILABLE when
   // nobody listens.
@@ -104,6 +106,7 @@ class WorkerConnection {
   const std::unique_ptr<v1::SequenceService::StubInterface> sequences_;
   const std::unique_ptr<v1::SequenceEditService::StubInterface> edits_;
   const std::unique_ptr<v1::PrefixService::StubInterface> prefixes_;
+  const std::unique_ptr<v1::SessionService::StubInterface> sessions_;
   const std::unique_ptr<v1::AdminService::StubInterface> admin_;
 
   Mutex mu_;

@@ -1,0 +1,273 @@
+// Sessions through real programs and a real decoder: what was saved survives kill -9 of everything
+// and gives the same logits on another worker; what a chat's saves write; a prompt stored once and
+// computed once. Prints tables and JSON lines of what was measured.
+#include <gmock/gmock.h>
+#include <gtest/gtest.h>
+
+#include <cstdio>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "absl/strings/str_cat.h"
+#include "base/error_info.h"
+#include "clients/cpp/client.h"
+#include "decoder/decoder.h"
+#include "decoder/local_kv_backend.h"
+#include "decoder/pagetide_kv_backend.h"
+#include "pagetide/v1/page_store.grpc.pb.h"
+#include "rpc/channel.h"
+#include "tests/support/process.h"
+
+namespace pagetide {
+namespace {
+
+using ::pagetide::testing::ChildProcess;
+using ::pagetide::testing::TempDir;
+using ::testing::HasSubstr;
+
+class SessionProcessTest : public ::testing::Test {
+ protected:
+  void SetUp() override {
+    decoder_ = Decoder::Create(DecoderConfig()).value();
+    StartFleet(1);
+  }
+  // Worker ids w<first>, w<first + 1>: after a kill nobody has the name of one that died.
+  void StartFleet(int first) {
+    Start("pagetide-store", {absl::StrCat("--data-dir=", dir_ / "store")}, &store_);
+    const std::string store = absl::StrCat("--store=", store_->Address("grpc"));
+    Start("pagetide-router", {store}, &router_);
+    workers_.resize(2);
+    for (int i = 0; i < 2; ++i) {
+      Start("pagetide-worker",
+            {absl::StrCat("--worker-id=w", first + i), store,
+             absl::StrCat("--router=", router_->Address("grpc")), "--pool-bytes=32MiB"},
+            &workers_[i]);
+    }
+    client_ = Client::Create({.router_address = router_->Address("grpc")}).value();
+    auto model = client_->RegisterModel(ModelSpecOf(*decoder_, "decoder-test"));
+    ASSERT_TRUE(model.ok()) << model.status();
+    model_ = *model;
+  }
+  void KillAll() {
+    for (auto& worker : workers_) worker->Kill();
+    router_->Kill();
+    store_->Kill();
+    client_.reset();
+  }
+  void Start(const std::string& program, std::vector<std::string> args,
+             std::unique_ptr<ChildProcess>* process) {
+    args.push_back("--listen=127.0.0.1:0");
+    args.push_back("--metrics-listen=127.0.0.1:0");
+    auto started = ChildProcess::Start({.program = program, .args = args});
+    ASSERT_TRUE(started.ok()) << started.status();
+    *process = *std::move(started);
+  }
+  std::unique_ptr<Client> ClientOf(int worker) {
+    return Client::Create({.worker_address = workers_[worker]->Address("grpc")}).value();
+  }
+  std::vector<float> Expected(const std::vector<uint32_t>& tokens) {
+    LocalKvBackend kv(decoder_->config());
+    return decoder_->Prefill(tokens, kv).value();
+  }
+  absl::StatusOr<std::vector<float>> Compute(Sequence& sequence,
+                                             const std::vector<uint32_t>& tokens) {
+    PageTideKvBackend kv(decoder_->config(), &sequence);
+    return decoder_->Prefill(tokens, kv);
+  }
+  v1::GetStoreStatsResponse StoreStats() {
+    const auto stub = v1::PageStoreService::NewStub(MakeChannel(store_->Address("grpc")));
+    grpc::ClientContext context;
+    v1::GetStoreStatsResponse stats;
+    EXPECT_TRUE(stub->GetStoreStats(&context, {}, &stats).ok());
+    return stats;
+  }
+  double Stat(int worker, const std::string& name) {
+    const auto stats =
+        ClientOf(worker)->ConnectWorker(workers_[worker]->Address("grpc"))->GetStats();
+    EXPECT_TRUE(stats.ok()) << stats.status();
+    const auto it = stats->find(name);
+    return it == stats->end() ? 0 : it->second;
+  }
+
+  TempDir dir_;
+  std::unique_ptr<ChildProcess> store_, router_;
+  std::vector<std::unique_ptr<ChildProcess>> workers_;
+  std::unique_ptr<Decoder> decoder_;
+  std::unique_ptr<Client> client_;
+  std::shared_ptr<const Model> model_;
+};
+
+std::vector<uint32_t> Tokens(size_t n, uint32_t seed) {
+  std::vector<uint32_t> tokens(n);
+  for (size_t i = 0; i < n; ++i) tokens[i] = static_cast<uint32_t>(i * 31 + i / 7 + seed) % 256;
+  return tokens;
+}
+
+TEST_F(SessionProcessTest, SurvivesKill9OfEverythingAndGoesOnElsewhere) {
+  const std::vector<uint32_t> tokens = Tokens(700, 1);
+  {
+    auto sequence = ClientOf(0)->Open(model_, tokens);
+    ASSERT_TRUE(sequence.ok()) << sequence.status();
+    ASSERT_TRUE(Compute(**sequence, tokens).ok());
+    auto saved = (*sequence)->Save("chat", {.metadata = {{"title", "t"}}, .expected_version = 0});
+    ASSERT_TRUE(saved.ok()) << saved.status();
+    EXPECT_EQ(saved->version(), 1u);
+    EXPECT_EQ(saved->tokens(), 700u);
+    EXPECT_EQ(saved->durability(), v1::DURABILITY_LOCAL);
+    KillAll();
+  }
+  StartFleet(11);
+  int64_t computed_before = decoder_->computed_tokens();
+  auto loaded = ClientOf(1)->LoadSession(model_, "chat");
+  ASSERT_TRUE(loaded.ok()) << loaded.status();
+  EXPECT_EQ(loaded->tokens, tokens);
+  EXPECT_EQ(loaded->sequence->length(), 700u);
+  EXPECT_EQ(loaded->sequence->reuse().store_tokens(), 700u);
+  std::vector<uint32_t> longer = tokens;
+  for (int turn = 0; turn < 3; ++turn) {
+    longer.push_back(40 + turn);
+    auto logits = Compute(*loaded->sequence, longer);
+    ASSERT_TRUE(logits.ok()) << logits.status();
+    EXPECT_EQ(decoder_->computed_tokens() - computed_before, 1);
+    EXPECT_EQ(*logits, Expected(longer));
+    computed_before = decoder_->computed_tokens();
+  }
+  const double restored = Stat(1, "pagetide_worker_pages_restored_total");
+  EXPECT_EQ(restored, 3);  // 256 + 256 + 188 tokens
+  std::printf(
+      "{\"test\":\"session_kill_all\",\"tokens\":700,\"restored_pages\":%.0f,"
+      "\"computed\":3,\"wrong\":0}\n",
+      restored);
+}
+
+TEST_F(SessionProcessTest, AChatOfTwentyTurnsWritesOnlyWhatIsNew) {
+  auto client = ClientOf(0);
+  auto sequence = client->Open(model_, std::vector<uint32_t>{});
+  ASSERT_TRUE(sequence.ok()) << sequence.status();
+  std::vector<uint32_t> tokens;
+  uint64_t put_before = StoreStats().bytes_put();
+  uint64_t all_written = 0, all_states = 0;
+  std::printf(
+      "| turn | tokens | state | written by the save | written since the last save |\n"
+      "|---|---|---|---|---|\n");
+  for (int turn = 1; turn <= 20; ++turn) {
+    const std::vector<uint32_t> said = Tokens(60 + 13 * (turn % 5), 1000 * turn);
+    tokens.insert(tokens.end(), said.begin(), said.end());
+    ASSERT_TRUE(Compute(**sequence, tokens).ok());
+    auto saved = (*sequence)->Save("chat", {.expected_version = turn - 1});
+    ASSERT_TRUE(saved.ok()) << saved.status();
+    EXPECT_EQ(saved->version(), static_cast<uint64_t>(turn));
+    const uint64_t put = StoreStats().bytes_put() - put_before;
+    put_before += put;
+    all_written += put;
+    all_states += saved->bytes_total();
+    // The tail and at most the pages that this turn touched.
+    EXPECT_LE(saved->bytes_written(), 2 * saved->bytes_total() / saved->pages());
+    std::printf("| %d | %zu | %lu | %lu | %lu |\n", turn, tokens.size(), saved->bytes_total(),
+                saved->bytes_written(), put);
+  }
+  EXPECT_LT(all_written * 3, all_states);
+  // Saved again unchanged: nothing.
+  auto saved = (*sequence)->Save("chat");
+  ASSERT_TRUE(saved.ok()) << saved.status();
+  EXPECT_EQ(saved->bytes_written(), 0u);
+  EXPECT_EQ(saved->version(), 21u);
+  std::printf(
+      "{\"test\":\"session_chat\",\"turns\":20,\"bytes_written\":%lu,"
+      "\"bytes_of_all_states\":%lu,\"bytes_of_last_state\":%lu}\n",
+      all_written, all_states, saved->bytes_total());
+}
+
+TEST_F(SessionProcessTest, APromptForAHundredSequencesIsStoredOnceAndComputedOnce) {
+  const std::vector<uint32_t> prompt = Tokens(2000, 5);
+  {
+    auto sequence = ClientOf(0)->Open(model_, prompt);
+    ASSERT_TRUE(sequence.ok()) << sequence.status();
+    ASSERT_TRUE(Compute(**sequence, prompt).ok());
+    ASSERT_TRUE((*sequence)->Save("system-prompt").ok());
+  }
+  const uint64_t pages_stored = StoreStats().pages();
+  EXPECT_EQ(pages_stored, 8u);  // 7 full pages and the tail
+  const int64_t computed_before = decoder_->computed_tokens();
+  auto client = ClientOf(1);
+  std::vector<std::unique_ptr<Sequence>> open;
+  for (uint32_t i = 0; i < 100; ++i) {
+    auto loaded = client->LoadSession(model_, "system-prompt");
+    ASSERT_TRUE(loaded.ok()) << loaded.status();
+    std::vector<uint32_t> own = prompt;
+    own.push_back(i % 256);
+    ASSERT_TRUE(Compute(*loaded->sequence, own).ok());
+    open.push_back(std::move(loaded->sequence));
+  }
+  const int64_t computed = decoder_->computed_tokens() - computed_before;
+  EXPECT_EQ(computed, 100);
+  const double restored = Stat(1, "pagetide_worker_pages_restored_total");
+  EXPECT_EQ(restored, 8);
+  auto peeked = client->PeekSession("system-prompt");
+  ASSERT_TRUE(peeked.ok()) << peeked.status();
+  EXPECT_EQ(peeked->loads_here(), 100u);
+  std::vector<uint32_t> last = prompt;
+  last.push_back(99);
+  last.push_back(7);
+  EXPECT_EQ(Compute(*open.back(), last).value(), Expected(last));
+  std::printf(
+      "{\"test\":\"session_static_prompt\",\"prompt_tokens\":2000,\"sequences\":100,"
+      "\"pages_stored\":%lu,\"pages_restored\":%.0f,\"tokens_computed\":%ld}\n",
+      pages_stored, restored, computed);
+}
+
+TEST_F(SessionProcessTest, RefusalsNameTheFieldAndChangeNothing) {
+  auto client = ClientOf(0);
+  const std::vector<uint32_t> tokens = Tokens(40, 9);
+  auto sequence = client->Open(model_, tokens);
+  ASSERT_TRUE(sequence.ok()) << sequence.status();
+  ASSERT_TRUE(Compute(**sequence, tokens).ok());
+  for (const std::string& name :
+       {std::string(), std::string("../../etc/passwd"), std::string("a/b"), std::string("A"),
+        std::string("a."), std::string(10000, 'a'), std::string("a\nb")}) {
+    const absl::Status status = (*sequence)->Save(name).status();
+    EXPECT_TRUE(absl::IsInvalidArgument(status)) << status;
+    EXPECT_THAT(std::string(status.message()), HasSubstr("name has"));
+    EXPECT_TRUE(absl::IsInvalidArgument(client->LoadSession(model_, name).status()));
+    EXPECT_TRUE(absl::IsInvalidArgument(client->PeekSession(name).status()));
+    EXPECT_TRUE(absl::IsInvalidArgument(client->DeleteSession(name).status()));
+  }
+  EXPECT_THAT(std::string((*sequence)->Save("s", {.keep_tokens = 41}).status().message()),
+              HasSubstr("keep_tokens = 41 is above the sequence's length 40"));
+  EXPECT_THAT(std::string((*sequence)
+                              ->Save("s", {.metadata = {{"k", std::string(70000, 'x')}}})
+                              .status()
+                              .message()),
+              HasSubstr("metadata has 70001 bytes, at most 65536"));
+  EXPECT_EQ(StoreStats().manifests(), 0u);
+  ASSERT_TRUE((*sequence)->Save("s", {.expected_version = 0}).ok());
+  const absl::Status lost = (*sequence)->Save("s", {.expected_version = 0}).status();
+  EXPECT_TRUE(absl::IsFailedPrecondition(lost)) << lost;
+  EXPECT_EQ(GetReason(lost), error_reason::kVersionMismatch);
+  EXPECT_EQ(GetReasonMetadata(lost, "version"), "1");
+  // Another model: its weights and its pages differ.
+  ModelSpec spec = ModelSpecOf(*decoder_, "other-model", 128);
+  spec.weights_digest = Sha256Of("other");
+  auto other = client_->RegisterModel(spec);
+  ASSERT_TRUE(other.ok()) << other.status();
+  const absl::Status mismatch = client->LoadSession(*other, "s").status();
+  EXPECT_TRUE(absl::IsFailedPrecondition(mismatch)) << mismatch;
+  EXPECT_EQ(GetReason(mismatch), "MODEL_MISMATCH");
+  EXPECT_THAT(std::string(mismatch.message()), HasSubstr("page_tokens 256 != 128"));
+  EXPECT_THAT(std::string(mismatch.message()), HasSubstr("weights"));
+  EXPECT_EQ(client->DeleteSession("s").value(), 1u);
+  EXPECT_EQ(GetReason(client->DeleteSession("s").status()), "SESSION_NOT_FOUND");
+  // Through the router it is the same fleet.
+  ASSERT_TRUE((*sequence)->Save("via-router").ok());
+  auto listed = client_->ListSessions("via");
+  ASSERT_TRUE(listed.ok()) << listed.status();
+  ASSERT_EQ(listed->size(), 1u);
+  EXPECT_EQ(listed->front().tokens(), 40u);
+  auto loaded = client_->LoadSession(model_, "via-router");
+  ASSERT_TRUE(loaded.ok()) << loaded.status();
+  EXPECT_EQ(loaded->tokens, tokens);
+}
+
+}  // namespace
+}  // namespace pagetide
