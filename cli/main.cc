@@ -13,6 +13,7 @@
 #include "cli/demo_command.h"
 #include "cli/replay_command.h"
 #include "cli/router_commands.h"
+#include "cli/session_commands.h"
 #include "cli/store_commands.h"
 #include "cli/up_command.h"
 
@@ -33,6 +34,7 @@ constexpr Command kCommands[] = {
     {"sequences", AddSequencesCommand},
     {"models", AddModelsCommand},
     {"explain", AddExplainCommand},
+    {"sessions", AddSessionsCommand},
     {"store", AddStoreCommand},
 };
 

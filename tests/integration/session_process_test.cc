@@ -141,6 +141,32 @@ TEST_F(SessionProcessTest, SurvivesKill9OfEverythingAndGoesOnElsewhere) {
       restored);
 }
 
+TEST_F(SessionProcessTest, TheCommandLineSavesListsLoadsAndDeletes) {
+  const std::vector<uint32_t> tokens = Tokens(300, 2);
+  auto sequence = ClientOf(0)->Open(model_, tokens);
+  ASSERT_TRUE(sequence.ok()) << sequence.status();
+  ASSERT_TRUE(Compute(**sequence, tokens).ok());
+  ASSERT_TRUE((*sequence)->WaitReady().ok());
+  const auto run = [&](std::vector<std::string> args, int expected_code = 0) {
+    args.insert(args.begin(), "sessions");
+    args.insert(args.end(), {"--worker", workers_[0]->Address("grpc")});
+    auto process = ChildProcess::Start({.program = "pagetide", .args = args, .wait_ready = false});
+    EXPECT_TRUE(process.ok()) << process.status();
+    EXPECT_EQ((*process)->Wait(absl::Seconds(30)).value(), expected_code) << (*process)->Log();
+    return (*process)->Log();
+  };
+  EXPECT_THAT(run({"save", "cli.1", "--sequence", (*sequence)->id(), "--metadata", "who=me",
+                   "--expected-version", "0"}),
+              HasSubstr("saved cli.1, version 1: 300 tokens, 2 pages"));
+  EXPECT_THAT(run({"save", "cli.1", "--sequence", (*sequence)->id(), "--expected-version", "0"}, 1),
+              HasSubstr("version 1 is there, not 0"));
+  EXPECT_THAT(run({"list", "--prefix", "cli", "--json"}), HasSubstr("\"name\": \"cli.1\""));
+  EXPECT_THAT(run({"show", "cli.1"}), HasSubstr("who"));
+  EXPECT_THAT(run({"load", "cli.1"}), HasSubstr("300 tokens"));
+  EXPECT_THAT(run({"delete", "cli.1"}), HasSubstr("deleted cli.1, version 1"));
+  EXPECT_THAT(run({"show", "cli.1"}, 1), HasSubstr("there is no session cli.1"));
+}
+
 TEST_F(SessionProcessTest, AChatOfTwentyTurnsWritesOnlyWhatIsNew) {
   auto client = ClientOf(0);
   auto sequence = client->Open(model_, std::vector<uint32_t>{});
