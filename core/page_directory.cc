@@ -50,15 +50,20 @@ Page& PageDirectory::AdoptStored(uint32_t group, absl::string_view tenant, uint3
 Page& PageDirectory::AdoptSealed(uint32_t group, absl::string_view tenant, uint32_t rows,
                                  uint32_t depth, std::optional<PageId> parent,
                                  const Page::StoredAs& stored) {
-  if (const auto it = sealed_.find(stored.key); it != sealed_.end()) {
-    Page& known = Get(it->second);
-    if (known.group() == group && known.stored()->checksum == stored.checksum) return known;
-  }
+  if (const Page* known = FindSealed(group, stored.key, stored.checksum)) return Get(known->id());
   Page& page = Add(
       Page::NewSealed(PageId(next_id_++), group, std::string(tenant), rows, depth, parent, stored));
   sealed_[stored.key] = page.id();
   RememberStored(page.id());
   return page;
+}
+
+const Page* PageDirectory::FindSealed(uint32_t group, const PageKey& key,
+                                      const Checksum128& checksum) const {
+  const auto it = sealed_.find(key);
+  if (it == sealed_.end()) return nullptr;
+  const Page* const known = Find(it->second);
+  return known->group() == group && known->stored()->checksum == checksum ? known : nullptr;
 }
 
 Page* PageDirectory::Find(PageId id) {

@@ -64,6 +64,8 @@ class PageDirectory {
   // same record with the same body already, if there is one.
   Page& AdoptSealed(uint32_t group, absl::string_view tenant, uint32_t rows, uint32_t depth,
                     std::optional<PageId> parent, const Page::StoredAs& stored);
+  // The private page that stands for this record with this body; nullptr when there is none.
+  const Page* FindSealed(uint32_t group, const PageKey& key, const Checksum128& checksum) const;
   // nullptr when unknown.
   Page* Find(PageId id);
   const Page* Find(PageId id) const;

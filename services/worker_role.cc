@@ -19,6 +19,7 @@
 #include "rpc/model_codec.h"
 #include "worker/cpu_device.h"
 #include "worker/prefix_service.h"
+#include "worker/prompt_planner.h"
 #include "worker/report_journal.h"
 #include "worker/request_memos.h"
 #include "worker/router_link.h"
@@ -97,6 +98,7 @@ struct WorkerRole::Parts {
   std::unique_ptr<LocalPlane> local_plane;
   std::unique_ptr<RequestMemos> memos;
   std::unique_ptr<Sessions> sessions;
+  std::unique_ptr<PromptPlanner> planner;
   std::unique_ptr<PrefixServiceImpl> prefix_service;
   std::unique_ptr<SequenceServiceImpl> sequence_service;
   std::unique_ptr<SequenceEditServiceImpl> sequence_edit_service;
@@ -140,9 +142,6 @@ absl::StatusOr<std::unique_ptr<WorkerRole>> WorkerRole::Start(Options options, P
   }
   LocalPlane* const local_plane = parts->local_plane.get();
   parts->memos = std::make_unique<RequestMemos>(RequestMemos::Options(), clock);
-  parts->prefix_service = std::make_unique<PrefixServiceImpl>(worker);
-  parts->sequence_service =
-      std::make_unique<SequenceServiceImpl>(worker, parts->memos.get(), local_plane);
   parts->sequence_edit_service =
       std::make_unique<SequenceEditServiceImpl>(worker, parts->memos.get());
   parts->admin_service = std::make_unique<WorkerAdminService>(worker, local_plane);
@@ -157,6 +156,10 @@ absl::StatusOr<std::unique_ptr<WorkerRole>> WorkerRole::Start(Options options, P
                                                  parts->store_lease.get(), store, clock);
   }
   parts->sessions = std::make_unique<Sessions>(worker, store, parts->fence.get());
+  parts->planner = std::make_unique<PromptPlanner>(parts->sessions.get());
+  parts->prefix_service = std::make_unique<PrefixServiceImpl>(worker, parts->planner.get());
+  parts->sequence_service = std::make_unique<SequenceServiceImpl>(
+      worker, parts->memos.get(), local_plane, parts->planner.get());
   parts->session_service =
       std::make_unique<SessionServiceImpl>(worker, parts->sessions.get(), parts->memos.get());
   worker->Start();

@@ -256,6 +256,14 @@ class StateSnapshot {
                                        MonotonicTime deadline) = 0;
 };
 
+struct CheckpointInfo {
+  uint64_t id = 0;  // unique in the process
+  uint64_t length = 0;
+  bool is_automatic = false;
+  uint64_t num_pages = 0;
+  absl::Time created_at = absl::UnixEpoch();
+};
+
 // A page entered or left a tier of this host. Private pages are not reported.
 struct ResidencyChange {
   PrefixKey prefix;
@@ -405,6 +413,28 @@ class ModelHost {
   virtual absl::StatusOr<OpenResult> OpenSaved(const Tenant& tenant, const SessionState& state,
                                                std::span<const ManifestPageRef> pages,
                                                std::optional<uint64_t> length) = 0;
+
+  // What OpenSaved would find where, without opening.
+  virtual absl::StatusOr<PrefixReuse> LookupSaved(const Tenant& tenant, const SessionState& state,
+                                                  std::span<const ManifestPageRef> pages,
+                                                  std::optional<uint64_t> length) = 0;
+
+  // --- checkpoints ---
+  // The sequence as it is, by references; ends with it. At most 32 a sequence: the oldest automatic
+  // one gives way; RESOURCE_EXHAUSTED (TOO_MANY_CHECKPOINTS) without one.
+  virtual absl::StatusOr<CheckpointInfo> CreateCheckpoint(const Tenant& tenant,
+                                                          const SequenceHandle& sequence) = 0;
+  // NOT_FOUND (CHECKPOINT_NOT_FOUND). The checkpoint stays. If one of its pages was lost since, the
+  // sequence becomes the valid prefix of it.
+  virtual absl::StatusOr<SequenceInfo> RestoreCheckpoint(const Tenant& tenant,
+                                                         const SequenceHandle& sequence,
+                                                         uint64_t checkpoint_id) = 0;
+  // Oldest first.
+  virtual absl::StatusOr<std::vector<CheckpointInfo>> ListCheckpoints(const Tenant& tenant,
+                                                                      SequenceId id) = 0;
+  // OK if there is none.
+  virtual absl::Status DeleteCheckpoint(const Tenant& tenant, const SequenceHandle& sequence,
+                                        uint64_t checkpoint_id) = 0;
 
   // --- upkeep ---
   struct EvictResult {

@@ -254,6 +254,8 @@ void ModelHostImpl::Settle(Sequence& sequence) {
     for (PageTable& table : sequence.tables) {
       for (PageId id : table.Truncate(0)) pages_.Unref(pages_.Get(id));
     }
+    for (const Checkpoint& checkpoint : sequence.checkpoints) DropCheckpoint(checkpoint);
+    sequence.checkpoints.clear();
     changed_.SignalAll();
   }
 }

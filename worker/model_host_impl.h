@@ -70,6 +70,14 @@ class ModelHostImpl final : public ModelHost {
   absl::StatusOr<OpenResult> OpenSaved(const Tenant&, const SessionState&,
                                        std::span<const ManifestPageRef>,
                                        std::optional<uint64_t>) override;
+  absl::StatusOr<PrefixReuse> LookupSaved(const Tenant&, const SessionState&,
+                                          std::span<const ManifestPageRef>,
+                                          std::optional<uint64_t>) override;
+  absl::StatusOr<CheckpointInfo> CreateCheckpoint(const Tenant&, const SequenceHandle&) override;
+  absl::StatusOr<SequenceInfo> RestoreCheckpoint(const Tenant&, const SequenceHandle&,
+                                                 uint64_t) override;
+  absl::StatusOr<std::vector<CheckpointInfo>> ListCheckpoints(const Tenant&, SequenceId) override;
+  absl::Status DeleteCheckpoint(const Tenant&, const SequenceHandle&, uint64_t) override;
   absl::StatusOr<EvictResult> EvictPages(uint64_t, MonotonicTime) override;
   uint64_t ClearCache() override;
   void Tick() override;
@@ -113,6 +121,16 @@ class ModelHostImpl final : public ModelHost {
     bool is_busy() const { return state != State::kOpen || num_writers > 0; }
   };
 
+  struct Checkpoint {
+    uint64_t id = 0;
+    bool is_automatic = false;
+    absl::Time created_at;
+    std::vector<uint32_t> tokens;
+    std::vector<PositionedInput> inputs;
+    std::vector<PrefixKey> keys;
+    std::vector<PageTable> tables;  // one reference for each extent
+  };
+
   struct Sequence {
     SequenceId id;
     std::string tenant;
@@ -124,7 +142,8 @@ class ModelHostImpl final : public ModelHost {
     std::vector<PrefixKey> keys;          // of each full page of tokens
     std::vector<PageTable> tables;        // [group]
     std::unique_ptr<Pending> pending;
-    bool was_appended = false;  // since open: then a lost prefix is the caller's to know
+    std::vector<Checkpoint> checkpoints;  // oldest first
+    bool was_appended = false;            // since open: then a lost prefix is the caller's to know
     bool closed = false;
     std::string shortened_because;
     uint64_t length() const { return tokens.size(); }
@@ -248,10 +267,26 @@ class ModelHostImpl final : public ModelHost {
                              MonotonicTime deadline) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
 
   // --- saved state (model_host_sessions.cc) ---
+  // The length to open; the refusals of OpenSaved.
+  absl::StatusOr<uint64_t> CheckSaved(const SessionState& state,
+                                      std::optional<uint64_t> length) const;
+  // Without the tiers.
+  PrefixReuse SavedReuse(const SessionState& state, uint64_t length) const;
+  bool GoesByPrefix(uint32_t group, const SavedExtent& extent, const ManifestPageRef& ref,
+                    const std::vector<PrefixKey>& keys) const;
+  // nullptr when this host does not know the page.
+  const Page* FindSavedPage(uint32_t group, const SavedExtent& extent, const ManifestPageRef& ref,
+                            const std::vector<PrefixKey>& keys) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
   // The page that stands for extent `extent` of saved state. `keys`: of its canonical full pages.
   Page& AdoptSavedPage(uint32_t group, const Sequence& sequence, const SessionState& state,
                        const SavedExtent& extent, const ManifestPageRef& ref,
                        const std::vector<PrefixKey>& keys) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
+
+  // --- checkpoints (model_host_checkpoints.cc) ---
+  absl::StatusOr<CheckpointInfo> TakeCheckpoint(Sequence& sequence, bool is_automatic)
+      ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
+  void DropCheckpoint(const Checkpoint& checkpoint) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
+  static CheckpointInfo InfoOf(const Checkpoint& checkpoint);
 
   // --- writes (model_host_writes.cc) ---
   // A write about to begin: its sequence, what it needs, and in which groups the tail is shared or

@@ -136,7 +136,7 @@ class ModelHostImpl::SnapshotImpl final : public StateSnapshot {
     PageRecordMeta meta;
     std::span<const std::byte> body;
     std::vector<std::byte> buffer;
-    bool is_written = false;
+    uint32_t sealed_rows = 0;  // of a tail that a checkpoint sealed; 0: the frame is the body
   };
 
   void Add(uint32_t group, PageId id) ABSL_EXCLUSIVE_LOCKS_REQUIRED(host_->mu_) {
@@ -247,6 +247,7 @@ class ModelHostImpl::SnapshotImpl final : public StateSnapshot {
     if (!item.body.empty()) return out;
     out.offset = host_->FrameOffset(item.group, page.frame());
     out.expected = page.checksum();
+    if (!page.checksum()) out.sealed_rows = page.rows();
     if (page.is_keyed()) {
       out.meta.key = *page.page_key();
       out.meta.prefix = page.prefix();
@@ -262,6 +263,9 @@ class ModelHostImpl::SnapshotImpl final : public StateSnapshot {
       Item& item = items_[page.item];
       if (!item.body.empty()) {
         page.body = item.body;
+      } else if (page.sealed_rows > 0) {
+        PT_ASSIGN_OR_RETURN(page.buffer, CopyRows(item.group, page.offset, page.sealed_rows));
+        page.body = page.buffer;
       } else {
         PT_ASSIGN_OR_RETURN(page.body, host_->PageBytes(item.group, page.offset, page.buffer));
       }
@@ -273,14 +277,16 @@ class ModelHostImpl::SnapshotImpl final : public StateSnapshot {
                                                 page.expected->ToHex()));
       }
       if (!page.meta.prefix) {
-        const uint32_t rows = item.body.empty() ? host_->page_tokens() : item.rows;
+        const uint32_t rows = !item.body.empty()     ? item.rows
+                              : page.sealed_rows > 0 ? page.sealed_rows
+                                                     : host_->page_tokens();
         page.meta.key = MakeContentPageKey(tenant_.salt, page.meta.fingerprint, rows, page.body);
       }
       keys.push_back(page.meta.key);
     }
     PT_ASSIGN_OR_RETURN(const std::vector<LookupResult> there,
                         host_->store_->LookupPages(keys, deadline));
-    std::vector<class PutPage> puts;
+    std::vector<PutPage> puts;
     std::vector<size_t> put_of;
     for (size_t i = 0; i < out.size(); ++i) {
       Item& item = items_[out[i].item];
@@ -355,6 +361,28 @@ absl::StatusOr<std::unique_ptr<StateSnapshot>> ModelHostImpl::Snapshot(
   return snapshot;
 }
 
+const Page* ModelHostImpl::FindSavedPage(uint32_t group, const SavedExtent& extent,
+                                         const ManifestPageRef& ref,
+                                         const std::vector<PrefixKey>& keys) {
+  const uint64_t index = extent.first_row / page_tokens();
+  // A page goes by its prefix only if our own hash of the tokens says that it is that page.
+  if (GoesByPrefix(group, extent, ref, keys)) {
+    const Page* known = pages_.FindKeyed(group, keys[index]);
+    // Of another honest writer's rows the manifest means its own.
+    if (known != nullptr && known->checksum() == ref.checksum) return known;
+  }
+  return pages_.FindSealed(group, ref.key, ref.checksum);
+}
+
+bool ModelHostImpl::GoesByPrefix(uint32_t group, const SavedExtent& extent,
+                                 const ManifestPageRef& ref,
+                                 const std::vector<PrefixKey>& keys) const {
+  const uint64_t index = extent.first_row / page_tokens();
+  return extent.first_slot == 0 && extent.first_row == index * page_tokens() &&
+         extent.count == page_tokens() && index < keys.size() &&
+         MakePageKey(keys[index], Geometry(group).fingerprint()) == ref.key;
+}
+
 Page& ModelHostImpl::AdoptSavedPage(uint32_t group, const Sequence& sequence,
                                     const SessionState& state, const SavedExtent& extent,
                                     const ManifestPageRef& ref,
@@ -369,27 +397,21 @@ Page& ModelHostImpl::AdoptSavedPage(uint32_t group, const Sequence& sequence,
       return i.position >= begin && i.position < end;
     });
   };
-  const bool stands_in_place = extent.first_slot == 0 && extent.first_row == base;
-  // A page goes by its prefix only if our own hash of the tokens says that it is that page.
-  if (stands_in_place && extent.count == page_tokens() && index < keys.size() &&
-      MakePageKey(keys[index], Geometry(group).fingerprint()) == ref.key) {
-    const Page* known = pages_.FindKeyed(group, keys[index]);
-    if (known == nullptr) {
-      return pages_.AdoptStored(
-          group, sequence.tenant, page_tokens(), static_cast<uint32_t>(index), parent, keys[index],
-          index == 0 ? sequence.root : keys[index - 1], ref.key, ref.checksum,
-          std::make_shared<const std::vector<uint32_t>>(
-              state.tokens.begin() + base, state.tokens.begin() + base + page_tokens()),
-          has_input(base, base + page_tokens()));
-    }
-    if (known->checksum() == ref.checksum) return pages_.Get(known->id());
-    // Another honest writer's rows are here: the manifest means its own.
+  if (const Page* known = FindSavedPage(group, extent, ref, keys)) return pages_.Get(known->id());
+  if (GoesByPrefix(group, extent, ref, keys) && pages_.FindKeyed(group, keys[index]) == nullptr) {
+    return pages_.AdoptStored(
+        group, sequence.tenant, page_tokens(), static_cast<uint32_t>(index), parent, keys[index],
+        index == 0 ? sequence.root : keys[index - 1], ref.key, ref.checksum,
+        std::make_shared<const std::vector<uint32_t>>(state.tokens.begin() + base,
+                                                      state.tokens.begin() + base + page_tokens()),
+        has_input(base, base + page_tokens()));
   }
   Page& page = pages_.AdoptSealed(group, sequence.tenant, extent.first_slot + extent.count,
                                   static_cast<uint32_t>(index), parent,
                                   {ref.key, ref.checksum, /*is_shared=*/true});
   const uint64_t end = base + extent.count;
-  if (stands_in_place && extent.count < page_tokens() && end <= state.canonical_length) {
+  if (extent.first_slot == 0 && extent.first_row == base && extent.count < page_tokens() &&
+      end <= state.canonical_length) {
     pages_.SetTailTokens(
         page, index == 0 ? sequence.root : keys[index - 1],
         std::vector<uint32_t>(state.tokens.begin() + base, state.tokens.begin() + end),
@@ -398,9 +420,8 @@ Page& ModelHostImpl::AdoptSavedPage(uint32_t group, const Sequence& sequence,
   return page;
 }
 
-absl::StatusOr<OpenResult> ModelHostImpl::OpenSaved(const Tenant& tenant, const SessionState& state,
-                                                    std::span<const ManifestPageRef> pages,
-                                                    std::optional<uint64_t> wanted) {
+absl::StatusOr<uint64_t> ModelHostImpl::CheckSaved(const SessionState& state,
+                                                   std::optional<uint64_t> wanted) const {
   PT_RETURN_IF_ERROR(CheckSameModel(state, *model_));
   const uint64_t length = wanted.value_or(state.length());
   if (length > state.length()) {
@@ -413,6 +434,43 @@ absl::StatusOr<OpenResult> ModelHostImpl::OpenSaved(const Tenant& tenant, const 
   }
   PT_RETURN_IF_ERROR(CheckWholeRows(state));
   PT_RETURN_IF_ERROR(ValidateTokens(state.tokens, state.inputs, 0));
+  return length;
+}
+
+PrefixReuse ModelHostImpl::SavedReuse(const SessionState& state, uint64_t length) const {
+  PrefixReuse reuse;
+  reuse.prompt_tokens = reuse.reused_tokens = length;
+  reuse.shared_pages = length / page_tokens();
+  reuse.partial_rows = length % page_tokens();
+  reuse.limit = length == state.length() ? ReuseLimit::kWholePrompt : ReuseLimit::kDiverged;
+  reuse.explanation = absl::StrCat(length, " of ", state.length(), " saved tokens reused");
+  return reuse;
+}
+
+absl::StatusOr<PrefixReuse> ModelHostImpl::LookupSaved(const Tenant& tenant,
+                                                       const SessionState& state,
+                                                       std::span<const ManifestPageRef> pages,
+                                                       std::optional<uint64_t> wanted) {
+  PT_ASSIGN_OR_RETURN(const uint64_t length, CheckSaved(state, wanted));
+  const std::vector<PrefixKey> keys = PrefixKeysOf(
+      RootPrefixKey(tenant.salt, model_->identity(), page_tokens()),
+      std::span(state.tokens).first(state.canonical_length), page_tokens(), state.inputs);
+  PrefixReuse reuse = SavedReuse(state, length);
+  MutexLock lock(&mu_);
+  for (const SavedExtent& extent : state.groups.front()) {
+    if (extent.first_row >= length) break;
+    const Page* page = FindSavedPage(0, extent, pages[extent.page], keys);
+    const bool is_here = page != nullptr && page->is_readable();
+    (is_here ? reuse.device_tokens : reuse.store_tokens) +=
+        std::min<uint64_t>(extent.count, length - extent.first_row);
+  }
+  return reuse;
+}
+
+absl::StatusOr<OpenResult> ModelHostImpl::OpenSaved(const Tenant& tenant, const SessionState& state,
+                                                    std::span<const ManifestPageRef> pages,
+                                                    std::optional<uint64_t> wanted) {
+  PT_ASSIGN_OR_RETURN(const uint64_t length, CheckSaved(state, wanted));
   auto sequence = std::make_shared<Sequence>();
   sequence->tenant = tenant.name;
   sequence->root = RootPrefixKey(tenant.salt, model_->identity(), page_tokens());
@@ -458,13 +516,11 @@ absl::StatusOr<OpenResult> ModelHostImpl::OpenSaved(const Tenant& tenant, const 
     sequences_[sequence->id.number] = sequence;
     counters_.tokens_reused += length;
     PrefixReuse& reuse = result.reuse;
-    reuse.prompt_tokens = reuse.reused_tokens = length;
+    reuse = SavedReuse(state, length);
     for (const Extent& extent : sequence->tables.front().extents()) {
       const bool is_here = pages_.Get(extent.page).is_readable();
       (is_here ? reuse.device_tokens : reuse.store_tokens) += extent.count;
     }
-    reuse.shared_pages = length / page_tokens();
-    reuse.explanation = absl::StrCat(length, " tokens of saved state");
     result.restoring_pages = Prefetch(*sequence);
     result.info = InfoOf(*sequence);
     changed_.SignalAll();

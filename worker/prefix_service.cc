@@ -34,6 +34,37 @@ grpc::Status PrefixServiceImpl::LookupPrefix(grpc::ServerContext* context,
   return ToGrpcStatus(handle());
 }
 
+grpc::Status PrefixServiceImpl::PlanPrompt(grpc::ServerContext* context,
+                                           const v1::PlanPromptRequest* request,
+                                           v1::PlanPromptResponse* response) {
+  const auto handle = [&]() -> absl::Status {
+    const CallContext call = MakeCallContext(*context, *worker_);
+    PT_ASSIGN_OR_RETURN(const auto inputs, InputsFromProto(request->inputs()));
+    PT_ASSIGN_OR_RETURN(ModelHost * host,
+                        worker_->HostOfModel(request->model_digest(), call.deadline));
+    const std::vector<std::string> sessions(request->sessions().begin(), request->sessions().end());
+    const PromptRequest prompt{.tokens = TokensOf(request->tokens()),
+                               .inputs = inputs,
+                               .options = {.allow_full_reuse = request->allow_full_reuse()}};
+    PT_ASSIGN_OR_RETURN(const PromptPlan plan,
+                        planner_->Plan(call.tenant, host, prompt, sessions, call.deadline));
+    v1::PromptPlan& proto = *response->mutable_plan();
+    *proto.mutable_reuse() = ReuseToProto(plan.reuse);
+    proto.set_session(plan.session);
+    proto.set_session_version(plan.session_version);
+    proto.set_compute_tokens(plan.reuse.prompt_tokens - plan.reuse.reused_tokens);
+    for (const PlanCandidate& candidate : plan.candidates) {
+      v1::PlanPromptResponse::Candidate& c = *response->add_candidates();
+      c.set_session(candidate.session);
+      c.set_version(candidate.version);
+      c.set_usable_tokens(candidate.usable_tokens);
+      c.set_why_not_more(candidate.why_not_more);
+    }
+    return absl::OkStatus();
+  };
+  return ToGrpcStatus(handle());
+}
+
 absl::StatusOr<std::string> PrefixServiceImpl::LeasePrefix(const CallContext& call, ModelHost* host,
                                                            const v1::LookupPrefixRequest& request,
                                                            std::span<const PositionedInput> inputs,

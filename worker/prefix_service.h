@@ -1,4 +1,4 @@
-// PrefixService over a Worker. Thread-safe; the worker outlives it.
+// PrefixService over a Worker and its PromptPlanner. Thread-safe; both outlive it.
 #ifndef PAGETIDE_WORKER_PREFIX_SERVICE_H_
 #define PAGETIDE_WORKER_PREFIX_SERVICE_H_
 
@@ -6,6 +6,7 @@
 
 #include "absl/status/statusor.h"
 #include "pagetide/v1/prefix.grpc.pb.h"
+#include "worker/prompt_planner.h"
 #include "worker/service_support.h"
 #include "worker/worker.h"
 
@@ -13,10 +14,13 @@ namespace pagetide {
 
 class PrefixServiceImpl final : public v1::PrefixService::Service {
  public:
-  explicit PrefixServiceImpl(Worker* worker) : worker_(worker) {}
+  PrefixServiceImpl(Worker* worker, const PromptPlanner* planner)
+      : worker_(worker), planner_(planner) {}
 
   grpc::Status LookupPrefix(grpc::ServerContext* context, const v1::LookupPrefixRequest* request,
                             v1::LookupPrefixResponse* response) override;
+  grpc::Status PlanPrompt(grpc::ServerContext* context, const v1::PlanPromptRequest* request,
+                          v1::PlanPromptResponse* response) override;
 
  private:
   // Pins the resident part of the prompt's prefix through a sequence that nobody else sees and that
@@ -27,6 +31,7 @@ class PrefixServiceImpl final : public v1::PrefixService::Service {
                                           absl::Duration duration);
 
   Worker* const worker_;
+  const PromptPlanner* const planner_;
 };
 
 }  // namespace pagetide

@@ -86,8 +86,8 @@ absl::Status NotReserved(uint64_t reservation_id) {
 }  // namespace
 
 SequenceServiceImpl::SequenceServiceImpl(Worker* worker, RequestMemos* memos,
-                                         LocalPlane* local_plane)
-    : worker_(worker), memos_(memos), local_plane_(local_plane) {
+                                         LocalPlane* local_plane, const PromptPlanner* planner)
+    : worker_(worker), memos_(memos), local_plane_(local_plane), planner_(planner) {
   // The two bulk methods are handled as raw byte streams. On the wire a stream of one message is
   // the same as one message, so the declared kinds of the methods (and reflection) stay true.
   using Handler =
@@ -122,8 +122,11 @@ grpc::Status SequenceServiceImpl::OpenSequence(grpc::ServerContext* context,
                         worker_->HostOfModel(request->model_digest(), call.deadline));
     const PromptOptions options{.allow_full_reuse = request->allow_full_reuse(),
                                 .no_reuse = request->no_reuse()};
+    const PromptRequest prompt{
+        .tokens = TokensOf(request->tokens()), .inputs = inputs, .options = options};
     PT_ASSIGN_OR_RETURN(const OpenResult result,
-                        host->Open(call.tenant, TokensOf(request->tokens()), inputs, options));
+                        planner_->Open(call.tenant, host, prompt, request->plan().session(),
+                                       request->plan().session_version(), call.deadline));
     worker_->NoteSequence(*host, result.info);
     v1::OpenSequenceResponse answer;
     *answer.mutable_state() = StateToProto(*worker_, *host, result.info);

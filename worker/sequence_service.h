@@ -14,6 +14,7 @@
 #include "pagetide/v1/sequence.grpc.pb.h"
 #include "worker/lent_frames.h"
 #include "worker/local_plane.h"
+#include "worker/prompt_planner.h"
 #include "worker/request_memos.h"
 #include "worker/row_wire.h"
 #include "worker/service_support.h"
@@ -24,7 +25,8 @@ namespace pagetide {
 class SequenceServiceImpl final : public v1::SequenceService::Service {
  public:
   // `local_plane` may be null: then no call can name staging.
-  SequenceServiceImpl(Worker* worker, RequestMemos* memos, LocalPlane* local_plane);
+  SequenceServiceImpl(Worker* worker, RequestMemos* memos, LocalPlane* local_plane,
+                      const PromptPlanner* planner);
   // Waits until the transport has given back all frames that ReadRows lent to it.
   ~SequenceServiceImpl() override;
 
@@ -81,6 +83,7 @@ class SequenceServiceImpl final : public v1::SequenceService::Service {
   Worker* const worker_;
   RequestMemos* const memos_;
   LocalPlane* const local_plane_;
+  const PromptPlanner* const planner_;
   LentFrames lent_;
 };
 

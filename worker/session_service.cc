@@ -41,6 +41,21 @@ v1::SaveSessionResponse ToProto(const std::string& name, const SaveAnswer& answe
   return proto;
 }
 
+void SetTimestamp(absl::Time time, google::protobuf::Timestamp* out) {
+  const int64_t nanos = absl::ToUnixNanos(time);
+  out->set_seconds(nanos / 1000000000);
+  out->set_nanos(static_cast<int32_t>(nanos % 1000000000));
+}
+
+v1::CheckpointInfo ToProto(const CheckpointInfo& info) {
+  v1::CheckpointInfo proto;
+  proto.set_checkpoint_id(info.id);
+  proto.set_length(info.length);
+  proto.set_pages(info.num_pages);
+  SetTimestamp(info.created_at, proto.mutable_created_at());
+  return proto;
+}
+
 v1::SessionInfo ToProto(const ListedSession& session) {
   v1::SessionInfo proto;
   proto.set_name(session.name);
@@ -50,9 +65,7 @@ v1::SessionInfo ToProto(const ListedSession& session) {
   proto.set_bytes(session.summary.bytes_total);
   proto.set_model_digest(session.summary.model_digest.ToHex());
   proto.set_canonical_length(session.summary.canonical_length);
-  const int64_t nanos = absl::ToUnixNanos(session.saved_at);
-  proto.mutable_saved_at()->set_seconds(nanos / 1000000000);
-  proto.mutable_saved_at()->set_nanos(static_cast<int32_t>(nanos % 1000000000));
+  SetTimestamp(session.saved_at, proto.mutable_saved_at());
   return proto;
 }
 
@@ -209,6 +222,74 @@ grpc::Status SessionServiceImpl::DeleteSession(grpc::ServerContext* context,
   if (!deleted.ok()) return ToGrpcStatus(deleted.status());
   response->set_deleted_version(*deleted);
   return grpc::Status::OK;
+}
+
+grpc::Status SessionServiceImpl::CreateCheckpoint(grpc::ServerContext* context,
+                                                  const v1::CreateCheckpointRequest* request,
+                                                  v1::CreateCheckpointResponse* response) {
+  const CallContext call = MakeCallContext(*context, *worker_);
+  const auto create = [&]() -> absl::StatusOr<v1::CreateCheckpointResponse> {
+    PT_ASSIGN_OR_RETURN(const HandleTarget target, FindSequence(*worker_, request->sequence()));
+    PT_ASSIGN_OR_RETURN(const CheckpointInfo info,
+                        target.host->CreateCheckpoint(call.tenant, target.handle));
+    v1::CreateCheckpointResponse answer;
+    *answer.mutable_checkpoint() = ToProto(info);
+    return answer;
+  };
+  auto answer = memos_->OncePerSequence<v1::CreateCheckpointResponse>(
+      request->sequence().sequence_id(), request->request_id(), DigestOfMessage(*request),
+      call.deadline, create);
+  if (!answer.ok()) return ToGrpcStatus(answer.status());
+  *response = *std::move(answer);
+  return grpc::Status::OK;
+}
+
+grpc::Status SessionServiceImpl::RestoreCheckpoint(grpc::ServerContext* context,
+                                                   const v1::RestoreCheckpointRequest* request,
+                                                   v1::RestoreCheckpointResponse* response) {
+  const CallContext call = MakeCallContext(*context, *worker_);
+  const auto restore = [&]() -> absl::StatusOr<v1::RestoreCheckpointResponse> {
+    PT_ASSIGN_OR_RETURN(const HandleTarget target, FindSequence(*worker_, request->sequence()));
+    PT_ASSIGN_OR_RETURN(
+        const SequenceInfo info,
+        target.host->RestoreCheckpoint(call.tenant, target.handle, request->checkpoint_id()));
+    worker_->NoteSequence(*target.host, info);
+    v1::RestoreCheckpointResponse answer;
+    *answer.mutable_state() = StateToProto(*worker_, *target.host, info);
+    return answer;
+  };
+  auto answer = memos_->OncePerSequence<v1::RestoreCheckpointResponse>(
+      request->sequence().sequence_id(), request->request_id(), DigestOfMessage(*request),
+      call.deadline, restore);
+  if (!answer.ok()) return ToGrpcStatus(answer.status());
+  *response = *std::move(answer);
+  return grpc::Status::OK;
+}
+
+grpc::Status SessionServiceImpl::ListCheckpoints(grpc::ServerContext* context,
+                                                 const v1::ListCheckpointsRequest* request,
+                                                 v1::ListCheckpointsResponse* response) {
+  const CallContext call = MakeCallContext(*context, *worker_);
+  const auto list = [&]() -> absl::Status {
+    PT_ASSIGN_OR_RETURN(const SequenceTarget target,
+                        FindSequence(*worker_, request->sequence_id()));
+    PT_ASSIGN_OR_RETURN(const std::vector<CheckpointInfo> checkpoints,
+                        target.host->ListCheckpoints(call.tenant, target.id));
+    for (const CheckpointInfo& info : checkpoints) *response->add_checkpoints() = ToProto(info);
+    return absl::OkStatus();
+  };
+  return ToGrpcStatus(list());
+}
+
+grpc::Status SessionServiceImpl::DeleteCheckpoint(grpc::ServerContext* context,
+                                                  const v1::DeleteCheckpointRequest* request,
+                                                  v1::DeleteCheckpointResponse* response) {
+  const CallContext call = MakeCallContext(*context, *worker_);
+  const auto remove = [&]() -> absl::Status {
+    PT_ASSIGN_OR_RETURN(const HandleTarget target, FindSequence(*worker_, request->sequence()));
+    return target.host->DeleteCheckpoint(call.tenant, target.handle, request->checkpoint_id());
+  };
+  return ToGrpcStatus(remove());
 }
 
 }  // namespace pagetide

@@ -85,6 +85,9 @@ class Sessions {
                                      std::optional<uint64_t> version,
                                      absl::string_view model_digest, std::optional<uint64_t> length,
                                      MonotonicTime deadline);
+  // A session with the pages of its manifest. NOT_FOUND (SESSION_NOT_FOUND), DATA_LOSS.
+  absl::StatusOr<StoredSession> Read(const Tenant& tenant, absl::string_view name,
+                                     std::vector<ManifestPageRef>* pages, MonotonicTime deadline);
   absl::StatusOr<StoredSession> Peek(const Tenant& tenant, absl::string_view name,
                                      MonotonicTime deadline);
   // In order of name, after `after`, at most `limit`.
@@ -100,8 +103,6 @@ class Sessions {
  private:
   // What is there now; version 0 when nothing is.
   absl::StatusOr<ManifestEntry> Stat(const std::string& manifest, MonotonicTime deadline);
-  absl::StatusOr<StoredSession> Read(const Tenant& tenant, absl::string_view name,
-                                     std::vector<ManifestPageRef>* pages, MonotonicTime deadline);
   absl::StatusOr<PutManifestResult> PutState(StateSnapshot& snapshot, const SaveRequest& request,
                                              ManifestRecord manifest, uint64_t expected_version,
                                              const WriteFence& fence, SaveAnswer* answer,

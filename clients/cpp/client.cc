@@ -103,6 +103,17 @@ absl::StatusOr<std::unique_ptr<Sequence>> Client::OpenOn(std::shared_ptr<WorkerC
   request.set_allow_full_reuse(options.allow_full_reuse);
   request.set_no_reuse(options.no_reuse);
   request.set_assignment_id(std::string(assignment_id));
+  if (!options.sessions.empty()) {
+    v1::PlanPromptRequest plan;
+    plan.set_model_digest(request.model_digest());
+    *plan.mutable_tokens() = request.tokens();
+    plan.set_allow_full_reuse(options.allow_full_reuse);
+    for (const std::string& name : options.sessions) plan.add_sessions(name);
+    PT_ASSIGN_OR_RETURN(v1::PlanPromptResponse planned,
+                        CallUnary(worker->call_options(), worker->prefixes(),
+                                  &v1::PrefixService::StubInterface::PlanPrompt, plan));
+    *request.mutable_plan() = std::move(*planned.mutable_plan());
+  }
   PT_ASSIGN_OR_RETURN(v1::OpenSequenceResponse response,
                       CallUnary(worker->call_options(), worker->sequences(),
                                 &v1::SequenceService::StubInterface::OpenSequence, request));

@@ -57,6 +57,8 @@ struct OpenOptions {
   // Stay with this worker if it is alive: a conversation's next turn.
   std::string sticky_worker_id;
   std::vector<std::string> exclude_worker_ids;
+  // Sessions that may serve as the prompt's beginning, besides what is found by keys (at most 16).
+  std::vector<std::string> sessions;
 };
 
 struct LoadOptions {

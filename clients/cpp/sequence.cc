@@ -259,6 +259,28 @@ absl::StatusOr<v1::SaveSessionResponse> Sequence::Save(absl::string_view name,
                    &v1::SessionService::StubInterface::SaveSession, request);
 }
 
+absl::StatusOr<uint64_t> Sequence::CreateCheckpoint() {
+  v1::CreateCheckpointRequest request;
+  request.set_request_id(NewRequestId());
+  *request.mutable_sequence() = Ref();
+  PT_ASSIGN_OR_RETURN(const v1::CreateCheckpointResponse response,
+                      CallUnary(worker_->call_options(), worker_->sessions(),
+                                &v1::SessionService::StubInterface::CreateCheckpoint, request));
+  return response.checkpoint().checkpoint_id();
+}
+
+absl::Status Sequence::RestoreCheckpoint(uint64_t checkpoint_id) {
+  v1::RestoreCheckpointRequest request;
+  request.set_request_id(NewRequestId());
+  *request.mutable_sequence() = Ref();
+  request.set_checkpoint_id(checkpoint_id);
+  PT_ASSIGN_OR_RETURN(v1::RestoreCheckpointResponse response,
+                      CallUnary(worker_->call_options(), worker_->sessions(),
+                                &v1::SessionService::StubInterface::RestoreCheckpoint, request));
+  state_ = std::move(*response.mutable_state());
+  return absl::OkStatus();
+}
+
 absl::StatusOr<std::unique_ptr<Sequence>> Sequence::Fork(std::optional<uint64_t> length) {
   v1::ForkSequenceRequest request;
   request.set_request_id(NewRequestId());

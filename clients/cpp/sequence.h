@@ -136,6 +136,10 @@ class Sequence {
   // have is written. May be called while the sequence goes on.
   absl::StatusOr<v1::SaveSessionResponse> Save(absl::string_view name,
                                                const SaveOptions& options = {});
+  // Remembers the sequence as it is; ends with it. Returns the checkpoint's id.
+  absl::StatusOr<uint64_t> CreateCheckpoint();
+  // Makes it that again, whatever was rewound or appended since.
+  absl::Status RestoreCheckpoint(uint64_t checkpoint_id);
   // Truncates to the first `length` tokens.
   absl::Status Rewind(int64_t length);
   // Full pages stay in the worker's cache. Idempotent.

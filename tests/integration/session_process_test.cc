@@ -167,6 +167,40 @@ TEST_F(SessionProcessTest, TheCommandLineSavesListsLoadsAndDeletes) {
   EXPECT_THAT(run({"show", "cli.1"}, 1), HasSubstr("there is no session cli.1"));
 }
 
+TEST_F(SessionProcessTest, CheckpointsAndPlansGiveTheSameLogits) {
+  const std::vector<uint32_t> tokens = Tokens(300, 3);
+  auto sequence = ClientOf(0)->Open(model_, tokens);
+  ASSERT_TRUE(sequence.ok()) << sequence.status();
+  ASSERT_TRUE(Compute(**sequence, tokens).ok());
+  auto checkpoint = (*sequence)->CreateCheckpoint();
+  ASSERT_TRUE(checkpoint.ok()) << checkpoint.status();
+  ASSERT_TRUE((*sequence)->Rewind(100).ok());
+  std::vector<uint32_t> other(tokens.begin(), tokens.begin() + 100);
+  other.insert(other.end(), {5, 6, 7, 8});
+  EXPECT_EQ(Compute(**sequence, other).value(), Expected(other));
+  ASSERT_TRUE((*sequence)->RestoreCheckpoint(*checkpoint).ok());
+  EXPECT_EQ((*sequence)->length(), 300u);
+  std::vector<uint32_t> longer = tokens;
+  longer.push_back(9);
+  EXPECT_EQ(Compute(**sequence, longer).value(), Expected(longer));
+  EXPECT_EQ(GetReason((*sequence)->RestoreCheckpoint(12345678)), "CHECKPOINT_NOT_FOUND");
+
+  // The saved 301 tokens serve a prompt that shares 290 of them; keys alone reach 256.
+  ASSERT_TRUE((*sequence)->Save("plan").ok());
+  std::vector<uint32_t> prompt(tokens.begin(), tokens.begin() + 290);
+  prompt.insert(prompt.end(), {1, 2, 3});
+  OpenOptions options;
+  options.sessions = {"plan", "no-such-session"};
+  auto planned = ClientOf(1)->Open(model_, prompt, options);
+  ASSERT_TRUE(planned.ok()) << planned.status();
+  EXPECT_EQ((*planned)->length(), 290u);
+  EXPECT_THAT((*planned)->reuse().explanation(),
+              HasSubstr("290 of 293 tokens reused from session"));
+  EXPECT_EQ(Compute(**planned, prompt).value(), Expected(prompt));
+  auto unplanned = ClientOf(1)->Open(model_, prompt);
+  ASSERT_TRUE(unplanned.ok()) << unplanned.status();
+}
+
 TEST_F(SessionProcessTest, AChatOfTwentyTurnsWritesOnlyWhatIsNew) {
   auto client = ClientOf(0);
   auto sequence = client->Open(model_, std::vector<uint32_t>{});
