@@ -116,7 +116,7 @@ SequenceRows Assemble(std::span<const GroupTraits> groups, uint32_t page_tokens,
       if (base == nullptr) base = &from;
       const bool is_unmoved = &from == base && piece.begin == row && piece.delta == 0;
       const uint64_t limit = is_unmoved ? std::min(from.canonical_limit, piece.end) : row;
-      if (limit < piece.end) {
+      if (!is_unmoved || limit < piece.end) {
         is_canonical = false;
         out.canonical_limit = limit;
       }

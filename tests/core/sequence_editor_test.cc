@@ -165,6 +165,21 @@ TEST(SequenceEditorTest, PartialRangesAreCopiedAtTheirPositions) {
   EXPECT_TRUE(absl::IsInvalidArgument(self.status()));
 }
 
+// Symptom: the target counted its own rows, behind a copied beginning, as canonical.
+TEST(SequenceEditorTest, RowsBehindTheBeginningOfAnotherSequenceAreNotCanonical) {
+  World world(10);
+  const std::vector<uint32_t> own = {50, 51, 52, 53, 54};
+  world.Append(2, own, 500, &world.next_copy);
+  ASSERT_TRUE(world
+                  .Do([](SequenceEditor& e) {
+                    return e.ShiftPositions(2, {0, -1}, 20, OnShared::kCopy, false);
+                  })
+                  .ok());
+  ASSERT_TRUE(world.Do([](SequenceEditor& e) { return e.CopyRange(1, 2, {0, 7}, false); }).ok());
+  EXPECT_EQ(world.Rows(2).num_rows(), 12u);
+  EXPECT_EQ(world.Rows(2).canonical_rows(), 7u);
+}
+
 TEST(SequenceEditorTest, AnAbsentRangeIsRemovedWithZero) {
   World world(10);
   EXPECT_EQ(*world.Do([](SequenceEditor& e) { return e.RemoveRange(1, {10, 99}); }), EditOutcome{});
