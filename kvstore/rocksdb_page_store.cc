@@ -404,9 +404,10 @@ absl::StatusOr<PutManifestResult> RocksdbPageStore::PutManifest(
   }
   PT_ASSIGN_OR_RETURN(const ManifestRecord next,
                       ComposeManifest(old.has_value() ? &*old : nullptr, manifest));
-  // Twice: the log and, later, the table that it goes to.
+  // It may take of what the guard keeps free for the index, but not the last of it. Twice: the log
+  // and, later, the table that it goes to.
   PT_RETURN_IF_ERROR(CheckDiskRoom(
-      absl::StrCat("write manifest ", next.name),
+      absl::StrCat("write manifest ", next.name), kLastFreeBytes,
       2 * (next.pages.size() * kManifestPageRefBytes + next.payload.size() + next.summary.size())));
   PutManifestResult result;
   const bool protects = !PT_BUG_IS_PLANTED("evict_between_check_and_manifest");

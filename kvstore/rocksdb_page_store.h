@@ -7,9 +7,9 @@
 // on. Capacity is physical bytes of segments and index. A background thread drops what no manifest
 // protects, by recency and cost, empties half-dead segments, removes expired manifests and records
 // the order of accesses; another verifies cold records at a bounded rate. Above the engine, a guard
-// refuses puts and manifests (RESOURCE_EXHAUSTED, STORE_FULL) while the disk has less than
-// min_free_bytes, so that the index never meets a full disk. Thread-safe. Reads take no lock while
-// they wait for the disk.
+// refuses puts (RESOURCE_EXHAUSTED, STORE_FULL) while the disk has less than min_free_bytes: that
+// room is the index's, so that manifests can still be written, down to the last of it. Thread-safe.
+// Reads take no lock while they wait for the disk.
 #ifndef PAGETIDE_KVSTORE_ROCKSDB_PAGE_STORE_H_
 #define PAGETIDE_KVSTORE_ROCKSDB_PAGE_STORE_H_
 
@@ -173,8 +173,10 @@ class RocksdbPageStore final : public PageStore {
   absl::Status SyncAll();
 
   // reclaim (rocksdb_page_store_reclaim.cc)
-  // STORE_FULL with the numbers while the disk has not that much beyond min_free_bytes.
-  absl::Status CheckDiskRoom(absl::string_view what, uint64_t bytes);
+  // STORE_FULL with the numbers while the disk has not that much beyond `reserve`.
+  absl::Status CheckDiskRoom(absl::string_view what, uint64_t reserve, uint64_t bytes);
+  // A manifest is refused before the disk has less than this: RocksDB's log must not meet its end.
+  static constexpr uint64_t kLastFreeBytes = uint64_t{256} << 10;
   absl::Status WaitForRoom(uint64_t bytes, Durability level, MonotonicTime deadline);
   bool HasRoomAgain() const;
   uint64_t PhysicalBytes() const {

@@ -19,17 +19,18 @@ uint64_t RocksdbPageStore::LowWater() const {
   return std::min(options_.capacity_bytes / 16 * 14, options_.capacity_bytes - 2 * segment_bytes_);
 }
 
-absl::Status RocksdbPageStore::CheckDiskRoom(absl::string_view what, uint64_t bytes) {
+absl::Status RocksdbPageStore::CheckDiskRoom(absl::string_view what, uint64_t reserve,
+                                             uint64_t bytes) {
   const auto free = options_.file_system->FreeBytes(options_.dir);
   if (!free.ok()) return free.status();
-  if (*free >= options_.min_free_bytes + bytes) return absl::OkStatus();
+  if (*free >= reserve + bytes) return absl::OkStatus();
   full_.store(true, std::memory_order_relaxed);
-  return StoreFullError(absl::StrCat(what, ": disk"), options_.min_free_bytes + bytes, *free);
+  return StoreFullError(absl::StrCat(what, ": disk"), reserve + bytes, *free);
 }
 
 absl::Status RocksdbPageStore::WaitForRoom(uint64_t bytes, Durability level,
                                            MonotonicTime deadline) {
-  PT_RETURN_IF_ERROR(CheckDiskRoom("put page", bytes));
+  PT_RETURN_IF_ERROR(CheckDiskRoom("put page", options_.min_free_bytes, bytes));
   if (options_.capacity_bytes == 0) {
     full_.store(false, std::memory_order_relaxed);
     return absl::OkStatus();

@@ -166,11 +166,14 @@ TEST(ModelHostTest, ADamagedPageOfAnotherWorkerGivesNoRows) {
   ASSERT_TRUE(shared.FlipBit(key, 77));
   HostUnderTest second({.store = &shared, .incarnation = 2});
   const std::vector<uint32_t> prompt = Concat(Tokens(0, 10), Tokens(900, 20));
+  // Damage shows when the page is read: its rows are not used, and the client hears of it.
+  EXPECT_EQ(GetReason(second.OpenAndFill(prompt).status()), "PREFIX_LOST");
   PrefixReuse reuse;
   auto info = second.OpenAndFill(prompt, &reuse);
   ASSERT_TRUE(info.ok()) << info.status();
-  EXPECT_EQ(reuse.partial_rows, 10u) << "damage shows when the page is read";
+  EXPECT_EQ(reuse.reused_tokens, 0u);
   EXPECT_EQ(second.WrongRows(info->id, prompt).value(), 0u);
+  second.host->Quiesce();
   // Now it is known to be damaged, and nobody offers it again.
   HostUnderTest third({.store = &shared, .incarnation = 3});
   EXPECT_EQ(third.host->LookupPrefix(third.tenant, prompt, {}, {})->reused_tokens, 16u)
