@@ -290,7 +290,6 @@ void ModelHostImpl::StartSpills(const std::vector<PageId>& ids, Durability level
     if (page.is_keyed()) {
       item.meta.prefix = page.prefix();
       item.meta.parent = page.parent_prefix();
-      item.tokens = pages_.index(item.group).TokensOf(id);
     }
     pages_.BeginSpill(page);
     ++num_spilling_[item.group];
@@ -315,9 +314,6 @@ void ModelHostImpl::RunSpills(const std::vector<SpillItem>& items, Durability le
       continue;
     }
     PutPage put{items[i].meta, *bytes};
-    if (items[i].tokens != nullptr && items[i].tokens->size() <= kMaxIndexedPageTokens) {
-      put.tokens = *items[i].tokens;
-    }
     put.meta.checksum = checksum;
     puts.push_back(std::move(put));
     put_of.push_back(i);

@@ -200,8 +200,8 @@ absl::StatusOr<AttendOutput> ModelHostImpl::Attend(const Tenant& tenant, const A
           static_cast<uint32_t>(std::min<uint64_t>(last - position, page_tokens() - slot));
       const PageId page = pending->targets[query.group][t];
       pinned.push_back(page);
-      extents.push_back(
-          to_device({.page = page, .first_slot = slot, .count = count, .first_row = position}));
+      extents.push_back(to_device(
+          {.page = page, .first_slot = slot, .count = count, .first_row = position}));
       position += count;
     }
     // Our own pins: the write may be aborted while we compute.

@@ -401,10 +401,6 @@ SaveOracle::Findings RunPlanted(const std::string& bug, std::vector<std::string>
   return campaign.oracle.findings();
 }
 
-TEST(StoreSaveCrashTest, PlantedAcknowledgementBeforeTheBarrierIsCaught) {
-  EXPECT_GT(RunPlanted("acknowledge_before_barrier", {"manifest.before_acknowledgement"}).lost, 0u);
-}
-
 TEST(StoreSaveCrashTest, PlantedManifestBeforeItsPagesIsCaught) {
   const auto f = RunPlanted("manifest_before_pages", {"manifest.before_pages"});
   EXPECT_GT(f.half_visible, 0u);

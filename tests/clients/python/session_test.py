@@ -1,4 +1,4 @@
-"""Sessions and checkpoints with the Python client, blocking and asyncio, over real programs and a restart."""
+"""Sessions with the Python client, blocking and asyncio, over real programs and a restart."""
 
 from __future__ import annotations
 
@@ -92,44 +92,6 @@ def test_asyncio(folder: pathlib.Path) -> None:
                 await client.delete_session("from-aio")
                 with pytest.raises(pagetide.NotFound):
                     await client.peek_session("from-aio")
-
-        asyncio.run(scene())
-    finally:
-        fleet.close()
-
-
-def test_checkpoints(folder: pathlib.Path) -> None:
-    fleet = Fleet(folder)
-    try:
-        tokens = tokens_of(50, 3)
-        with pagetide.Client(router=fleet.router.grpc) as client:
-            model = client.register_model(spec())
-            with client.open(model, tokens) as sequence:
-                append_all(sequence, tokens[:30])
-                kept = sequence.create_checkpoint()
-                stored = sequence.create_checkpoint(in_store=True)
-                append_all(sequence, tokens)
-                sequence.rewind(5)
-                for checkpoint in (kept, stored):
-                    sequence.restore_checkpoint(checkpoint.checkpoint_id)
-                    assert sequence.length == 30
-                    assert np.array_equal(sequence.read_block(0, 0, 30),
-                                          block_of(model, tokens, 0, 30))
-                assert len(sequence.list_checkpoints()) == 2
-                sequence.delete_checkpoint(kept.checkpoint_id)
-                with pytest.raises(pagetide.NotFound):
-                    sequence.restore_checkpoint(kept.checkpoint_id)
-                sequence.save("checkpointed")
-
-        async def scene() -> None:
-            async with aio.Client(router=fleet.router.grpc) as client:
-                async with await client.load_session("checkpointed") as loaded:
-                    checkpoint = await loaded.create_checkpoint()
-                    await loaded.rewind(3)
-                    await loaded.restore_checkpoint(checkpoint.checkpoint_id)
-                    assert loaded.length == 30
-                    assert len(await loaded.list_checkpoints()) == 1
-                    await loaded.delete_checkpoint(checkpoint.checkpoint_id)
 
         asyncio.run(scene())
     finally:

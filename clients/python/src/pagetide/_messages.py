@@ -281,19 +281,6 @@ class SequenceBase:
             request.keep_tokens = keep_tokens
         return request
 
-    def _checkpoint_request(self, in_store: bool) -> session_pb2.CreateCheckpointRequest:
-        return session_pb2.CreateCheckpointRequest(
-            request_id=new_request_id(), sequence=self._ref(),
-            tier=types_pb2.TIER_STORE if in_store else types_pb2.TIER_DEVICE)
-
-    def _restore_request(self, checkpoint_id: int) -> session_pb2.RestoreCheckpointRequest:
-        return session_pb2.RestoreCheckpointRequest(
-            request_id=new_request_id(), sequence=self._ref(), checkpoint_id=checkpoint_id)
-
-    def _forget_request(self, checkpoint_id: int) -> session_pb2.DeleteCheckpointRequest:
-        return session_pb2.DeleteCheckpointRequest(
-            sequence=self._ref(), checkpoint_id=checkpoint_id)
-
     def _committed(self, response: sequence_pb2.CommitStepResponse) -> None:
         if len(response.results) != 1:
             raise Internal(f"commit step of {self.id}: {len(response.results)} results, expected 1")

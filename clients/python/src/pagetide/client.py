@@ -513,26 +513,6 @@ class Sequence(m.SequenceBase):
             self._save_request(name, metadata, expected_version, durability, keep_tokens))
         return response
 
-    def create_checkpoint(self, in_store: bool = False) -> session_pb2.CheckpointInfo:
-        """Remembers the sequence as it is. in_store: durably, else as long as the sequence is open."""
-        info: session_pb2.CheckpointInfo = (self._call(
-            "sessions", "CreateCheckpoint", self._checkpoint_request(in_store))).checkpoint
-        return info
-
-    def restore_checkpoint(self, checkpoint_id: int) -> None:
-        """Makes the sequence what it was then, whatever was done since. The checkpoint stays."""
-        self.state = (self._call(
-            "sessions", "RestoreCheckpoint", self._restore_request(checkpoint_id))).state
-
-    def list_checkpoints(self) -> list[session_pb2.CheckpointInfo]:
-        """Oldest first."""
-        request = session_pb2.ListCheckpointsRequest(sequence_id=self.id)
-        return list((self._call("sessions", "ListCheckpoints", request)).checkpoints)
-
-    def delete_checkpoint(self, checkpoint_id: int) -> None:
-        """Idempotent."""
-        self._call("sessions", "DeleteCheckpoint", self._forget_request(checkpoint_id))
-
     def close(self) -> None:
         """Full pages stay in the worker's cache. Idempotent."""
         if self._is_closed:
