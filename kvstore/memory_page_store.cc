@@ -178,6 +178,7 @@ absl::StatusOr<std::vector<PartialResult>> MemoryPageStore::FindPartialPages(
     const ChildRow from{
         query.parent.digest, query.fingerprint, {query.tokens.begin(), query.tokens.end()}};
     const auto consider = [&](const std::pair<const ChildRow, PageKey>& child) {
+      mu_.AssertHeld();
       const auto& [parent, fingerprint, tokens] = child.first;
       if (parent != query.parent.digest || fingerprint != query.fingerprint) return;
       const uint64_t common = static_cast<uint64_t>(

@@ -61,8 +61,10 @@ class ModelHostImpl::SnapshotImpl final : public StateSnapshot {
 
   const SessionState& state() const override { return state_; }
 
-  // Copies what the sequence is now, cut to `length`. Once, before anything else.
-  void Take(const Sequence& sequence, uint64_t length) ABSL_EXCLUSIVE_LOCKS_REQUIRED(host_->mu_) {
+  // Copies what the sequence is now, cut to `length`. Once, before anything else, under the host's
+  // mutex.
+  void Take(const Sequence& sequence, uint64_t length) {
+    host_->mu_.AssertHeld();
     const Model& model = *host_->model_;
     state_.tenant = sequence.tenant;
     state_.model_name = model.spec().name;
