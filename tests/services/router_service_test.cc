@@ -530,7 +530,8 @@ TEST_F(RouterServiceTest, AfterARouterRestartLinksAttachAgainAndResidencyIsRebui
   get.set_sequence_id(SequenceId{1, 1}.ToString());
   v1::RouterGetSequenceResponse got;
   EXPECT_TRUE(CallWithDeadline(stub_.get(), &Stub::GetSequence, get, &got).ok());
-  EXPECT_EQ(link.num_attachments(), 2u);
+  // The router knows of the attachment before the link has its answer.
+  EXPECT_TRUE(Eventually([&] { return link.num_attachments() == 2; })) << link.num_attachments();
 }
 
 TEST_F(RouterServiceTest, AdminTellsBuildRoleAndCounters) {
