@@ -130,8 +130,8 @@ class RocksdbPageStore final : public PageStore {
   absl::StatusOr<ScrubResult> Scrub(uint64_t max_pages, MonotonicTime deadline) override;
   absl::StatusOr<uint64_t> Compact(MonotonicTime deadline) override;
 
-  // Runs the upkeep (expiry, reclaim) and returns when it is done. For tests, and for whoever wants
-  // the room now.
+  // Runs the upkeep (expiry, reclaim, periodic barrier) and returns when it is done. For tests, and
+  // for whoever wants the room now.
   void WaitForUpkeep();
 
   const Recovery& recovery() const { return recovery_; }
@@ -184,7 +184,8 @@ class RocksdbPageStore final : public PageStore {
   }
   uint64_t HighWater() const;
   uint64_t LowWater() const;
-  void RunUpkeep();
+  // `opened`: from when the first access period counts.
+  void RunUpkeep(MonotonicTime opened);
   void RunScrub();
   // Verifies up to `max_pages` from where the last call ended. *round_ended: the last page was
   // among them.
@@ -233,6 +234,8 @@ class RocksdbPageStore final : public PageStore {
   bool stopping_ ABSL_GUARDED_BY(upkeep_mu_) = false;
   bool room_wanted_ ABSL_GUARDED_BY(upkeep_mu_) = false;
   uint64_t reclaims_done_ ABSL_GUARDED_BY(upkeep_mu_) = 0;
+  uint64_t upkeep_rounds_ ABSL_GUARDED_BY(upkeep_mu_) =
+      0;                         // whole rounds; reclaim is their first part
   uint64_t access_written_ = 0;  // owned by the upkeep thread
   uint64_t durable_puts_ = 0;    // owned by the upkeep thread: pages_put at its last barrier
   std::thread upkeep_;

@@ -73,15 +73,15 @@ bool RocksdbPageStore::HasRoomAgain() const {
 void RocksdbPageStore::WaitForUpkeep() {
   MutexLock lock(&upkeep_mu_);
   // A round that runs now may have begun before what the caller did.
-  for (const uint64_t target = reclaims_done_ + 2; reclaims_done_ < target && !stopping_;) {
+  for (const uint64_t target = upkeep_rounds_ + 2; upkeep_rounds_ < target && !stopping_;) {
     room_wanted_ = true;
     upkeep_wake_.SignalAll();
     room_made_.WaitWithTimeout(&upkeep_mu_, absl::Seconds(1));
   }
 }
 
-void RocksdbPageStore::RunUpkeep() {
-  MonotonicTime next_access = options_.clock->MonotonicNow() + options_.access_period;
+void RocksdbPageStore::RunUpkeep(MonotonicTime opened) {
+  MonotonicTime next_access = opened + options_.access_period;
   for (bool stop = false; !stop;) {
     {
       MutexLock lock(&upkeep_mu_);
@@ -113,6 +113,11 @@ void RocksdbPageStore::RunUpkeep() {
       if (!stop) MakePutsDurable();
       next_access = options_.clock->MonotonicNow() + options_.access_period;
     }
+    {
+      MutexLock lock(&upkeep_mu_);
+      ++upkeep_rounds_;
+    }
+    room_made_.SignalAll();
   }
 }
 

@@ -111,7 +111,6 @@ TEST_F(RocksdbPageStoreTest, APeriodicBarrierBoundsWhatAnOpeningVerifies) {
     ASSERT_TRUE(Put(MakeTestPage(i), Durability::kCache).status.ok());
   }
   clock_.Advance(options.access_period);
-  store_->WaitForUpkeep();  // of a round that may have read the clock before
   store_->WaitForUpkeep();
   for (uint64_t i = 20; i < 23; ++i) {
     ASSERT_TRUE(Put(MakeTestPage(i), Durability::kCache).status.ok());
