@@ -1,7 +1,6 @@
 // A host in miniature for tests of the algebra: a page directory, memory that remembers what was
 // written to each slot, and sequences over them. Rows have no bytes; a slot holds which write it
-// was
-// (`cell`, unique) and what was written (`content`, copied along).
+// was (`cell`, unique) and what was written (`content`, copied along).
 #ifndef PAGETIDE_TESTS_CORE_SEQUENCE_WORLD_H_
 #define PAGETIDE_TESTS_CORE_SEQUENCE_WORLD_H_
 
@@ -11,6 +10,7 @@
 #include <utility>
 #include <vector>
 
+#include "base/check.h"
 #include "core/keys.h"
 #include "core/page_directory.h"
 #include "core/sequence_editor.h"
@@ -35,7 +35,8 @@ class SequenceWorld : public SequenceEditor::Sequences {
   };
   explicit SequenceWorld(Setup setup)
       : setup_(std::move(setup)),
-        pages_(static_cast<uint32_t>(setup_.groups.size()), setup_.num_frames, 0) {}
+        pages_(static_cast<uint32_t>(setup_.groups.size()), setup_.num_frames,
+               /*max_known_stored=*/64) {}
 
   const SequenceRows* Find(uint64_t number) const override {
     const auto it = sequences_.find(number);
@@ -66,11 +67,18 @@ class SequenceWorld : public SequenceEditor::Sequences {
     sequences_.emplace(number, std::move(rows));
   }
   // Opens over the first `rows` canonical rows of another sequence, as a prompt with those tokens
-  // would: full pages by key, then leading rows of a keyed page.
-  void OpenShared(uint64_t number, uint64_t from, uint64_t rows) {
+  // would: full pages by key, then leading rows of a keyed page. Fewer rows when a page that had a
+  // key was evicted meanwhile. Returns how many.
+  uint64_t OpenShared(uint64_t number, uint64_t from, uint64_t rows) {
     Open(number);
     SequenceRows& to = sequences_.at(number);
     const SequenceRows& source = sequences_.at(from);
+    for (size_t g = 0; g < setup_.groups.size(); ++g) {
+      for (uint64_t k = 0; k * setup_.page_tokens < rows; ++k) {
+        if (pages_.FindKeyed(static_cast<uint32_t>(g), source.keys[k]) != nullptr) continue;
+        rows = k * setup_.page_tokens;
+      }
+    }
     for (size_t g = 0; g < setup_.groups.size(); ++g) {
       for (uint64_t k = 0; k * setup_.page_tokens < rows; ++k) {
         const uint64_t first = k * setup_.page_tokens;
@@ -83,6 +91,7 @@ class SequenceWorld : public SequenceEditor::Sequences {
     }
     to.tokens.assign(source.tokens.begin(), source.tokens.begin() + rows);
     to.keys.assign(source.keys.begin(), source.keys.begin() + rows / setup_.page_tokens);
+    return rows;
   }
   void Close(uint64_t number) {
     SequenceRows empty;
@@ -116,10 +125,14 @@ class SequenceWorld : public SequenceEditor::Sequences {
       Page* page = nullptr;
       uint32_t slot = plan.rows;
       if (plan.kind == TailPlan::Kind::kInPlace) {
-        page = &pages_.Get(plan.page);
+        page = &Resident(plan.page);
+        pages_.BeginWrite(*page);
         page->SetRows(slot);
       } else if (plan.kind == TailPlan::Kind::kCopy) {
+        Page& source = Resident(plan.page);
+        pages_.Pin(source);
         page = &NewPage(g);
+        pages_.Unpin(source);
         for (const TailPlan::SlotRun& run : plan.copies) {
           for (uint32_t i = 0; i < run.count; ++i) {
             Slot copy = At(plan.page, run.from_slot + i);
@@ -151,14 +164,44 @@ class SequenceWorld : public SequenceEditor::Sequences {
     return moves;
   }
 
+  uint64_t spills() const { return spills_; }
+  uint64_t restores() const { return restores_; }
   const Slot& At(PageId page, uint32_t slot) const { return memory_.at(page)[slot]; }
   Slot& At(PageId page, uint32_t slot) { return memory_.at(page)[slot]; }
 
  private:
+  // Spills and evicts what the policy says when no frame is free.
+  FrameId Frame(uint32_t group) {
+    for (;;) {
+      if (const auto grant = pages_.AllocateFrame(group, "t")) return grant->frame;
+      const std::vector<PageId> victims =
+          pages_.policy(group).PickVictims(4, [](PageId) { return true; });
+      PT_CHECK(!victims.empty());
+      for (PageId id : victims) {
+        Page& victim = pages_.Get(id);
+        if (!victim.is_clean()) {
+          const PageKey key = victim.page_key()
+                                  ? *victim.page_key()
+                                  : MakePrivatePageKey(1, victim.id().value(), spills_);
+          ++spills_;
+          pages_.BeginSpill(victim);
+          pages_.FinishSpill(victim, Page::StoredAs{key, Checksum128{}});
+        }
+        pages_.Evict(victim);
+      }
+    }
+  }
+  Page& Resident(PageId id) {
+    Page& page = pages_.Get(id);
+    if (page.state() != PageState::kStored) return page;
+    ++restores_;
+    pages_.BeginRestore(page, Frame(page.group()));
+    pages_.FinishRestore(page);
+    return page;
+  }
   Page& NewPage(size_t group) {
-    const auto grant = pages_.AllocateFrame(static_cast<uint32_t>(group), "t");
-    Page& page =
-        pages_.CreateTail(static_cast<uint32_t>(group), "t", grant->frame, 0, std::nullopt);
+    const FrameId frame = Frame(static_cast<uint32_t>(group));
+    Page& page = pages_.CreateTail(static_cast<uint32_t>(group), "t", frame, 0, std::nullopt);
     memory_[page.id()].resize(setup_.page_tokens);
     return page;
   }
@@ -175,7 +218,9 @@ class SequenceWorld : public SequenceEditor::Sequences {
   const Setup setup_;
   PageDirectory pages_;
   std::map<uint64_t, SequenceRows> sequences_;
-  std::map<PageId, std::vector<Slot>> memory_;  // [page][slot]
+  std::map<PageId, std::vector<Slot>> memory_;  // [page][slot], in frames and in the store
+  uint64_t spills_ = 0;
+  uint64_t restores_ = 0;
 };
 
 }  // namespace pagetide
