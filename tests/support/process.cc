@@ -5,6 +5,7 @@
 #include <poll.h>
 #include <signal.h>
 #include <stdlib.h>
+#include <sys/eventfd.h>
 #include <sys/prctl.h>
 #include <sys/wait.h>
 #include <unistd.h>
@@ -50,8 +51,12 @@ ChildProcess::ChildProcess(Options options) : options_(std::move(options)) {}
 
 ChildProcess::~ChildProcess() {
   Kill();
-  if (reader_.joinable()) reader_.join();
+  if (reader_.joinable()) {
+    eventfd_write(stop_fd_, 1);
+    reader_.join();
+  }
   if (output_fd_ >= 0) close(output_fd_);
+  if (stop_fd_ >= 0) close(stop_fd_);
   if (::testing::Test::HasFailure()) {
     fprintf(stderr, "---- output of %s (pid %d) ----\n%s---- end ----\n", options_.program.c_str(),
             static_cast<int>(pid_), Log().c_str());
@@ -74,6 +79,8 @@ absl::Status ChildProcess::Spawn() {
   envp.push_back(nullptr);
 
   int fds[2];
+  stop_fd_ = eventfd(0, EFD_CLOEXEC);
+  if (stop_fd_ < 0) return absl::InternalError(Errno("eventfd"));
   if (pipe2(fds, O_CLOEXEC) != 0) return absl::InternalError(Errno("pipe"));
   const pid_t parent = getpid();
   const pid_t pid = fork();
@@ -92,6 +99,8 @@ absl::Status ChildProcess::Spawn() {
     _exit(127);
   }
   close(fds[1]);
+  // Ours alone: the child writes to the other end.
+  fcntl(fds[0], F_SETFL, O_NONBLOCK);
   pid_ = pid;
   output_fd_ = fds[0];
   reader_ = std::thread([this] { ReadOutput(); });
@@ -99,31 +108,42 @@ absl::Status ChildProcess::Spawn() {
 }
 
 void ChildProcess::ReadOutput() {
-  std::string line;
-  char buffer[4096];
   for (;;) {
+    pollfd ready[] = {{output_fd_, POLLIN, 0}, {stop_fd_, POLLIN, 0}};
+    if (poll(ready, 2, -1) < 0) {
+      if (errno == EINTR) continue;
+      return;
+    }
+    MutexLock lock(&mu_);
+    DrainOutput();
+    if (output_ended_ || ready[1].revents != 0) return;
+  }
+}
+
+void ChildProcess::DrainOutput() {
+  char buffer[4096];
+  while (!output_ended_) {
     const ssize_t n = read(output_fd_, buffer, sizeof(buffer));
     if (n < 0 && errno == EINTR) continue;
-    MutexLock lock(&mu_);
+    if (n < 0 && errno == EAGAIN) break;
     if (n <= 0) {
       output_ended_ = true;
-      changed_.SignalAll();
-      return;
+      break;
     }
     log_.append(buffer, n);
     if (log_.size() > kMaxLogBytes) log_.erase(0, log_.size() - kMaxLogBytes);
     for (ssize_t i = 0; i < n; ++i) {
       if (buffer[i] != '\n') {
-        line.push_back(buffer[i]);
+        line_.push_back(buffer[i]);
         continue;
       }
-      if (found_ready_line_.empty() && line.find(" ready ") != std::string::npos) {
-        found_ready_line_ = line;
-        changed_.SignalAll();
+      if (found_ready_line_.empty() && line_.find(" ready ") != std::string::npos) {
+        found_ready_line_ = line_;
       }
-      line.clear();
+      line_.clear();
     }
   }
+  changed_.SignalAll();
 }
 
 absl::Status ChildProcess::WaitReady() {
@@ -195,6 +215,9 @@ absl::StatusOr<int> ChildProcess::Wait(absl::Duration timeout) {
     absl::SleepFor(kPollStep);
   }
   MutexLock lock(&mu_);
+  // What it wrote may still lie in the pipe. Its end may never come: a child of its own can hold
+  // it.
+  DrainOutput();
   return *exit_code_;
 }
 

@@ -8,7 +8,8 @@
 //
 // Programs say "NAME ready key=address …" on stdout when they serve; Start waits for that line. All
 // of stdout and stderr is kept (the last megabyte) and printed by the destructor if the running
-// test has failed. The child is killed when the handle goes, and by the kernel when the *thread*
+// test has failed; once Wait or Terminate has told the exit code, Log() has all that the program
+// wrote. The child is killed when the handle goes, and by the kernel when the *thread*
 // that started it ends: start children from the test's main thread. Methods are for one thread at a
 // time, except Log() and IsRunning().
 #ifndef PAGETIDE_TESTS_SUPPORT_PROCESS_H_
@@ -74,12 +75,15 @@ class ChildProcess {
   absl::Status Spawn();
   absl::Status WaitReady();
   void ReadOutput();
+  // Appends what is in the pipe now to the log, without waiting for more.
+  void DrainOutput() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
   // Reaps if the child has ended.
   bool Reap(bool block);
 
   const Options options_;
   pid_t pid_ = -1;
   int output_fd_ = -1;
+  int stop_fd_ = -1;  // eventfd: the reader ends, though a child of the program holds the output
   std::string ready_line_;
   std::map<std::string, std::string, std::less<>> addresses_;
   std::thread reader_;
@@ -87,6 +91,7 @@ class ChildProcess {
   mutable Mutex mu_;
   CondVar changed_;
   std::string log_ ABSL_GUARDED_BY(mu_);
+  std::string line_ ABSL_GUARDED_BY(mu_);  // of the output, begun and not ended
   std::string found_ready_line_ ABSL_GUARDED_BY(mu_);
   bool output_ended_ ABSL_GUARDED_BY(mu_) = false;
   std::optional<int> exit_code_ ABSL_GUARDED_BY(mu_);

@@ -1,6 +1,13 @@
 #include "tests/support/process.h"
 
 #include <gtest/gtest.h>
+#include <signal.h>
+
+#include <string>
+
+#include "absl/strings/ascii.h"
+#include "absl/strings/match.h"
+#include "absl/strings/numbers.h"
 
 namespace pagetide::testing {
 namespace {
@@ -48,6 +55,30 @@ TEST(ChildProcessTest, AProgramThatEndsBeforeReadyIsAnErrorWithItsOutput) {
   EXPECT_EQ(child.status().code(), absl::StatusCode::kFailedPrecondition);
   EXPECT_NE(child.status().message().find("code 3"), absl::string_view::npos);
   EXPECT_NE(child.status().message().find("broken"), absl::string_view::npos);
+}
+
+// The reader may not have run yet when the program is gone: on a loaded machine a test then judged
+// an output that was still on its way.
+TEST(ChildProcessTest, TheLogIsWholeOnceTheExitCodeIsKnown) {
+  for (int run = 0; run < 50; ++run) {
+    auto child = Shell("i=0; while [ $i -lt 200 ]; do echo line $i; i=$((i+1)); done; echo last",
+                       /*wait_ready=*/false);
+    ASSERT_NE(child, nullptr);
+    ASSERT_EQ(child->Wait(absl::Seconds(60)).value_or(-1), 0);
+    const std::string log = child->Log();
+    ASSERT_TRUE(absl::EndsWith(log, "line 199\nlast\n")) << "run " << run << ": " << log;
+  }
+}
+
+// A child of the program that lives on holds the pipe open; nobody waits for it.
+TEST(ChildProcessTest, AnOrphanThatHoldsTheOutputIsNotWaitedFor) {
+  auto child = Shell("sleep 60 & echo $!", /*wait_ready=*/false);
+  ASSERT_NE(child, nullptr);
+  ASSERT_EQ(child->Wait(absl::Seconds(30)).value_or(-1), 0);
+  pid_t orphan = 0;
+  ASSERT_TRUE(absl::SimpleAtoi(absl::StripAsciiWhitespace(child->Log()), &orphan)) << child->Log();
+  child.reset();
+  EXPECT_EQ(kill(orphan, SIGKILL), 0) << "it ended before: somebody waited for it";
 }
 
 TEST(ChildProcessTest, NoReadyLineIsADeadline) {
