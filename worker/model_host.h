@@ -326,12 +326,17 @@ class ModelHost {
   virtual absl::StatusOr<OpenResult> Open(const Tenant& tenant, std::span<const uint32_t> tokens,
                                           std::span<const PositionedInput> inputs,
                                           const PromptOptions& options) = 0;
-  // Waits until readiness differs from `seen_resident_tokens` or is done, or until the deadline
-  // (then answers what is). A restore that failed shortens a sequence that nothing was appended to
-  // yet.
-  virtual absl::StatusOr<Readiness> WaitReadiness(const Tenant& tenant, SequenceId id,
-                                                  std::optional<uint64_t> seen_resident_tokens,
-                                                  MonotonicTime deadline) = 0;
+  // Tells `watcher` how much of a sequence is resident: at once, whenever that changed, and last
+  // with `done`. When nothing of it is on its way, waits in line for the frames like a call that
+  // reads it all, and keeps its place to the deadline. A restore that failed shortens a sequence
+  // that nothing was appended to yet.
+  //
+  // The watcher is called from this thread, without locks, also while nothing changes (about ten
+  // times a second). It answers whether to go on: CANCELLED if not. At the deadline
+  // RESOURCE_EXHAUSTED (POOL_EXHAUSTED) in line for frames, DEADLINE_EXCEEDED while restores run.
+  using ReadinessWatcher = absl::FunctionRef<bool(const Readiness&)>;
+  virtual absl::Status WatchReadiness(const Tenant& tenant, SequenceId id, MonotonicTime deadline,
+                                      ReadinessWatcher watcher) = 0;
   virtual absl::StatusOr<SequenceInfo> Get(const Tenant& tenant, SequenceId id) = 0;
   virtual bool Has(SequenceId id) const = 0;
   // In order of number, after `after`, at most `limit`.

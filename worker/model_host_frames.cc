@@ -108,7 +108,8 @@ absl::StatusOr<bool> ModelHostImpl::Progress(Ticket& ticket) {
 }
 
 absl::Status ModelHostImpl::Acquire(const std::string& tenant, const Need& need,
-                                    MonotonicTime deadline, Acquired* out) {
+                                    MonotonicTime deadline, Acquired* out,
+                                    std::optional<absl::FunctionRef<bool()>> keep_waiting) {
   // What can never fit is the caller's error, not a matter of waiting.
   std::vector<uint64_t> needed(num_groups(), 0);
   for (uint32_t g = 0; g < num_groups(); ++g) needed[g] = need.fresh[g];
@@ -201,6 +202,10 @@ absl::Status ModelHostImpl::Acquire(const std::string& tenant, const Need& need,
       ++counters_.acquire_waits;
     }
     changed_.WaitWithTimeout(&mu_, std::min(left, kLookAgain));
+    // Before the next look at the frames: what changes while it unlocks is seen there.
+    if (keep_waiting && !(*keep_waiting)()) {
+      status = absl::CancelledError("acquire frames: the caller left");
+    }
   }
   --running_calls_;
   if (!status.ok()) {

@@ -357,6 +357,7 @@ absl::Status ModelHostImpl::Close(const Tenant& tenant, SequenceId id, uint64_t 
     sequence.closed = true;
     if (sequence.pending) sequence.pending->aborted = true;
     Settle(sequence);
+    changed_.SignalAll();  // its calls in line leave
   }
   Flush();
   return absl::OkStatus();

@@ -1,4 +1,4 @@
-// The one implementation of ModelHost. Its parts lie in model_host_{frames,prefix,writes,reads}.cc;
+// The one implementation of ModelHost. Its parts lie in model_host_*.cc;
 // this header is private to them.
 #ifndef PAGETIDE_WORKER_MODEL_HOST_IMPL_H_
 #define PAGETIDE_WORKER_MODEL_HOST_IMPL_H_
@@ -39,8 +39,7 @@ class ModelHostImpl final : public ModelHost {
                                            const PromptOptions&) override;
   absl::StatusOr<OpenResult> Open(const Tenant&, std::span<const uint32_t>,
                                   std::span<const PositionedInput>, const PromptOptions&) override;
-  absl::StatusOr<Readiness> WaitReadiness(const Tenant&, SequenceId, std::optional<uint64_t>,
-                                          MonotonicTime) override;
+  absl::Status WatchReadiness(const Tenant&, SequenceId, MonotonicTime, ReadinessWatcher) override;
   absl::StatusOr<SequenceInfo> Get(const Tenant&, SequenceId) override;
   bool Has(SequenceId) const override;
   std::vector<SequenceInfo> List(const Tenant&, uint64_t, size_t) override;
@@ -223,9 +222,12 @@ class ModelHostImpl final : public ModelHost {
 
   // --- frames (model_host_frames.cc) ---
   // Waits in line until all of `need` is there, then pins the pages and hands out the frames; all
-  // or nothing. Unlocks while it waits.
+  // or nothing. Unlocks while it waits. `keep_waiting`, if given, is asked with the lock held each
+  // time the call wakes, and may unlock meanwhile; CANCELLED when it says no.
   absl::Status Acquire(const std::string& tenant, const Need& need, MonotonicTime deadline,
-                       Acquired* out) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
+                       Acquired* out,
+                       std::optional<absl::FunctionRef<bool()>> keep_waiting = std::nullopt)
+      ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
   void ReleaseAcquired(Acquired& acquired) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
   // One step for the head of the line. True when all its frames are assigned.
   absl::StatusOr<bool> Progress(Ticket& ticket) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
@@ -248,6 +250,16 @@ class ModelHostImpl final : public ModelHost {
                                                        std::vector<std::byte>& buffer);
   absl::Status CopyRows(uint32_t group, FrameId from, FrameId to, uint32_t num_rows);
   absl::Status ZeroIfNeeded(uint32_t group, const FramePool::Grant& grant);
+
+  // --- readiness (model_host_readiness.cc) ---
+  // Without `done`.
+  Readiness ReadinessOf(const Sequence& sequence) const ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
+  bool IsRestoring(const Sequence& sequence) const ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
+  // Calls the watcher without the lock.
+  bool Tell(ReadinessWatcher watcher, const Readiness& readiness)
+      ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
+  absl::Status WatchLocked(const Tenant& tenant, SequenceId id, MonotonicTime deadline,
+                           ReadinessWatcher watcher) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
 
   // --- prefixes (model_host_prefix.cc) ---
   absl::StatusOr<Match> MatchPrompt(const Tenant& tenant, const PrefixKey& root,

@@ -98,15 +98,18 @@ absl::Status ModelHostImpl::OpenWrites(const std::string& tenant,
   std::sort(all.pages.begin(), all.pages.end());
   all.pages.erase(std::unique(all.pages.begin(), all.pages.end()), all.pages.end());
 
+  // A write whose sequence is closed leaves the line at once, with the frames it has so far.
+  const auto is_wanted = [&]() {
+    return std::none_of(sequences.begin(), sequences.end(), [](const SequencePtr& sequence) {
+      return sequence->closed || sequence->pending->aborted;
+    });
+  };
   Acquired got;
-  absl::Status status = Acquire(tenant, all, deadline, &got);
-  if (status.ok()) {
-    for (const WritePlan& plan : plans) {
-      if (plan.sequence->closed) {
-        status = WithReason(absl::NotFoundError("the sequence was closed meanwhile"),
-                            "SEQUENCE_NOT_FOUND");
-      }
-    }
+  absl::Status status = Acquire(tenant, all, deadline, &got, is_wanted);
+  if (!is_wanted()) {
+    if (status.ok()) ReleaseAcquired(got);
+    status =
+        WithReason(absl::NotFoundError("the sequence was closed meanwhile"), "SEQUENCE_NOT_FOUND");
   }
   if (status.ok()) {
     // Each write holds pins of its own, so that they end one by one.

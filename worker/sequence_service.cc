@@ -29,6 +29,9 @@ constexpr int kMaxItems = 4096;
 constexpr uint32_t kMaxReserveTokens = 1024;
 constexpr uint32_t kDefaultListSize = 100;
 constexpr uint32_t kMaxListSize = 1000;
+// Messages of a WatchReadiness before the last. They fit the window of a stream, so that a caller
+// who does not read them cannot block a call that holds frames or its place in the line for them.
+constexpr int kMaxReadinessNews = 256;
 constexpr absl::Duration kShutdownWait = absl::Seconds(10);
 
 // Index of a method in its service: how grpc::Service numbers them.
@@ -144,34 +147,26 @@ grpc::Status SequenceServiceImpl::OpenSequence(grpc::ServerContext* context,
 grpc::Status SequenceServiceImpl::WatchReadiness(
     grpc::ServerContext* context, const v1::WatchReadinessRequest* request,
     grpc::ServerWriter<v1::WatchReadinessResponse>* writer) {
-  // How long a caller that went away may keep a thread.
-  constexpr absl::Duration kCancelCheck = absl::Milliseconds(250);
   const CallContext call = MakeCallContext(*context, *worker_);
   const auto watch = [&]() -> absl::Status {
     PT_ASSIGN_OR_RETURN(const SequenceTarget target,
                         FindSequence(*worker_, request->sequence_id()));
     std::optional<uint64_t> seen;
-    for (;;) {
-      const MonotonicTime now = worker_->clock().MonotonicNow();
-      if (context->IsCancelled()) return absl::CancelledError("the caller left");
-      if (now >= call.deadline) {
-        return absl::DeadlineExceededError(
-            absl::StrCat("watch readiness of ", request->sequence_id(), ": restores still run"));
-      }
-      PT_ASSIGN_OR_RETURN(const Readiness readiness,
-                          target.host->WaitReadiness(call.tenant, target.id, seen,
-                                                     std::min(call.deadline, now + kCancelCheck)));
-      if (readiness.done || !seen.has_value() || readiness.resident_tokens != *seen) {
-        v1::WatchReadinessResponse message;
-        message.set_resident_tokens(readiness.resident_tokens);
-        message.set_length(readiness.length);
-        message.set_done(readiness.done);
-        message.set_shortened_because(readiness.shortened_because);
-        if (!writer->Write(message)) return absl::CancelledError("the caller left");
-      }
-      if (readiness.done) return absl::OkStatus();
-      seen = readiness.resident_tokens;
-    }
+    int num_told = 0;
+    return target.host->WatchReadiness(
+        call.tenant, target.id, call.deadline, [&](const Readiness& readiness) {
+          if (context->IsCancelled()) return false;
+          const bool is_news = seen != readiness.resident_tokens && num_told < kMaxReadinessNews;
+          if (!readiness.done && !is_news) return true;
+          seen = readiness.resident_tokens;
+          ++num_told;
+          v1::WatchReadinessResponse message;
+          message.set_resident_tokens(readiness.resident_tokens);
+          message.set_length(readiness.length);
+          message.set_done(readiness.done);
+          message.set_shortened_because(readiness.shortened_because);
+          return writer->Write(message);
+        });
   };
   return ToGrpcStatus(watch());
 }

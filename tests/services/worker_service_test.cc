@@ -3,6 +3,7 @@
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 
+#include <atomic>
 #include <memory>
 #include <string>
 #include <thread>
@@ -320,6 +321,63 @@ TEST_F(WorkerServiceTest, AStreamCutInTheMiddleOfALayerChangesNothing) {
   }
   ASSERT_OK(client_->Append(state, tokens, 60));
   ASSERT_OK(client_->Verify(state.sequence_id(), tokens, 0, 60));
+}
+
+// The wait for frames had a deadline of a quarter second, whatever the caller's was: a fleet under
+// load refused sequences that it had room for a moment later.
+TEST_F(WorkerServiceTest, ReadinessWaitsForFramesAsLongAsTheCallerDoes) {
+  const auto large = TestTokens(30, 160);
+  const v1::SequenceState stored = OpenWith(large, 160);
+  TestContext evict_context;
+  v1::EvictPagesResponse evicted;
+  ASSERT_OK(StatusOf(admin_->EvictPages(&evict_context, {}, &evicted)));
+  ASSERT_EQ(FreeFrames(), kFrames);
+  // An open append holds 8 of the 16 frames; the sequence needs 10.
+  const auto tokens = TestTokens(31, 128);
+  const v1::SequenceState writing = OpenWith({}, 0);
+  RawAppend append(client_.get(), writing, tokens);
+  ASSERT_TRUE(append.SendHeader());
+  while (FreeFrames() != kFrames - 8) absl::SleepFor(absl::Milliseconds(1));
+
+  absl::StatusOr<uint64_t> length = absl::UnknownError("still waiting");
+  std::atomic<bool> is_over = false;
+  std::thread watch([&] {
+    length = client_->WaitReady(stored.sequence_id());
+    is_over = true;
+  });
+  for (int i = 0; i < 100 && !is_over; ++i) absl::SleepFor(absl::Milliseconds(10));
+  EXPECT_FALSE(is_over) << length.status();
+  // The append cannot be committed without its rows: it ends and gives its frames back.
+  EXPECT_EQ(GetReason(append.Finish()), "ROWS_MISSING");
+  watch.join();
+  ASSERT_OK(length);
+  EXPECT_EQ(*length, 160);
+  ASSERT_OK(client_->Verify(stored.sequence_id(), large, 0, 160));
+}
+
+TEST_F(WorkerServiceTest, AWatcherThatLeavesNoLongerStandsInLine) {
+  const auto large = TestTokens(32, 160);
+  const v1::SequenceState stored = OpenWith(large, 160);
+  TestContext evict_context;
+  v1::EvictPagesResponse evicted;
+  ASSERT_OK(StatusOf(admin_->EvictPages(&evict_context, {}, &evicted)));
+  const v1::SequenceState writing = OpenWith({}, 0);
+  RawAppend append(client_.get(), writing, TestTokens(33, 128));
+  ASSERT_TRUE(append.SendHeader());
+  while (FreeFrames() != kFrames - 8) absl::SleepFor(absl::Milliseconds(1));
+
+  TestContext watch_context(absl::Minutes(10));
+  v1::WatchReadinessRequest request;
+  request.set_sequence_id(stored.sequence_id());
+  auto reader = client_->sequences().WatchReadiness(&watch_context, request);
+  v1::WatchReadinessResponse message;
+  ASSERT_TRUE(reader->Read(&message));
+  EXPECT_FALSE(message.done());
+  watch_context.TryCancel();
+  EXPECT_EQ(reader->Finish().error_code(), grpc::StatusCode::CANCELLED);
+  // A call that needs one frame stands behind it in line until it has left.
+  OpenWith(TestTokens(34, 16), 16);
+  EXPECT_EQ(GetReason(append.Finish()), "ROWS_MISSING");
 }
 
 TEST_F(WorkerServiceTest, AppendStreamsOfTheWrongShapeAreRefused) {

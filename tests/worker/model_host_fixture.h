@@ -137,6 +137,19 @@ class HostUnderTest {
     return Append(opened->info, tokens);
   }
 
+  // Watches a sequence until it is resident; the last that was told.
+  absl::StatusOr<Readiness> WaitReady(SequenceId id) {
+    Readiness last;
+    const absl::Status status =
+        host->WatchReadiness(tenant, id, Soon(), [&](const Readiness& readiness) {
+          last = readiness;
+          return true;
+        });
+    if (!status.ok()) return status;
+    if (!last.done) return absl::InternalError("the watch ended before it was done");
+    return last;
+  }
+
   // Reads everything back and counts wrong rows.
   absl::StatusOr<uint64_t> WrongRows(SequenceId id, std::span<const uint32_t> tokens) {
     uint64_t wrong = 0;

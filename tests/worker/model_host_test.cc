@@ -4,6 +4,7 @@
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 
+#include <atomic>
 #include <thread>
 
 #include "tests/worker/model_host_fixture.h"
@@ -161,8 +162,9 @@ TEST(ModelHostTest, AnotherHostContinuesFromTheStore) {
   ASSERT_TRUE(opened.ok());
   EXPECT_EQ(opened->reuse.reused_tokens, 96u);
   EXPECT_EQ(opened->reuse.store_tokens, 96u);
-  auto ready = second.host->WaitReadiness(second.tenant, opened->info.id, 0, second.Soon());
-  ASSERT_TRUE(ready.ok());
+  auto ready = second.WaitReady(opened->info.id);
+  ASSERT_TRUE(ready.ok()) << ready.status();
+  EXPECT_EQ(ready->resident_tokens, 96u);
   auto info = second.Append(opened->info, tokens);
   ASSERT_TRUE(info.ok()) << info.status();
   EXPECT_EQ(second.WrongRows(info->id, tokens).value(), 0u);
@@ -299,6 +301,99 @@ TEST(ModelHostTest, ACallUnderAnAppendWaitsUntilTheAppendHasItsFrames) {
   ASSERT_TRUE(found.ok()) << found.status();
   EXPECT_EQ(*found, slot->pending_id);
   EXPECT_TRUE(t.WriteAll(*slot, two_pages).ok());
+}
+
+// What the call in line had got was lost for good when its sequence was closed meanwhile.
+TEST(ModelHostTest, AnAppendWhoseSequenceIsClosedLeavesTheLineAndItsFramesComeBack) {
+  HostUnderTest t({.num_frames = 2});
+  auto a = t.OpenAndFill(Tokens(0, 16));
+  ASSERT_TRUE(a.ok());
+  auto b = t.host->Open(t.tenant, Tokens(500, 32), {}, {});
+  ASSERT_TRUE(b.ok());
+  for (const bool has_room : {false, true}) {
+    auto rows = t.host->PinRows(t.tenant, a->id, 0, 0, 0, t.Soon());  // one of the two frames
+    ASSERT_TRUE(rows.ok());
+    const std::vector<uint32_t> two_pages = Tokens(500, 32);
+    absl::StatusOr<PendingSlot> slot;
+    std::thread append([&] {
+      slot = t.host->BeginAppend(t.tenant, {b->info.id, b->info.epoch, std::nullopt}, "b", 0,
+                                 two_pages, {}, false, t.Soon());
+    });
+    while (t.host->Get(t.tenant, b->info.id)->pending_tokens == 0) std::this_thread::yield();
+    EXPECT_TRUE(t.host->Close(t.tenant, b->info.id, b->info.epoch).ok());
+    // It wakes with its frames there, or without.
+    if (has_room) rows->reset();
+    append.join();
+    EXPECT_EQ(GetReason(slot.status()), "SEQUENCE_NOT_FOUND") << slot.status();
+    if (!has_room) rows->reset();
+    b = t.host->Open(t.tenant, Tokens(500, 32), {}, {});
+    ASSERT_TRUE(b.ok());
+  }
+  EXPECT_TRUE(t.host->Close(t.tenant, a->id, a->epoch).ok());
+  t.host->Quiesce();
+  t.host->ClearCache();
+  EXPECT_EQ(t.host->Usage()[0].free_frames, 2u) << "frames did not come back";
+}
+
+// A sequence that needs all four frames is watched while a reader holds one of them.
+class WatchedInLine : public ::testing::Test {
+ protected:
+  void SetUp() override {
+    auto watched = t_.OpenAndFill(tokens_);
+    ASSERT_TRUE(watched.ok()) << watched.status();
+    watched_ = watched->id;
+    ASSERT_TRUE(t_.host->EvictPages(0, t_.Soon()).ok());
+    auto other = t_.OpenAndFill(Tokens(500, 32));
+    ASSERT_TRUE(other.ok()) << other.status();
+    other_ = other->id;
+    auto rows = t_.host->PinRows(t_.tenant, other_, 0, 0, 16, t_.Soon());
+    ASSERT_TRUE(rows.ok()) << rows.status();
+    rows_ = *std::move(rows);
+  }
+  // Watches until the watcher has been asked `max_asks` times.
+  absl::Status Watch(int max_asks) {
+    return t_.host->WatchReadiness(t_.tenant, watched_, t_.Soon(), [&](const Readiness& readiness) {
+      last_ = readiness;
+      return ++asks_ < max_asks;
+    });
+  }
+
+  HostUnderTest t_{{.num_frames = 4}};
+  const std::vector<uint32_t> tokens_ = Tokens(0, 64);
+  SequenceId watched_, other_;
+  std::shared_ptr<const ModelHost::PinnedRows> rows_;
+  std::atomic<int> asks_ = 0;
+  Readiness last_;
+};
+
+TEST_F(WatchedInLine, KeepsItsPlaceHoweverOftenItIsAsked) {
+  absl::Status status;
+  std::thread watch([&] { status = Watch(1 << 30); });
+  while (asks_ < 10) std::this_thread::yield();
+  rows_.reset();
+  watch.join();
+  ASSERT_TRUE(status.ok()) << status;
+  EXPECT_TRUE(last_.done);
+  EXPECT_EQ(last_.resident_tokens, 64u);
+  EXPECT_EQ(t_.host->Counters().acquire_waits, 1u) << "it stood in line more than once";
+  EXPECT_EQ(t_.WrongRows(watched_, tokens_).value(), 0u);
+}
+
+TEST_F(WatchedInLine, AWatcherWhoLeavesGivesUpItsPlaceAndItsFrames) {
+  const absl::Status status = Watch(10);
+  EXPECT_TRUE(absl::IsCancelled(status)) << status;
+  // The second page of the other sequence has room beside the first, which is still read.
+  auto rows = t_.host->PinRows(t_.tenant, other_, 0, 16, 32, t_.Soon());
+  ASSERT_TRUE(rows.ok()) << rows.status();
+}
+
+TEST_F(WatchedInLine, ASequenceClosedMeanwhileIsNotFound) {
+  absl::Status status;
+  std::thread watch([&] { status = Watch(1 << 30); });
+  while (asks_ < 3) std::this_thread::yield();
+  EXPECT_TRUE(t_.host->Close(t_.tenant, watched_, 1).ok());
+  watch.join();
+  EXPECT_EQ(GetReason(status), "SEQUENCE_NOT_FOUND") << status;
 }
 
 TEST(ModelHostTest, AFlippedByteInTheStoreIsAMissNeverWrongBytes) {

@@ -337,13 +337,8 @@ TEST(SessionTest, ADamagedPageShortensTheSequenceAndIsNeverReadWrong) {
   SessionWorker b(&store, {.id = "b", .incarnation = 2});
   auto loaded = b.Load("s");
   ASSERT_TRUE(loaded.ok()) << loaded.status();
-  auto ready = b.host()->WaitReadiness(b.tenant(), loaded->open.info.id, 70, Soon());
+  auto ready = b.engine->WaitReady(loaded->open.info.id);
   ASSERT_TRUE(ready.ok()) << ready.status();
-  while (!ready->done) {
-    ready =
-        b.host()->WaitReadiness(b.tenant(), loaded->open.info.id, ready->resident_tokens, Soon());
-    ASSERT_TRUE(ready.ok()) << ready.status();
-  }
   EXPECT_EQ(ready->length, 32u);
   EXPECT_FALSE(ready->shortened_because.empty());
   EXPECT_EQ(*b.engine->WrongRows(loaded->open.info.id, Tokens(0, 32)), 0u);
