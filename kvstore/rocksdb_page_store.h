@@ -184,9 +184,9 @@ class RocksdbPageStore final : public PageStore {
   }
   uint64_t HighWater() const;
   uint64_t LowWater() const;
-  // `opened`: from when the first access period counts.
+  // `opened`: from when the first period counts.
   void RunUpkeep(MonotonicTime opened);
-  void RunScrub();
+  void RunScrub(MonotonicTime opened);
   // Verifies up to `max_pages` from where the last call ended. *round_ended: the last page was
   // among them.
   absl::StatusOr<ScrubResult> ScrubSome(uint64_t max_pages, MonotonicTime deadline,

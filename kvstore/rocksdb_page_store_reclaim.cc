@@ -336,8 +336,8 @@ absl::StatusOr<ScrubResult> RocksdbPageStore::ScrubSome(uint64_t max_pages, Mono
   return result;
 }
 
-void RocksdbPageStore::RunScrub() {
-  MonotonicTime next = options_.clock->MonotonicNow() + absl::Seconds(1);
+void RocksdbPageStore::RunScrub(MonotonicTime opened) {
+  MonotonicTime next = opened + absl::Seconds(1);
   MonotonicTime next_round = next;
   for (;;) {
     {

@@ -26,12 +26,11 @@ absl::StatusOr<std::unique_ptr<RocksdbPageStore>> RocksdbPageStore::Open(
   LogInfo("store", "opened ", store->options_.dir, ": ", r.pages, " pages, ", r.verified_records,
           " records verified, ", r.dropped_entries, " entries dropped, ", r.lost_manifest_pages,
           " manifest pages lost, ", absl::FormatDuration(r.took));
-  // Counted from here, not from whenever the thread first runs.
-  store->upkeep_ = std::thread([raw = store.get(), opened = store->options_.clock->MonotonicNow()] {
-    raw->RunUpkeep(opened);
-  });
+  // Counted from here, not from whenever the threads first run.
+  const MonotonicTime opened = store->options_.clock->MonotonicNow();
+  store->upkeep_ = std::thread([raw = store.get(), opened] { raw->RunUpkeep(opened); });
   if (store->options_.scrub_bytes_per_second > 0) {
-    store->scrubber_ = std::thread([raw = store.get()] { raw->RunScrub(); });
+    store->scrubber_ = std::thread([raw = store.get(), opened] { raw->RunScrub(opened); });
   }
   return store;
 }

@@ -123,10 +123,14 @@ class WorkerRegistryServiceImpl::Stream final
       MutexLock lock(&mu_);
       has_hello_ = true;
       attachment_ = attached.id;
+    }
+    // Who is welcomed is known: Tick finds its stream when it falls silent.
+    service_->OnAttached(shared_from_this(), attached);
+    {
+      MutexLock lock(&mu_);
       is_welcome_due_ = true;
       SendNext();
     }
-    service_->OnAttached(shared_from_this(), attached);
     LogInfo("router", proto.role(), " ", worker_id, " attached, incarnation ",
             absl::Hex(proto.incarnation(), absl::kZeroPad16));
     return absl::OkStatus();
