@@ -25,6 +25,7 @@
 #include "absl/strings/str_cat.h"
 #include "base/clock.h"
 #include "bench/bench_process.h"
+#include "bench/seconds_now.h"
 #include "clients/cpp/client.h"
 
 namespace pagetide::bench {
@@ -36,10 +37,6 @@ constexpr uint32_t kLayers = 4;
 constexpr uint32_t kRowBytes = 8 * 128 * 2;  // kv_heads × dim × f16
 constexpr uint64_t kPageBytes = uint64_t{kLayers} * 2 * kPageTokens * kRowBytes;  // 4 MiB
 constexpr uint32_t kChunkTokens = 2048;
-
-double Now() {
-  return absl::ToDoubleSeconds(Clock::Real()->MonotonicNow().since_boot);
-}
 
 [[noreturn]] void Fail(const std::string& what) {
   std::fprintf(stderr, "session_bench: %s\n", what.c_str());
@@ -78,14 +75,14 @@ RawTimes MeasureRaw(const fs::path& file, uint64_t num_bytes) {
   const auto run = [&](int flags, auto transfer) {
     const int fd = ::open(file.c_str(), flags | O_DIRECT | O_CLOEXEC, 0600);
     if (fd < 0) Fail(absl::StrCat("open ", file.string(), ": ", std::strerror(errno)));
-    const double began = Now();
+    const double began = SecondsNow();
     for (uint64_t at = 0; at < num_bytes; at += kPageBytes) {
       if (transfer(fd, at) != static_cast<ssize_t>(kPageBytes)) {
         Fail(absl::StrCat("raw transfer at ", at, ": ", std::strerror(errno)));
       }
     }
     if (::fdatasync(fd) != 0) Fail("fdatasync");
-    const double took = Now() - began;
+    const double took = SecondsNow() - began;
     ::close(fd);
     return took;
   };
@@ -174,25 +171,25 @@ RunResult RunOnce(const fs::path& dir, uint64_t num_bytes) {
     Check(append->Commit().status(), "commit");
   }
 
-  double began = Now();
+  double began = SecondsNow();
   auto saved = Check(sequence->Save("state"), "save");
-  result.save = Now() - began;
+  result.save = SecondsNow() - began;
   if (saved.bytes_written() != num_bytes) {
     Fail(absl::StrCat("the save wrote ", saved.bytes_written(), " of ", num_bytes, " bytes"));
   }
-  began = Now();
+  began = SecondsNow();
   saved = Check(sequence->Save("state"), "save again");
-  result.save_again = Now() - began;
+  result.save_again = SecondsNow() - began;
   if (saved.bytes_written() != 0) Fail("the second save wrote something");
 
   DropFromPageCache(dir / "store");
   const auto reader =
       Check(Client::Create({.worker_address = second.Value("grpc"), .call = call}), "client");
-  began = Now();
+  began = SecondsNow();
   auto loaded = Check(reader->LoadSession(model, "state"), "load");
-  result.load_open = Now() - began;
+  result.load_open = SecondsNow() - began;
   const uint64_t length = Check(loaded.sequence->WaitReady(), "wait");
-  result.load_ready = Now() - began;
+  result.load_ready = SecondsNow() - began;
   if (length != num_tokens) Fail(absl::StrCat("loaded ", length, " of ", num_tokens, " tokens"));
   uint64_t compared = 0;
   const std::vector<uint32_t> layers = {kLayers - 1};

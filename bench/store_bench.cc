@@ -23,6 +23,7 @@
 #include <vector>
 
 #include "absl/strings/str_cat.h"
+#include "bench/seconds_now.h"
 #include "kvstore/rocksdb_page_store.h"
 
 namespace pagetide {
@@ -31,10 +32,6 @@ namespace {
 namespace fs = std::filesystem;
 constexpr size_t kPageBytes = 2 << 20;
 const MonotonicTime kForEver = MonotonicTime::InfiniteFuture();
-
-double Now() {
-  return absl::ToDoubleSeconds(Clock::Real()->MonotonicNow().since_boot);
-}
 
 void Check(bool ok, const std::string& what) {
   if (ok) return;
@@ -76,7 +73,7 @@ class Bench {
   double Put(Durability level, size_t batch, size_t threads) {
     Reset();
     auto store = Open();
-    const double start = Now();
+    const double start = SecondsNow();
     std::vector<std::thread> workers;
     for (size_t t = 0; t < threads; ++t) {
       workers.emplace_back([&, t] {
@@ -92,14 +89,14 @@ class Bench {
       });
     }
     for (std::thread& worker : workers) worker.join();
-    return gb() / (Now() - start);
+    return gb() / (SecondsNow() - start);
   }
 
   // After a Put: reads all pages back, verified.
   double Get(bool cold, size_t threads) {
     auto store = Open();
     if (cold) DropFromPageCache(dir_);
-    const double start = Now();
+    const double start = SecondsNow();
     std::vector<std::thread> workers;
     for (size_t t = 0; t < threads; ++t) {
       workers.emplace_back([&, t] {
@@ -111,7 +108,7 @@ class Bench {
       });
     }
     for (std::thread& worker : workers) worker.join();
-    return gb() / (Now() - start);
+    return gb() / (SecondsNow() - start);
   }
 
   enum class How { kDirect, kBuffered };
@@ -121,7 +118,7 @@ class Bench {
         ::open(FilePath().c_str(),
                O_RDWR | O_CREAT | O_CLOEXEC | (how == How::kDirect ? O_DIRECT : 0), 0600);
     Check(fd >= 0, "create file");
-    const double start = Now();
+    const double start = SecondsNow();
     for (size_t i = 0; i < pages_.size(); ++i) {
       const void* from = pages_[i].body.data();
       if (how == How::kDirect) from = std::memcpy(aligned_.get(), from, kPageBytes);
@@ -130,7 +127,7 @@ class Bench {
       if (sync_every != 0 && i % sync_every == sync_every - 1)
         Check(::fdatasync(fd) == 0, "fdatasync");
     }
-    const double seconds = Now() - start;
+    const double seconds = SecondsNow() - start;
     ::close(fd);
     return gb() / seconds;
   }
@@ -139,13 +136,13 @@ class Bench {
     const int fd =
         ::open(FilePath().c_str(), O_RDONLY | O_CLOEXEC | (how == How::kDirect ? O_DIRECT : 0));
     Check(fd >= 0, "open file");
-    const double start = Now();
+    const double start = SecondsNow();
     for (size_t i = 0; i < pages_.size(); ++i) {
       Check(
           ::pread(fd, aligned_.get(), kPageBytes, static_cast<off_t>(i * kPageBytes)) == kPageBytes,
           "read");
     }
-    const double seconds = Now() - start;
+    const double seconds = SecondsNow() - start;
     ::close(fd);
     return gb() / seconds;
   }

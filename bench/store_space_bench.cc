@@ -28,6 +28,7 @@
 #include "absl/time/clock.h"
 #include "base/byte_size.h"
 #include "base/mutex.h"
+#include "bench/seconds_now.h"
 #include "kvstore/rocksdb_page_store.h"
 
 namespace pagetide {
@@ -46,10 +47,6 @@ struct Flags {
   double held = 0.2;
   int threads = 4;
 };
-
-double Now() {
-  return absl::ToDoubleSeconds(Clock::Real()->MonotonicNow().since_boot);
-}
 
 uint64_t BytesOnDisk(const std::string& dir) {
   uint64_t total = 0;
@@ -102,7 +99,7 @@ void Write(PageStore* store, Shared* shared, uint64_t thread, uint64_t page_byte
   std::vector<double> put_seconds, save_seconds;
   std::vector<Session> sessions;
   std::vector<std::byte> body(page_bytes);
-  const double start = Now();
+  const double start = SecondsNow();
   for (uint64_t chain = 0; shared->written < total_bytes; ++chain) {
     const uint64_t first_seed = (thread << 40) + chain * kChain;
     ManifestRecord manifest;
@@ -110,14 +107,14 @@ void Write(PageStore* store, Shared* shared, uint64_t thread, uint64_t page_byte
     for (uint32_t i = 0; i < kChain; ++i) {
       FillBody(first_seed + i, &body);
       const PutPage put{MetaOf(first_seed + i, i, body), body};
-      const double began = Now();
+      const double began = SecondsNow();
       const PutPageResult result = store->PutPages({&put, 1}, Durability::kProcess, kForEver)[0];
-      put_seconds.push_back(Now() - began);
+      put_seconds.push_back(SecondsNow() - began);
       shared->written += page_bytes;
       if (!result.status.ok()) ++shared->refused;
       manifest.pages.push_back({put.meta.key, put.meta.checksum});
       if (rate > 0) {
-        const double ahead = static_cast<double>(shared->written) / rate - (Now() - start);
+        const double ahead = static_cast<double>(shared->written) / rate - (SecondsNow() - start);
         if (ahead > 0) absl::SleepFor(absl::Seconds(ahead));
       }
     }
@@ -131,9 +128,9 @@ void Write(PageStore* store, Shared* shared, uint64_t thread, uint64_t page_byte
       shared->held -= bytes;
       continue;
     }
-    const double began = Now();
+    const double began = SecondsNow();
     const auto saved = store->PutManifest(manifest, 0, std::nullopt, kForEver);
-    save_seconds.push_back(Now() - began);
+    save_seconds.push_back(SecondsNow() - began);
     if (saved.ok() && saved->committed) {
       sessions.push_back({manifest.name, first_seed});
     } else {
@@ -204,14 +201,14 @@ int Run(const Flags& flags) {
       absl::SleepFor(absl::Milliseconds(20));
     }
   });
-  const double start = Now();
+  const double start = SecondsNow();
   std::vector<std::thread> threads;
   for (int t = 0; t < flags.threads; ++t) {
     threads.emplace_back(Write, store->get(), &shared, static_cast<uint64_t>(t) + 1, page_bytes,
                          total, hold, capacity, static_cast<double>(rate));
   }
   for (std::thread& t : threads) t.join();
-  const double seconds = Now() - start;
+  const double seconds = SecondsNow() - start;
   done = true;
   watcher.join();
   const uint64_t end_bytes = BytesOnDisk(flags.dir);
