@@ -1,21 +1,15 @@
 #include "replay/live_replay.h"
 
-#include <pthread.h>
-
 #include <algorithm>
 #include <cmath>
-#include <map>
 #include <memory>
-#include <optional>
-#include <thread>
 #include <utility>
 
 #include "absl/strings/str_cat.h"
 #include "absl/time/clock.h"
-#include "base/mutex.h"
 #include "base/status_macros.h"
 #include "clients/cpp/client.h"
-#include "replay/live_content.h"
+#include "replay/live_run.h"
 #include "replay/trace_slice.h"
 
 namespace pagetide {
@@ -103,207 +97,6 @@ absl::StatusOr<TraceSlice> LoadSlice(const ReplayOptions& options) {
                          .max_requests = options.max_requests});
 }
 
-// One run: threads take requests in the order of the trace.
-class LiveRun {
- public:
-  LiveRun(const LiveReplayOptions* options, const TraceSlice* slice, Client* client,
-          std::shared_ptr<const Model> model)
-      : options_(options),
-        slice_(slice),
-        client_(client),
-        model_(std::move(model)),
-        content_(model_.get(), options->content_seed) {}
-
-  // Runs all requests, on threads "replay-N".
-  void Run() {
-    std::vector<std::thread> threads;
-    for (size_t i = 0; i < std::min(options_->concurrency, slice_->requests.size()); ++i) {
-      threads.emplace_back([this] { Work(); });
-      pthread_setname_np(threads.back().native_handle(), absl::StrCat("replay-", i).c_str());
-    }
-    for (std::thread& thread : threads) thread.join();
-  }
-
-  // After Run.
-  void Report(LiveReplayReport* report) {
-    MutexLock lock(&mu_);
-    report->totals = totals_;
-    report->first_error = first_error_;
-    report->first_wrong = first_wrong_;
-    if (!ttft_seconds_.empty()) report->ttft = SummariseTtft(ttft_seconds_);
-  }
-
- private:
-  struct Played {
-    LiveTotals totals;
-    std::optional<absl::Duration> ttft;
-    std::string first_wrong;
-  };
-
-  void Work() {
-    for (;;) {
-      size_t index;
-      {
-        MutexLock lock(&mu_);
-        if (next_ == slice_->requests.size()) return;
-        index = next_++;
-      }
-      Played played;
-      const absl::Status status = Play(index, &played);
-      MutexLock lock(&mu_);
-      totals_.Add(played.totals);
-      ++totals_.requests;
-      if (played.ttft) ttft_seconds_.push_back(absl::ToDoubleSeconds(*played.ttft));
-      if (first_wrong_.empty()) first_wrong_ = played.first_wrong;
-      if (status.ok()) continue;
-      ++totals_.failed_requests;
-      if (first_error_.empty()) {
-        first_error_ =
-            absl::StrCat("request ", options_->replay.first_request + index, " (line ",
-                         slice_->requests[index].line,
-                         "): ", absl::StatusCodeToString(status.code()), ": ", status.message());
-      }
-    }
-  }
-
-  absl::Status Play(size_t index, Played* played) {
-    const TraceRequest& request = slice_->requests[index];
-    const uint32_t decode =
-        static_cast<uint32_t>(std::min<int64_t>(options_->decode_tokens, request.output_tokens));
-    const LivePrompt prompt = content_.MakePrompt(request, options_->replay.first_request + index,
-                                                  options_->own_tokens, decode);
-    const std::span<const uint32_t> tokens(prompt.tokens);
-    const uint32_t page_tokens = model_->geometry().page_tokens();
-    LiveTotals& totals = played->totals;
-
-    const absl::Time start = absl::Now();
-    PT_ASSIGN_OR_RETURN(const std::unique_ptr<Sequence> sequence,
-                        client_->Open(model_, tokens.first(prompt.prompt_tokens)));
-    const uint64_t promised = sequence->length();
-    PT_ASSIGN_OR_RETURN(const uint64_t reused, sequence->WaitReady());
-    const v1::PrefixReuse& reuse = sequence->reuse();
-    totals.prompt_tokens += prompt.prompt_tokens;
-    totals.reused_tokens += reused;
-    totals.trace_pages += prompt.trace_pages;
-    const uint64_t hits = std::min<uint64_t>(reused / page_tokens, prompt.trace_pages);
-    totals.hit_pages += hits;
-    totals.device_hit_pages += std::min<uint64_t>(reuse.device_tokens() / page_tokens, hits);
-    totals.declined_restores += reuse.limit() == v1::REUSE_LIMIT_SLOWER_THAN_COMPUTE ? 1 : 0;
-    totals.shortened += reused < promised ? 1 : 0;
-
-    PT_RETURN_IF_ERROR(Verify(prompt, *sequence, 0, reused, /*is_reused=*/true, played));
-    const bool is_planted = options_->plant_wrong_byte && index == 0;
-    for (uint64_t at = reused; at < prompt.prompt_tokens;) {
-      // To the end of a page, so that all but the last append fill what they begin.
-      const uint64_t end = std::min<uint64_t>(
-          (at / page_tokens + options_->append_pages) * page_tokens, prompt.prompt_tokens);
-      PT_RETURN_IF_ERROR(Append(prompt, at, end, is_planted && at == reused, *sequence));
-      totals.computed_tokens += end - at;
-      at = end;
-    }
-    played->ttft = absl::Now() - start;
-    for (uint64_t at = prompt.prompt_tokens; at < tokens.size(); ++at) {
-      PT_RETURN_IF_ERROR(Decode(prompt, at, *sequence));
-      ++totals.decoded_tokens;
-    }
-    PT_RETURN_IF_ERROR(Verify(prompt, *sequence, reused, tokens.size(), false, played));
-    return sequence->Close();
-  }
-
-  absl::Status Append(const LivePrompt& prompt, uint64_t begin, uint64_t end, bool is_planted,
-                      Sequence& sequence) {
-    const uint64_t num_tokens = end - begin;
-    PT_ASSIGN_OR_RETURN(
-        const std::unique_ptr<PendingAppend> append,
-        sequence.BeginAppend(std::span<const uint32_t>(prompt.tokens).subspan(begin, num_tokens),
-                             /*will_attend=*/false));
-    if (options_->prefill_tokens_per_second > 0) {
-      absl::SleepFor(
-          absl::Seconds(static_cast<double>(num_tokens) / options_->prefill_tokens_per_second));
-    }
-    std::vector<std::byte> rows;
-    for (uint32_t layer = 0; layer < options_->num_layers; ++layer) {
-      for (const RowKind kind : {RowKind::kK, RowKind::kV}) {
-        rows.resize(num_tokens * options_->row_bytes);
-        content_.FillRows(prompt, layer, kind, begin, rows);
-        if (is_planted && layer == 0 && kind == RowKind::kK) rows.front() ^= std::byte{1};
-        PT_RETURN_IF_ERROR(append->WriteRows(0, layer, kind, 0, rows));
-      }
-    }
-    return append->Commit().status();
-  }
-
-  absl::Status Decode(const LivePrompt& prompt, uint64_t at, Sequence& sequence) {
-    PT_ASSIGN_OR_RETURN(const std::unique_ptr<PendingStep> step,
-                        sequence.BeginStep(1, /*will_attend=*/false));
-    std::vector<std::byte> k(options_->row_bytes);
-    std::vector<std::byte> v(options_->row_bytes);
-    for (uint32_t layer = 0; layer < options_->num_layers; ++layer) {
-      content_.FillRows(prompt, layer, RowKind::kK, at, k);
-      content_.FillRows(prompt, layer, RowKind::kV, at, v);
-      PT_RETURN_IF_ERROR(step->WriteRows(0, layer, k, v));
-    }
-    return step->Commit(std::span<const uint32_t>(prompt.tokens).subspan(at, 1));
-  }
-
-  // Reads rows [begin, end) of all layers and compares each byte. A few pages at a time: what is
-  // read stays pinned meanwhile, and a sequence may be larger than the pool.
-  absl::Status Verify(const LivePrompt& prompt, Sequence& sequence, uint64_t begin, uint64_t end,
-                      bool is_reused, Played* played) {
-    const uint64_t step = uint64_t{options_->append_pages} * options_->page_tokens;
-    uint64_t verified = 0;
-    uint64_t wrong = 0;
-    for (uint64_t at = begin; at < end; at += step) {
-      PT_RETURN_IF_ERROR(sequence.ReadRows(
-          0, at, std::min(at + step, end), {}, [&](const RowsPart& part) -> absl::Status {
-            if (part.first_token + part.num_tokens > prompt.tokens.size()) {
-              return absl::DataLossError(absl::StrCat("read rows up to ",
-                                                      part.first_token + part.num_tokens, " of ",
-                                                      prompt.tokens.size()));
-            }
-            const uint64_t differing = content_.CountWrongBytes(prompt, part.layer, part.kind,
-                                                                part.first_token, part.bytes);
-            if (differing > 0 && played->first_wrong.empty()) {
-              played->first_wrong = absl::StrCat(
-                  differing, " bytes of ", part.kind == RowKind::kK ? "K" : "V", " rows [",
-                  part.first_token, ", ", part.first_token + part.num_tokens, ") of layer ",
-                  part.layer, " of sequence ", sequence.id(), " at ", sequence.worker_id());
-            }
-            wrong += differing;
-            verified += part.bytes.size();
-            return absl::OkStatus();
-          }));
-    }
-    const uint64_t expected =
-        end <= begin ? 0 : (end - begin) * options_->num_layers * 2 * options_->row_bytes;
-    if (verified != expected) {
-      return absl::DataLossError(absl::StrCat("read rows [", begin, ", ", end, ") of ",
-                                              sequence.id(), ": ", verified,
-                                              " bytes came, expected ", expected));
-    }
-    played->totals.bytes_verified += verified;
-    played->totals.wrong_bytes += wrong;
-    if (is_reused) {
-      played->totals.reused_bytes_verified += verified;
-      played->totals.wrong_reused_bytes += wrong;
-    }
-    return absl::OkStatus();
-  }
-
-  const LiveReplayOptions* const options_;
-  const TraceSlice* const slice_;
-  Client* const client_;
-  const std::shared_ptr<const Model> model_;  // shared with the sequences of the client
-  const LiveContent content_;
-
-  Mutex mu_;
-  size_t next_ ABSL_GUARDED_BY(mu_) = 0;
-  LiveTotals totals_ ABSL_GUARDED_BY(mu_);
-  std::vector<double> ttft_seconds_ ABSL_GUARDED_BY(mu_);
-  std::string first_error_ ABSL_GUARDED_BY(mu_);
-  std::string first_wrong_ ABSL_GUARDED_BY(mu_);
-};
-
 absl::StatusOr<double> SimulatedHitRate(ReplayOptions options, size_t num_workers,
                                         size_t pages_per_worker) {
   options.num_workers = num_workers;
@@ -362,6 +155,8 @@ void LiveTotals::Add(const LiveTotals& other) {
   trace_pages += other.trace_pages;
   hit_pages += other.hit_pages;
   device_hit_pages += other.device_hit_pages;
+  pending_pages += other.pending_pages;
+  device_elsewhere_pages += other.device_elsewhere_pages;
   declined_restores += other.declined_restores;
   shortened += other.shortened;
   bytes_verified += other.bytes_verified;

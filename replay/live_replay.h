@@ -62,8 +62,13 @@ struct LiveTotals {
   uint64_t computed_tokens = 0;
   uint64_t decoded_tokens = 0;
   uint64_t trace_pages = 0;
-  uint64_t hit_pages = 0;          // of trace_pages; in frames or restored
-  uint64_t device_hit_pages = 0;   // of hit_pages, those that were in frames at the look-up
+  uint64_t hit_pages = 0;         // of trace_pages; in frames or restored
+  uint64_t device_hit_pages = 0;  // of hit_pages, those that were in frames at the look-up
+  // Missed although another request that had yet to end computed them: each computes them for
+  // itself.
+  uint64_t pending_pages = 0;
+  // Not in the frames of the worker that was chosen, but in those of another, by the router's map.
+  uint64_t device_elsewhere_pages = 0;
   uint64_t declined_restores = 0;  // requests whose stored pages were predicted slower to restore
   uint64_t shortened = 0;          // requests whose reuse became shorter because a restore failed
   uint64_t bytes_verified = 0;

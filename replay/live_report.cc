@@ -65,6 +65,8 @@ std::string LiveReplayReport::ToTable() const {
   row("  simulated with a cache that forgets nothing", percent(simulated_unbounded_hit_rate));
   row("block hit rate, frames alone", percent(device_hit_rate()));
   row("  simulated with caches of this size", percent(simulated_hit_rate));
+  row("pages missed while another computed them", absl::StrCat(t.pending_pages));
+  row("pages in the frames of another worker alone", absl::StrCat(t.device_elsewhere_pages));
   row("pages written through, spilled, restored",
       absl::StrCat(counters.pages_written_through, ", ", counters.pages_spilled, ", ",
                    counters.pages_restored));
@@ -113,6 +115,8 @@ std::string LiveReplayReport::ToJson() const {
   json["simulated_unbounded_hit_rate"] = simulated_unbounded_hit_rate;
   json["device_hit_rate"] = device_hit_rate();
   json["simulated_hit_rate"] = simulated_hit_rate;
+  json["pending_pages"] = t.pending_pages;
+  json["device_elsewhere_pages"] = t.device_elsewhere_pages;
   json["pages_written_through"] = counters.pages_written_through;
   json["pages_spilled"] = counters.pages_spilled;
   json["pages_restored"] = counters.pages_restored;

@@ -78,7 +78,7 @@ RULES = [
     ("services/config_flags.*", {"services"}, {"protobuf", "proto", "cli11"}),
     ("services/*", BELOW_SERVICES | {"services"}, {"posix", "grpc", "protobuf", "proto"}),
     ("clients/*", {"base", "core", "rpc", "clients"}, {"posix", "grpc", "protobuf", "proto"}),
-    ("replay/live_re*", {"base", "core", "clients", "replay"}, {"posix", "json"}),
+    ("replay/live_r[eu]*", {"base", "core", "clients", "replay"}, {"posix", "json"}),
     ("replay/*", {"base", "core", "replay"}, {"json"}),
     ("cli/*", BELOW_SERVICES | {"services", "clients", "replay", "cli"},
      {"posix", "grpc", "protobuf", "proto", "cli11", "json"}),

@@ -30,7 +30,7 @@ Ended RunReplay(const std::string& format, const std::vector<std::string>& flags
   auto replay = ChildProcess::Start({.program = "pagetide", .args = args, .wait_ready = false});
   EXPECT_TRUE(replay.ok()) << replay.status();
   Ended ended;
-  const auto code = (*replay)->Wait(absl::Minutes(1));
+  const auto code = (*replay)->Wait(absl::Minutes(8));
   EXPECT_TRUE(code.ok()) << code.status();
   ended.exit_code = code.value_or(-1);
   // Progress and the report share the log; the report is the only thing in braces.
@@ -60,6 +60,7 @@ TEST(ReplayTest, LiveFindsWhatTheSimulationPredictsAndEveryByteIsRight) {
             report["reused_tokens"].get<int>() + report["computed_tokens"].get<int>());
   EXPECT_EQ(report["wrong_bytes"], 0);
   EXPECT_EQ(report["checksum_failures"], 0);
+  EXPECT_EQ(report["pending_pages"], 0) << "one request at a time";
   // Every row of every sequence was read: 2 layers × K and V × 64 bytes.
   EXPECT_EQ(report["bytes_verified"].get<int>(),
             (report["prompt_tokens"].get<int>() + report["decoded_tokens"].get<int>()) * 256);
@@ -67,11 +68,12 @@ TEST(ReplayTest, LiveFindsWhatTheSimulationPredictsAndEveryByteIsRight) {
   // 705 pages went through 2 × 32 frames.
   EXPECT_EQ(report["frames_per_worker"], 32);
   EXPECT_GE(report["pages_written_through"].get<int>() + report["pages_spilled"].get<int>(), 705);
-  EXPECT_GT(report["pages_restored"], 100);
   EXPECT_GT(report["pages_evicted"], 100);
   // A restore that takes longer than predicted prefill is declined: it costs hits, never bytes.
+  // A loaded machine declines many.
   EXPECT_LE(report["hit_rate"], report["simulated_unbounded_hit_rate"]);
   if (report["declined_restores"] == 0 && report["shortened"] == 0) {
+    EXPECT_GT(report["pages_restored"], 100);
     EXPECT_NEAR(report["hit_rate"], report["simulated_unbounded_hit_rate"], 0.01);
   }
   EXPECT_LT(report["device_hit_rate"], report["hit_rate"]);
@@ -92,7 +94,9 @@ TEST(ReplayTest, AgentSessionsEightAtATimeThroughASmallPool) {
   EXPECT_EQ(live.report["failed_requests"], 0);
   EXPECT_EQ(live.report["wrong_bytes"], 0);
   EXPECT_GT(live.report["reused_tokens"], 0);
-  EXPECT_GT(live.report["pages_restored"], 0);
+  if (live.report["declined_restores"] == 0) {
+    EXPECT_GT(live.report["pages_restored"], 0);
+  }
 }
 
 TEST(ReplayTest, APlantedWrongByteIsNoticedWhereverItIsReused) {
