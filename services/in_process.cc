@@ -14,6 +14,7 @@
 #include "kvstore/rocksdb_page_store.h"
 #include "rpc/metrics.h"
 #include "rpc/server.h"
+#include "services/admin_common.h"
 #include "services/page_store_service.h"
 #include "services/router_role.h"
 #include "services/tenant.h"
@@ -50,6 +51,7 @@ struct InProcess::Parts {
   std::shared_ptr<PrometheusMetrics> store_metrics = std::make_shared<PrometheusMetrics>();
   std::unique_ptr<InstrumentedPageStore> store;
   std::unique_ptr<PageStoreServiceImpl> store_service;
+  std::unique_ptr<AdminServiceCommon> store_admin;
   std::unique_ptr<RpcServer> store_server;
   std::unique_ptr<RouterRole> router;
   std::vector<std::unique_ptr<WorkerRole>> workers;
@@ -75,8 +77,12 @@ absl::StatusOr<std::unique_ptr<InProcess>> InProcess::Start(const Options& optio
       std::make_unique<PageStoreServiceImpl>(store, Clock::Real(), PageStoreServiceImpl::Options());
   RpcServer::Options server;
   server.addresses = {Loopback(options.store_port)};
-  PT_ASSIGN_OR_RETURN(parts->store_server, RpcServer::Create(server, {parts->store_service.get()},
-                                                             parts->store_metrics));
+  parts->store_admin = std::make_unique<AdminServiceCommon>(
+      "store", std::vector<std::string>{"rocksdb", "segments"}, parts->store_metrics.get());
+  PT_ASSIGN_OR_RETURN(
+      parts->store_server,
+      RpcServer::Create(server, {parts->store_service.get(), parts->store_admin.get()},
+                        parts->store_metrics));
   parts->store_server->OnDrain([service = parts->store_service.get()] { service->EndStreams(); });
 
   PT_ASSIGN_OR_RETURN(const std::string secret, LoadDeploymentSecret(""));

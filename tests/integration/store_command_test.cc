@@ -8,6 +8,7 @@
 #include "gmock/gmock.h"
 #include "gtest/gtest.h"
 #include "kvstore/remote_page_store.h"
+#include "pagetide/v1/admin.grpc.pb.h"
 #include "rpc/channel.h"
 #include "tests/contract/test_page.h"
 #include "tests/support/process.h"
@@ -27,12 +28,12 @@ Ended RunStats(std::vector<std::string> flags) {
   flags.insert(flags.begin(), {"store", "stats"});
   auto command = ChildProcess::Start({.program = "pagetide", .args = flags, .wait_ready = false});
   EXPECT_TRUE(command.ok()) << command.status();
-  const auto code = (*command)->Wait(absl::Seconds(30));
+  const auto code = (*command)->Wait(absl::Seconds(120));
   return {code.value_or(-1), (*command)->Log()};
 }
 
 MonotonicTime Soon() {
-  return Clock::Real()->MonotonicNow() + absl::Seconds(30);
+  return Clock::Real()->MonotonicNow() + absl::Seconds(120);
 }
 
 // Three pages in, two of them read, one asked for that was never there.
@@ -109,6 +110,32 @@ TEST(StoreCommandTest, SaysWhatIsNotThere) {
   const Ended what = RunStats({"--bytes"});
   EXPECT_GT(what.exit_code, 1);
   EXPECT_THAT(what.log, HasSubstr("--bytes"));
+}
+
+TEST(StoreCommandTest, TheStoreAnswersTheAdminService) {
+  const testing::TempDir dir;
+  auto store = ChildProcess::Start(
+      {.program = "pagetide-store",
+       .args = {"--listen=127.0.0.1:0", absl::StrCat("--data-dir=", dir.path())}});
+  ASSERT_TRUE(store.ok()) << store.status();
+  UseStore((*store)->Address("grpc"));
+  const auto admin = v1::AdminService::NewStub(MakeChannel((*store)->Address("grpc")));
+  {
+    grpc::ClientContext context;
+    v1::GetCapabilitiesResponse response;
+    ASSERT_TRUE(admin->GetCapabilities(&context, {}, &response).ok());
+    EXPECT_EQ(response.role(), "store");
+  }
+  {
+    grpc::ClientContext context;
+    v1::GetStatsResponse response;
+    ASSERT_TRUE(admin->GetStats(&context, {}, &response).ok());
+    EXPECT_FALSE(response.values().empty());
+  }
+  grpc::ClientContext context;
+  v1::DumpFramesResponse frames;
+  EXPECT_EQ(admin->DumpFrames(&context, {}, &frames).error_code(), grpc::StatusCode::UNIMPLEMENTED);
+  EXPECT_EQ((*store)->Terminate().value_or(-1), 0);
 }
 
 }  // namespace

@@ -23,9 +23,9 @@ TEST(RouterConfigTest, TheExampleLoads) {
   const auto options = RouterOptionsFromConfig(config);
   ASSERT_TRUE(options.ok()) << options.status();
   EXPECT_EQ(options->router.router_id, "router-1");
-  EXPECT_THAT(options->server.addresses, ElementsAre("127.0.0.1:7000"));
-  EXPECT_EQ(options->server.metrics_address, "127.0.0.1:9100");
-  EXPECT_EQ(options->store_address, "127.0.0.1:7001");
+  EXPECT_THAT(options->server.addresses, ElementsAre("127.0.0.1:7070"));
+  EXPECT_EQ(options->server.metrics_address, "127.0.0.1:9170");
+  EXPECT_EQ(options->store_address, "127.0.0.1:7090");
   EXPECT_EQ(options->heartbeat, absl::Milliseconds(500));
   // The example states the defaults of the policy, so that a reader sees what can be changed.
   const PlacementPolicyOptions policy;

@@ -28,8 +28,8 @@ TEST(WorkerConfigTest, TheExampleLoads) {
   EXPECT_EQ(options->worker.id, "worker-1");
   EXPECT_EQ(options->worker.pool_bytes, 4 * kGiB);
   EXPECT_EQ(options->worker.model_pool_bytes, 2 * kGiB);
-  EXPECT_THAT(options->server.addresses, ElementsAre("127.0.0.1:7101"));
-  EXPECT_THAT(options->routers, ElementsAre("127.0.0.1:7000"));
+  EXPECT_THAT(options->server.addresses, ElementsAre("127.0.0.1:7080"));
+  EXPECT_THAT(options->routers, ElementsAre("127.0.0.1:7070"));
   EXPECT_EQ(options->local_plane.max_staging_bytes, 64 * kMiB);
 }
 

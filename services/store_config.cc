@@ -1,0 +1,79 @@
+#include "services/store_config.h"
+
+#include <string>
+
+#include "absl/strings/str_cat.h"
+#include "base/byte_size.h"
+#include "base/status_macros.h"
+
+namespace pagetide {
+namespace {
+
+constexpr char kDefaultListen[] = "127.0.0.1:7090";
+constexpr uint32_t kMaxThreads = 1024;
+constexpr uint32_t kMaxDrainSeconds = 3600;
+
+absl::Status SetByteSize(const char* field, bool is_set, const std::string& text, uint64_t* value) {
+  if (!is_set) return absl::OkStatus();
+  const absl::StatusOr<uint64_t> bytes = ParseByteSize(text);
+  if (!bytes.ok()) {
+    return absl::InvalidArgumentError(absl::StrCat(field, ": ", bytes.status().message()));
+  }
+  *value = *bytes;
+  return absl::OkStatus();
+}
+
+}  // namespace
+
+config::StoreConfig MergeStoreConfig(const config::StoreConfig& file,
+                                     const config::StoreConfig& flags) {
+  config::StoreConfig merged = file;
+  if (flags.listen_size() > 0) merged.clear_listen();
+  merged.MergeFrom(flags);
+  return merged;
+}
+
+absl::StatusOr<StoreOptions> StoreOptionsFromConfig(const config::StoreConfig& config) {
+  StoreOptions options;
+  options.server.addresses = {kDefaultListen};
+  if (config.listen_size() > 0) {
+    options.server.addresses.assign(config.listen().begin(), config.listen().end());
+  }
+  if (config.has_metrics_listen()) options.server.metrics_address = config.metrics_listen();
+  options.server.allow_insecure = config.insecure();
+
+  RocksdbPageStoreOptions& engine = options.engine;
+  if (config.data_dir().empty()) {
+    return absl::InvalidArgumentError("data_dir is empty, must name the store's folder");
+  }
+  engine.dir = config.data_dir();
+  PT_RETURN_IF_ERROR(
+      SetByteSize("capacity", config.has_capacity(), config.capacity(), &engine.capacity_bytes));
+  PT_RETURN_IF_ERROR(SetByteSize("segment_size", config.has_segment_size(), config.segment_size(),
+                                 &engine.segment_bytes));
+  PT_RETURN_IF_ERROR(
+      SetByteSize("min_free", config.has_min_free(), config.min_free(), &engine.min_free_bytes));
+  PT_RETURN_IF_ERROR(SetByteSize("scrub_rate", config.has_scrub_rate(), config.scrub_rate(),
+                                 &engine.scrub_bytes_per_second));
+  PT_RETURN_IF_ERROR(SetByteSize("efficacy_alarm", config.has_efficacy_alarm(),
+                                 config.efficacy_alarm(), &engine.efficacy_alarm_bytes));
+  PT_RETURN_IF_ERROR(engine.Validate());
+
+  if (config.has_threads()) {
+    if (config.threads() < 1 || config.threads() > kMaxThreads) {
+      return absl::InvalidArgumentError(
+          absl::StrCat("threads = ", config.threads(), " is not 1 to ", kMaxThreads));
+    }
+    options.service.num_threads = static_cast<int>(config.threads());
+  }
+  if (config.has_drain_seconds()) {
+    if (config.drain_seconds() > kMaxDrainSeconds) {
+      return absl::InvalidArgumentError(
+          absl::StrCat("drain_seconds = ", config.drain_seconds(), " is above ", kMaxDrainSeconds));
+    }
+    options.drain_timeout = absl::Seconds(config.drain_seconds());
+  }
+  return options;
+}
+
+}  // namespace pagetide
