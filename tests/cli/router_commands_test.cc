@@ -30,7 +30,7 @@ class RouterCommandsTest : public ::testing::Test {
     RouterRole::Options options;
     options.server.metrics_address = "";
     options.deployment_secret = std::string(kDevelopmentSecret);
-    auto role = RouterRole::Start(std::move(options), &store_, Clock::Real());
+    auto role = RouterRole::Start(std::move(options), &store_, &clock_);
     EXPECT_TRUE(role.ok()) << role.status();
     role_ = *std::move(role);
     v1::RegisterModelRequest request;
@@ -60,7 +60,8 @@ class RouterCommandsTest : public ::testing::Test {
     return status;
   }
 
-  MemoryPageStore store_;
+  FakeClock clock_;  // hand-made workers send no heartbeats
+  MemoryPageStore store_{{.clock = &clock_}};
   std::unique_ptr<RouterRole> role_;
   std::string digest_;
 };

@@ -38,7 +38,7 @@ class FaultyDisk::SegmentFile final : public File {
 
   absl::Status WriteAt(uint64_t offset, std::span<const std::byte> first,
                        std::span<const std::byte> second) override {
-    disk_->BeSlow();
+    disk_->WaitWhileStuck();
     PT_RETURN_IF_ERROR(disk_->CheckPower());
     if (disk_->full_) return absl::ResourceExhaustedError(absl::StrCat("write ", path_, ": full"));
     const Range range{offset, first.size() + second.size()};
@@ -49,14 +49,14 @@ class FaultyDisk::SegmentFile final : public File {
   }
   absl::StatusOr<uint64_t> ReadAt(uint64_t offset, std::span<std::byte> first,
                                   std::span<std::byte> second) const override {
-    disk_->BeSlow();
+    disk_->WaitWhileStuck();
     ++disk_->num_reads_;
     PT_RETURN_IF_ERROR(disk_->CheckPower());
     if (disk_->fail_reads_) return absl::UnavailableError(absl::StrCat("read ", path_, ": EIO"));
     return real_->ReadAt(offset, first, second);
   }
   absl::Status Sync() override {
-    disk_->BeSlow();
+    disk_->WaitWhileStuck();
     return disk_->SyncFile(path_);
   }
   absl::StatusOr<uint64_t> Size() const override { return real_->Size(); }
@@ -183,8 +183,17 @@ FaultyDisk::FaultyDisk()
     : env_(rocksdb::NewCompositeEnv(std::make_shared<IndexFileSystem>(this))) {}
 FaultyDisk::~FaultyDisk() = default;
 
-void FaultyDisk::BeSlow() const {
-  if (const int64_t nanos = delay_nanos_; nanos > 0) absl::SleepFor(absl::Nanoseconds(nanos));
+void FaultyDisk::set_stuck(bool on) {
+  {
+    MutexLock lock(&stuck_mu_);
+    is_stuck_ = on;
+  }
+  unstuck_.SignalAll();
+}
+
+void FaultyDisk::WaitWhileStuck() const {
+  MutexLock lock(&stuck_mu_);
+  while (is_stuck_) unstuck_.Wait(&stuck_mu_);
 }
 
 absl::Status FaultyDisk::CheckPower() const {

@@ -48,8 +48,8 @@ class FaultyDisk final : public FileSystem {
   void set_full(bool on) { full_ = on; }
   // Reads of segment files answer UNAVAILABLE, as EIO does.
   void set_fail_reads(bool on) { fail_reads_ = on; }
-  // Each read of a segment file takes this long more, and each write and sync of one.
-  void set_delay(absl::Duration delay) { delay_nanos_ = absl::ToInt64Nanoseconds(delay); }
+  // While on, each read, write and sync of a segment file that begins waits.
+  void set_stuck(bool on);
   uint64_t num_reads() const { return num_reads_; }
   // What FreeBytes answers; 0: the truth.
   void set_free_bytes(uint64_t bytes) { free_bytes_ = bytes; }
@@ -82,8 +82,8 @@ class FaultyDisk final : public FileSystem {
     bool is_index = false;  // appended to only
   };
 
-  // Takes as long as set_delay says.
-  void BeSlow() const;
+  // Waits while the disk is stuck.
+  void WaitWhileStuck() const ABSL_LOCKS_EXCLUDED(stuck_mu_);
   // OK or "the power is off".
   absl::Status CheckPower() const;
   // Registers the end of a write; false: the power went off in between.
@@ -96,10 +96,13 @@ class FaultyDisk final : public FileSystem {
   std::atomic<bool> fail_syncs_{false};
   std::atomic<bool> full_{false};
   std::atomic<bool> fail_reads_{false};
-  std::atomic<int64_t> delay_nanos_{0};
   mutable std::atomic<uint64_t> num_reads_{0};
   std::atomic<uint64_t> free_bytes_{0};
   std::atomic<uint64_t> num_syncs_{0};
+  mutable Mutex stuck_mu_;
+  mutable CondVar unstuck_;
+  bool is_stuck_ ABSL_GUARDED_BY(stuck_mu_) = false;
+
   mutable Mutex mu_;
   std::map<std::string, FileState> files_ ABSL_GUARDED_BY(mu_);
   std::set<std::string> created_ ABSL_GUARDED_BY(mu_);  // folder not synced since

@@ -17,6 +17,7 @@
 #include "tests/fault/faulty_disk.h"
 #include "tests/fault/oracle_journal.h"
 #include "tests/support/process.h"
+#include "tests/support/timing.h"
 
 namespace pagetide {
 namespace {
@@ -119,7 +120,7 @@ class Load {
 
 // Waits until the round has its share of acknowledgements and a write is in flight right now.
 bool WaitForMomentToKill(const Load& load, uint64_t min_acked, std::mt19937_64* rng) {
-  const MonotonicTime give_up = Clock::Real()->MonotonicNow() + absl::Seconds(60);
+  const MonotonicTime give_up = Clock::Real()->MonotonicNow() + absl::Seconds(120);
   while (load.acked() < min_acked && !load.has_ended()) {
     if (give_up < Clock::Real()->MonotonicNow()) return false;
     std::this_thread::sleep_for(std::chrono::microseconds(200));
@@ -153,7 +154,7 @@ CampaignResult RunKillCampaign(int kills, uint64_t min_acked, bool acknowledge_e
       break;
     }
     RemotePageStore store(MakeChannel((*process)->Address("grpc"), {.own_connection = true}));
-    EXPECT_TRUE(store.GetStats(start + absl::Seconds(30)).ok());
+    EXPECT_TRUE(store.GetStats(start + absl::Seconds(90)).ok());
     if (round > 0) result.recovery_seconds.push_back(SecondsSince(start));
     Load load(&store, &journal, round, acknowledge_early);
     if (WaitForMomentToKill(load, min_acked / static_cast<uint64_t>(kills) + 1, &rng)) {
@@ -170,7 +171,7 @@ CampaignResult RunKillCampaign(int kills, uint64_t min_acked, bool acknowledge_e
     return result;
   }
   RemotePageStore store(MakeChannel((*process)->Address("grpc"), {.own_connection = true}));
-  EXPECT_TRUE(store.GetStats(start + absl::Seconds(30)).ok());
+  EXPECT_TRUE(store.GetStats(start + absl::Seconds(90)).ok());
   result.recovery_seconds.push_back(SecondsSince(start));
   VerifyAgainstJournal(journal.Read(), &store, &result);
   const auto stats = store.GetStats(MonotonicTime::InfiniteFuture());
@@ -190,7 +191,9 @@ TEST(StoreCrashTest, KillNineLosesNothingThatWasAcknowledged) {
   EXPECT_EQ(result.wrong, 0u);
   EXPECT_GT(result.manifests_acked, 0u);
   EXPECT_EQ(result.manifests_lost, 0u);
-  for (const double seconds : result.recovery_seconds) EXPECT_LT(seconds, 2.0);
+  for (const double seconds : result.recovery_seconds) {
+    EXPECT_LT(absl::Seconds(seconds), testing::Promised(absl::Seconds(2)));
+  }
 }
 
 TEST(StoreCrashTest, PlantedAcknowledgementBeforeTheWriteIsCaughtByKillNine) {
@@ -263,7 +266,9 @@ TEST(StoreCrashTest, PowerCutsLoseNothingThatWasAcknowledged) {
   EXPECT_EQ(result.wrong, 0u);
   EXPECT_GT(result.manifests_acked, 0u);
   EXPECT_EQ(result.manifests_lost, 0u);
-  for (const double seconds : result.recovery_seconds) EXPECT_LT(seconds, 2.0);
+  for (const double seconds : result.recovery_seconds) {
+    EXPECT_LT(absl::Seconds(seconds), testing::Promised(absl::Seconds(2)));
+  }
 }
 
 TEST(StoreCrashTest, PlantedAcknowledgementBeforeFsyncIsCaughtByPowerCuts) {

@@ -16,6 +16,7 @@
 #include "decoder/pagetide_kv_backend.h"
 #include "gtest/gtest.h"
 #include "tests/support/process.h"
+#include "tests/support/timing.h"
 
 namespace pagetide {
 namespace {
@@ -241,7 +242,7 @@ TEST_F(ClientTest, ReadsRowsInPlaceInTheWorkersFrames) {
   ASSERT_TRUE(Compute(*sequence, tokens, 512).ok());
   LocalKvBackend oracle(decoder_->config());
   ASSERT_TRUE(decoder_->Prefill(tokens, oracle).ok());
-  auto rows = sequence->ReadInPlace(absl::Seconds(20));
+  auto rows = sequence->ReadInPlace(absl::Seconds(30));
   ASSERT_TRUE(rows.ok()) << rows.status();
   EXPECT_EQ((*rows)->length(), 600u);
   for (uint32_t layer = 0; layer < model->geometry().group(0).num_layers(); ++layer) {
@@ -328,8 +329,12 @@ TEST_F(ClientTest, AnAppendThatIsDroppedChangesNothing) {
   {
     auto append = sequence->BeginAppend(tokens);
     ASSERT_TRUE(append.ok()) << append.status();
-  }  // cancelled
-  ASSERT_TRUE(sequence->Refresh().ok());
+    EXPECT_TRUE(testing::Eventually([&] {
+      return sequence->Refresh().ok() && sequence->state().pending_tokens() == 50;
+    })) << "the worker has not begun it";
+  }  // cancelled; the worker learns of it a moment later
+  EXPECT_TRUE(testing::Eventually(
+      [&] { return sequence->Refresh().ok() && sequence->state().pending_tokens() == 0; }));
   EXPECT_EQ(sequence->length(), 0u);
   EXPECT_EQ(Compute(*sequence, tokens).value(), Expected(tokens));
 }

@@ -18,6 +18,7 @@
 #include "pagetide/v1/page_store.grpc.pb.h"
 #include "rpc/channel.h"
 #include "tests/support/process.h"
+#include "tests/support/timing.h"
 
 namespace pagetide {
 namespace {
@@ -89,6 +90,11 @@ class SessionProcessTest : public ::testing::Test {
     const auto it = stats->find(name);
     return it == stats->end() ? 0 : it->second;
   }
+  // Counters follow with the next tick: the value once it is at least `least`.
+  double StatFrom(int worker, const std::string& name, double least) {
+    testing::Eventually([&] { return Stat(worker, name) >= least; });
+    return Stat(worker, name);
+  }
 
   TempDir dir_;
   std::unique_ptr<ChildProcess> store_, router_;
@@ -133,7 +139,7 @@ TEST_F(SessionProcessTest, SurvivesKill9OfEverythingAndGoesOnElsewhere) {
     EXPECT_EQ(*logits, Expected(longer));
     computed_before = decoder_->computed_tokens();
   }
-  const double restored = Stat(1, "pagetide_worker_pages_restored_total");
+  const double restored = StatFrom(1, "pagetide_worker_pages_restored_total", 3);
   EXPECT_EQ(restored, 3);  // 256 + 256 + 188 tokens
   std::printf(
       "{\"test\":\"session_kill_all\",\"tokens\":700,\"restored_pages\":%.0f,"
@@ -152,7 +158,7 @@ TEST_F(SessionProcessTest, TheCommandLineSavesListsLoadsAndDeletes) {
     args.insert(args.end(), {"--worker", workers_[0]->Address("grpc")});
     auto process = ChildProcess::Start({.program = "pagetide", .args = args, .wait_ready = false});
     EXPECT_TRUE(process.ok()) << process.status();
-    EXPECT_EQ((*process)->Wait(absl::Seconds(30)).value(), expected_code) << (*process)->Log();
+    EXPECT_EQ((*process)->Wait(absl::Seconds(90)).value_or(-1), expected_code) << (*process)->Log();
     return (*process)->Log();
   };
   EXPECT_THAT(run({"save", "cli.1", "--sequence", (*sequence)->id(), "--metadata", "who=me",
@@ -262,7 +268,7 @@ TEST_F(SessionProcessTest, APromptForAHundredSequencesIsStoredOnceAndComputedOnc
   }
   const int64_t computed = decoder_->computed_tokens() - computed_before;
   EXPECT_EQ(computed, 100);
-  const double restored = Stat(1, "pagetide_worker_pages_restored_total");
+  const double restored = StatFrom(1, "pagetide_worker_pages_restored_total", 8);
   EXPECT_EQ(restored, 8);
   auto peeked = client->PeekSession("system-prompt");
   ASSERT_TRUE(peeked.ok()) << peeked.status();

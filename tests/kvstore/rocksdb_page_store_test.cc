@@ -417,7 +417,7 @@ TEST_F(RocksdbPageStoreTest, TheBackgroundFindsDamageAtItsRate) {
   }
   const FoundRecord record = FindStoredRecord(dir_.path(), pages[5].meta.key);
   FlipFileBit(record.file, (record.offset + PageRecordHeaderBytes(pages[5].meta)) * 8 + 99);
-  const MonotonicTime give_up = Clock::Real()->MonotonicNow() + absl::Seconds(30);
+  const MonotonicTime give_up = Clock::Real()->MonotonicNow() + absl::Seconds(90);
   clock_.Advance(absl::Seconds(1));  // when it begins
   for (uint64_t step = 1; step <= 12; ++step) {
     while (Stats().pages_scrubbed < step && Clock::Real()->MonotonicNow() < give_up) {
@@ -475,6 +475,7 @@ TEST_F(RocksdbPageStoreTest, AFullStoreOfProtectedPagesRefusesPutsAndServesReads
   for (size_t i = 0; i < 20; ++i) {
     ASSERT_TRUE(store_->DeleteManifest(absl::StrCat("m", i), 1, std::nullopt, kForEver).ok());
   }
+  store_->WaitForUpkeep();
   EXPECT_TRUE(Put(MakeTestPage(1000, 128 * kKiB)).status.ok()) << "room was made";
   EXPECT_EQ(Stats().state, "serving");
 }
@@ -490,8 +491,7 @@ TEST_F(RocksdbPageStoreTest, APagePutForAManifestIsNotEvictedBeforeItIsNamed) {
   for (uint64_t i = 0; i < 100; ++i) {
     const TestPage page = MakeTestPage(i, 128 * kKiB);
     if (!Put(page).status.ok()) break;
-    // Time for reclaim, which wakes at once when a put finds the store above its high water.
-    if (i > 30) std::this_thread::sleep_for(std::chrono::milliseconds(20));
+    if (i > 30) store_->WaitForUpkeep();  // reclaim has had its chance
     const auto put = Save(absl::StrCat("m", i), {page});
     ASSERT_TRUE(put.ok()) << put.status();
     ASSERT_TRUE(put->committed) << "page " << i << " was evicted between put and save";

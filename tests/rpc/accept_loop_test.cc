@@ -111,7 +111,7 @@ TEST_F(AcceptLoopTest, ClosesConnectionsBeyondTheCapAndRecovers) {
   std::vector<RawConnection> open;
   for (int i = 0; i < 3; ++i) open.emplace_back(port());
   ASSERT_TRUE(Eventually([&] { return NumHandedOver() == 3; }));
-  EXPECT_TRUE(RawConnection(port()).WaitForClose(absl::Seconds(5)));
+  EXPECT_TRUE(RawConnection(port()).WaitForClose(absl::Seconds(60)));
   EXPECT_EQ(Refused("total_cap"), 1);
   // The owner closes one; its place is free at once, without waiting for the periodic sweep.
   {
@@ -131,7 +131,7 @@ TEST_F(AcceptLoopTest, CapsOnePeer) {
   Start(options);
   RawConnection a(port()), b(port());
   ASSERT_TRUE(Eventually([&] { return NumHandedOver() == 2; }));
-  EXPECT_TRUE(RawConnection(port()).WaitForClose(absl::Seconds(5)));
+  EXPECT_TRUE(RawConnection(port()).WaitForClose(absl::Seconds(60)));
   EXPECT_EQ(Refused("peer_cap"), 1);
   CloseAll();
   RawConnection c(port());
@@ -143,7 +143,7 @@ TEST_F(AcceptLoopTest, ForgetsClosedConnectionsWithinASecond) {
   RawConnection a(port()), b(port());
   ASSERT_TRUE(Eventually([&] { return loop_->num_connections() == 2; }));
   CloseAll();
-  EXPECT_TRUE(Eventually([&] { return loop_->num_connections() == 0; }, absl::Seconds(5)));
+  EXPECT_TRUE(Eventually([&] { return loop_->num_connections() == 0; }));
   EXPECT_EQ(metrics_.Value("pagetide_rpc_connections_open"), 0);
 }
 
@@ -153,7 +153,7 @@ TEST_F(AcceptLoopTest, KeepsDescriptorsInReserve) {
   Start(options);
   RawConnection a(port()), b(port());
   ASSERT_TRUE(Eventually([&] { return NumHandedOver() == 2; }));
-  EXPECT_TRUE(RawConnection(port()).WaitForClose(absl::Seconds(5)));
+  EXPECT_TRUE(RawConnection(port()).WaitForClose(absl::Seconds(60)));
   EXPECT_EQ(Refused("total_cap"), 1);
 }
 
@@ -236,13 +236,13 @@ TEST(DescriptorFloodTest, ServerAcceptsAgainAfterIdleConnectionsUsedUpAllDescrip
     test::EchoResponse response;
     return stub->Echo(&context, request, &response).ok();
   };
-  EXPECT_TRUE(echo());
+  EXPECT_TRUE(Eventually(echo));
   for (int round = 0; round < 3; ++round) {
     std::vector<RawConnection> idle;
     for (int i = 0; i < 200; ++i) idle.emplace_back(port);
     EXPECT_FALSE(echo()) << "descriptors were not used up in round " << round;
     idle.clear();
-    EXPECT_TRUE(Eventually(echo, absl::Seconds(10))) << "dead after round " << round;
+    EXPECT_TRUE(Eventually(echo)) << "dead after round " << round;
   }
   close(stop_pipe[1]);
   int wait_status = 0;
@@ -277,10 +277,10 @@ TEST(HandshakeTest, SilentConnectionsAreCutOff) {
   auto server = RpcServer::Create(options, {&echo}, std::make_shared<PrometheusMetrics>());
   ASSERT_TRUE(server.ok()) << server.status();
   RawConnection silent((*server)->port());
-  EXPECT_TRUE(silent.WaitForClose(absl::Seconds(10)));
+  EXPECT_TRUE(silent.WaitForClose(absl::Seconds(60)));
   RawConnection rude((*server)->port());
   EXPECT_TRUE(rude.Send("GET / HTTP/1.1\r\nHost: x\r\n\r\n"));
-  EXPECT_TRUE(rude.WaitForClose(absl::Seconds(10)));
+  EXPECT_TRUE(rude.WaitForClose(absl::Seconds(60)));
 }
 
 }  // namespace

@@ -16,6 +16,7 @@
 
 #include "absl/time/clock.h"
 #include "absl/time/time.h"
+#include "tests/support/timing.h"
 
 namespace pagetide {
 
@@ -85,16 +86,7 @@ inline std::string HttpGet(int port, const std::string& path) {
   return connection.ReadAll();
 }
 
-// Polls until `condition` holds; false when it did not within `timeout`.
-template <typename Condition>
-bool Eventually(Condition condition, absl::Duration timeout = absl::Seconds(10)) {
-  const absl::Time deadline = absl::Now() + timeout;
-  while (!condition()) {
-    if (absl::Now() > deadline) return false;
-    absl::SleepFor(absl::Milliseconds(5));
-  }
-  return true;
-}
+using testing::Eventually;
 
 }  // namespace pagetide
 

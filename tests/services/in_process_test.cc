@@ -12,6 +12,7 @@
 #include "rpc/model_codec.h"
 #include "rpc/status_mapping.h"
 #include "tests/support/process.h"
+#include "tests/support/timing.h"
 #include "tests/support/worker_client.h"
 
 namespace pagetide {
@@ -73,16 +74,13 @@ TEST_F(InProcessTest, TheRouterLearnsOfThePagesOfAnAssignedSequence) {
   request.mutable_prompt()->set_model(model_->digest().ToHex());
   request.mutable_prompt()->mutable_tokens()->Add(tokens.begin(), tokens.end());
   v1::ScoreWorkersResponse scores;
-  for (int i = 0; i < 500; ++i) {
+  EXPECT_TRUE(testing::Eventually([&] {
     TestContext context;
     scores.Clear();
-    ASSERT_TRUE(router_->ScoreWorkers(&context, request, &scores).ok());
-    ASSERT_EQ(scores.candidates_size(), 2);
-    if (scores.candidates(0).device_tokens() == 96) break;
-    absl::SleepFor(absl::Milliseconds(10));
-  }
+    return router_->ScoreWorkers(&context, request, &scores).ok() &&
+           scores.candidates_size() == 2 && scores.candidates(0).device_tokens() == 96;
+  })) << scores.ShortDebugString();
   EXPECT_EQ(scores.candidates(0).address(), first.address());
-  EXPECT_EQ(scores.candidates(0).device_tokens(), 96);
   EXPECT_EQ(scores.candidates(1).device_tokens(), 0);
 }
 
@@ -94,20 +92,17 @@ TEST_F(InProcessTest, ThePagesOfOneWorkerAreRestoredByTheOther) {
   ASSERT_TRUE(open.ok()) << open.status();
   ASSERT_TRUE(writer.Append(open->state(), tokens, tokens.size()).ok());
   WorkerClient reader(workers[1], model_);
-  uint64_t length = 0;
-  for (int i = 0; i < 500 && length < 96; ++i) {  // write-through is asynchronous
+  std::string sequence_id;
+  EXPECT_TRUE(testing::Eventually([&] {  // write-through is asynchronous
     auto other = reader.Open(tokens);
-    ASSERT_TRUE(other.ok()) << other.status();
-    auto ready = reader.WaitReady(other->state().sequence_id());
-    ASSERT_TRUE(ready.ok()) << ready.status();
-    length = *ready;
-    if (length == 96) {
-      auto verified = reader.Verify(other->state().sequence_id(), tokens, 0, 96);
-      EXPECT_TRUE(verified.ok()) << verified.status();
-    }
-    absl::SleepFor(absl::Milliseconds(10));
-  }
-  EXPECT_EQ(length, 96);
+    EXPECT_TRUE(other.ok()) << other.status();
+    sequence_id = other->state().sequence_id();
+    auto ready = reader.WaitReady(sequence_id);
+    EXPECT_TRUE(ready.ok()) << ready.status();
+    return !other.ok() || !ready.ok() || *ready == 96;
+  }));
+  auto verified = reader.Verify(sequence_id, tokens, 0, 96);
+  EXPECT_TRUE(verified.ok()) << verified.status();
 }
 
 TEST_F(InProcessTest, WhatWasServedIsThereAfterARestart) {

@@ -24,11 +24,13 @@
 #include "rpc/status_mapping.h"
 #include "services/worker_role.h"
 #include "tests/support/process.h"
+#include "tests/support/timing.h"
 #include "tests/support/worker_client.h"
 
 namespace pagetide {
 namespace {
 
+using ::pagetide::testing::Eventually;
 using ::pagetide::testing::MakeTestModel;
 using ::pagetide::testing::RegisterTestModel;
 using ::pagetide::testing::TestContext;
@@ -123,14 +125,6 @@ class LocalPlaneTest : public ::testing::Test {
     hello.set_staging_bytes(64 << 10);
     hello.set_model_digest(model_->digest().ToHex());
     return hello;
-  }
-  // Polls until `condition` holds; false after five seconds.
-  static bool Eventually(const std::function<bool()>& condition) {
-    for (int i = 0; i < 500; ++i) {
-      if (condition()) return true;
-      absl::SleepFor(absl::Milliseconds(10));
-    }
-    return false;
   }
   v1::GetMemoryBreakdownResponse Memory() {
     TestContext context;

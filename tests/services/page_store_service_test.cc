@@ -226,14 +226,14 @@ TEST(RemotePageStoreTest, AStoreThatIsDownIsUnavailableInTime) {
   const TestPage page = MakeTestPage(1);
   const PutPage put = page.put();
   const MonotonicTime start = Clock::Real()->MonotonicNow();
-  const MonotonicTime deadline = start + absl::Seconds(5);
+  const MonotonicTime deadline = start + absl::Seconds(60);
   EXPECT_EQ(store.PutPages({&put, 1}, Durability::kLocal, deadline)[0].status.code(),
             absl::StatusCode::kUnavailable);
   std::vector<std::byte> body(page.body.size());
   const GetPage get{page.meta.key, body, {}};
   EXPECT_EQ(store.GetPages({&get, 1}, deadline)[0].status.code(), absl::StatusCode::kUnavailable);
   EXPECT_EQ(store.GetStats(deadline).status().code(), absl::StatusCode::kUnavailable);
-  EXPECT_LT(Clock::Real()->MonotonicNow() - start, absl::Seconds(5));
+  EXPECT_LT(Clock::Real()->MonotonicNow() - start, absl::Seconds(60));
 }
 
 }  // namespace

@@ -28,7 +28,7 @@ class RequestMemosTest : public ::testing::Test {
           return answer;
         });
   }
-  static MonotonicTime Soon() { return Clock::Real()->MonotonicNow() + absl::Seconds(5); }
+  static MonotonicTime Soon() { return Clock::Real()->MonotonicNow() + absl::Seconds(60); }
 
   RequestMemos memos_{RequestMemos::Options(), Clock::Real()};
   std::atomic<int> calls_{0};  // relaxed: a count

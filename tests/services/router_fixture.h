@@ -1,5 +1,5 @@
 // Helpers of the router's tests: a small model, prompts, a worker that speaks the Attach stream by
-// hand, and waiting for what another process or thread does.
+// hand, and calls with deadlines.
 #ifndef PAGETIDE_TESTS_SERVICES_ROUTER_FIXTURE_H_
 #define PAGETIDE_TESTS_SERVICES_ROUTER_FIXTURE_H_
 
@@ -21,6 +21,7 @@
 #include "rpc/model_codec.h"
 #include "rpc/status_mapping.h"
 #include "services/tenant.h"
+#include "tests/support/timing.h"
 
 namespace pagetide::testing {
 
@@ -65,17 +66,6 @@ inline std::vector<PrefixKey> TestKeys(const Model& model, const std::vector<uin
                       page_tokens);
 }
 
-// True as soon as `condition` holds; false if it does not within `timeout`.
-inline bool Eventually(const std::function<bool()>& condition,
-                       absl::Duration timeout = absl::Seconds(20)) {
-  const absl::Time deadline = absl::Now() + timeout;
-  while (!condition()) {
-    if (absl::Now() > deadline) return false;
-    absl::SleepFor(absl::Milliseconds(5));
-  }
-  return true;
-}
-
 inline v1::AttachHello TestHello(const std::string& id, uint64_t incarnation) {
   v1::AttachHello hello;
   hello.set_worker_id(id);
@@ -99,7 +89,7 @@ class HandWorker {
  public:
   explicit HandWorker(const std::string& router_address)
       : stub_(v1::WorkerRegistryService::NewStub(MakeChannel(router_address))) {
-    context_.set_deadline(std::chrono::system_clock::now() + std::chrono::seconds(30));
+    context_.set_deadline(std::chrono::system_clock::now() + std::chrono::seconds(120));
     stream_ = stub_->Attach(&context_);
   }
   ~HandWorker() {
@@ -163,7 +153,7 @@ template <typename Stub, typename Method, typename Request, typename Response>
 absl::Status CallWithDeadline(Stub* stub, Method method, const Request& request,
                               Response* response) {
   grpc::ClientContext context;
-  context.set_deadline(std::chrono::system_clock::now() + std::chrono::seconds(20));
+  context.set_deadline(std::chrono::system_clock::now() + std::chrono::seconds(60));
   response->Clear();
   return FromGrpcStatus((stub->*method)(&context, request, response));
 }

@@ -10,6 +10,7 @@
 #include "pagetide/v1/admin.grpc.pb.h"
 #include "services/router_role.h"
 #include "tests/services/router_fixture.h"
+#include "tests/support/process.h"
 #include "worker/report_journal.h"
 #include "worker/router_link.h"
 
@@ -31,15 +32,17 @@ using Stub = v1::RouterService::Stub;
 
 class RouterServiceTest : public ::testing::Test {
  protected:
+  static constexpr absl::Duration kHeartbeat = absl::Milliseconds(100);
+
   RouterServiceTest() { StartRouter("127.0.0.1:0"); }
 
   void StartRouter(const std::string& address) {
     RouterRole::Options options;
     options.server.addresses = {address};
     options.server.metrics_address = "";
-    options.heartbeat = absl::Milliseconds(100);
+    options.heartbeat = kHeartbeat;
     options.deployment_secret = std::string(kDevelopmentSecret);
-    auto role = RouterRole::Start(std::move(options), &store_, Clock::Real());
+    auto role = RouterRole::Start(std::move(options), &store_, &clock_);
     ASSERT_TRUE(role.ok()) << role.status();
     role_ = *std::move(role);
     stub_ = v1::RouterService::NewStub(MakeChannel(role_->address()));
@@ -79,7 +82,10 @@ class RouterServiceTest : public ::testing::Test {
     return options;
   }
 
-  MemoryPageStore store_;
+  testing::TempDir dir_;
+  // The router's: nobody falls silent but where a test says so, however slow the machine.
+  FakeClock clock_;
+  MemoryPageStore store_{{.clock = &clock_}};
   std::unique_ptr<RouterRole> role_;
   std::unique_ptr<Stub> stub_;
 };
@@ -317,6 +323,7 @@ TEST_F(RouterServiceTest, AGapInTheNumbersIsAnsweredWithASnapshotDirective) {
   ToggleInDigest(digests, PrefixHint::Of(keys[5]), 0, Tier::kDevice);
   part = w1.Report(13, {});
   part.mutable_bucket_digests()->Add(digests.begin(), digests.end());
+  clock_.Advance(2 * kHeartbeat);  // directives keep their distance
   ASSERT_TRUE(w1.Residency(part));
   ASSERT_TRUE(w1.Read(&directive));
   EXPECT_THAT(directive.send_snapshot().because(), HasSubstr("digest"));
@@ -410,7 +417,9 @@ TEST_F(RouterServiceTest, AnEndedStreamIsADeadWorkerAtOnce) {
 
 TEST_F(RouterServiceTest, ASilentWorkersStreamIsEnded) {
   HandWorker w1(role_->address());
-  ASSERT_TRUE(w1.Hello(TestHello("w1", 1)));
+  v1::AttachResponse welcome;
+  ASSERT_TRUE(w1.Hello(TestHello("w1", 1)) && w1.Read(&welcome));
+  clock_.Advance(6 * kHeartbeat);
   const absl::Status status = FromGrpcStatus(w1.ReadToEnd());
   EXPECT_EQ(status.code(), StatusCode::kDeadlineExceeded) << status;
   EXPECT_EQ(Worker("w1").state(), "dead");
@@ -508,6 +517,10 @@ TEST_F(RouterServiceTest, ALinkThatFellBehindSendsASnapshot) {
 }
 
 TEST_F(RouterServiceTest, AfterARouterRestartLinksAttachAgainAndResidencyIsRebuilt) {
+  // A socket file: a TCP port could be another's by then.
+  const std::string address = absl::StrCat("unix:", dir_ / "router.sock");
+  role_.reset();
+  StartRouter(address);
   const v1::Model model = Register();
   const auto tokens = TestTokens(100);
   ReportJournal journal;
@@ -518,7 +531,6 @@ TEST_F(RouterServiceTest, AfterARouterRestartLinksAttachAgainAndResidencyIsRebui
   RouterLink link(LinkOptions("w1", 1), MakeChannel(role_->address()), &journal,
                   [&] { return TestLoad(model.model_digest()); });
   ASSERT_TRUE(Eventually([&] { return Worker("w1").resident_pages() == 6; }));
-  const std::string address = role_->address();
   role_.reset();
   StartRouter(address);
   v1::AssignSequenceResponse response;

@@ -16,11 +16,13 @@
 #include "rpc/status_mapping.h"
 #include "services/worker_role.h"
 #include "tests/support/process.h"
+#include "tests/support/timing.h"
 #include "tests/support/worker_client.h"
 
 namespace pagetide {
 namespace {
 
+using ::pagetide::testing::Eventually;
 using ::pagetide::testing::MakeTestModel;
 using ::pagetide::testing::RegisterTestModel;
 using ::pagetide::testing::TestContext;
@@ -307,12 +309,8 @@ TEST_F(WorkerServiceTest, AStreamCutInTheMiddleOfALayerChangesNothing) {
       EXPECT_EQ(GetReason(status), "ROWS_MISSING") << status;
     }
     // The server learns of a cancelled stream a moment later than the client.
-    for (int i = 0; i < 500; ++i) {
-      auto now = client_->Get(state.sequence_id());
-      ASSERT_OK(now);
-      if (now->pending_tokens() == 0) break;
-      absl::SleepFor(absl::Milliseconds(10));
-    }
+    EXPECT_TRUE(
+        Eventually([&] { return client_->Get(state.sequence_id())->pending_tokens() == 0; }));
     auto now = client_->Get(state.sequence_id());
     ASSERT_OK(now);
     EXPECT_EQ(now->pending_tokens(), 0);
@@ -337,7 +335,7 @@ TEST_F(WorkerServiceTest, ReadinessWaitsForFramesAsLongAsTheCallerDoes) {
   const v1::SequenceState writing = OpenWith({}, 0);
   RawAppend append(client_.get(), writing, tokens);
   ASSERT_TRUE(append.SendHeader());
-  while (FreeFrames() != kFrames - 8) absl::SleepFor(absl::Milliseconds(1));
+  ASSERT_TRUE(Eventually([&] { return FreeFrames() == kFrames - 8; }));
 
   absl::StatusOr<uint64_t> length = absl::UnknownError("still waiting");
   std::atomic<bool> is_over = false;
@@ -364,7 +362,7 @@ TEST_F(WorkerServiceTest, AWatcherThatLeavesNoLongerStandsInLine) {
   const v1::SequenceState writing = OpenWith({}, 0);
   RawAppend append(client_.get(), writing, TestTokens(33, 128));
   ASSERT_TRUE(append.SendHeader());
-  while (FreeFrames() != kFrames - 8) absl::SleepFor(absl::Milliseconds(1));
+  ASSERT_TRUE(Eventually([&] { return FreeFrames() == kFrames - 8; }));
 
   TestContext watch_context(absl::Minutes(10));
   v1::WatchReadinessRequest request;
@@ -562,14 +560,12 @@ TEST_F(WorkerServiceTest, LeasesAreBoundedInTime) {
     EXPECT_GE(extent.pins(), 1);
   }
   request.clear_lease();
-  for (int i = 0; i < 500; ++i) {
+  EXPECT_TRUE(Eventually([&] {
     TestContext poll;
     response.Clear();
-    ASSERT_OK(StatusOf(client_->sequences().GetBlockTable(&poll, request, &response)));
-    if (response.extents(0).pins() == 0) break;
-    absl::SleepFor(absl::Milliseconds(10));
-  }
-  EXPECT_EQ(response.extents(0).pins(), 0);
+    return client_->sequences().GetBlockTable(&poll, request, &response).ok() &&
+           response.extents(0).pins() == 0;
+  })) << response.ShortDebugString();
 }
 
 TEST_F(WorkerServiceTest, ALeasedPrefixStaysResidentUnderPressure) {
@@ -639,21 +635,21 @@ TEST_F(WorkerServiceTest, AdminTellsFramesAndStats) {
   frames.set_model_digest(model_->digest().ToHex());
   v1::DumpFramesResponse dump;
   ASSERT_OK(StatusOf(admin_->DumpFrames(&frames_context, frames, &dump)));
-  int resident = 0;
-  for (const auto& frame : dump.frames()) resident += frame.state() == "resident" ? 1 : 0;
-  EXPECT_EQ(resident, 3);
+  int held = 0;  // full pages may be on their way to the store
+  for (const auto& frame : dump.frames()) {
+    held += frame.state() == "resident" || frame.state() == "spilling" ? 1 : 0;
+  }
+  EXPECT_EQ(held, 3);
   frames.set_group(7);
   TestContext bad_context;
   EXPECT_EQ(StatusOf(admin_->DumpFrames(&bad_context, frames, &dump)).code(),
             absl::StatusCode::kInvalidArgument);
-  for (int i = 0; i < 500; ++i) {  // counters follow with the next tick
+  EXPECT_TRUE(Eventually([&] {  // counters follow with the next tick
     TestContext context;
     v1::GetStatsResponse stats;
-    ASSERT_OK(StatusOf(admin_->GetStats(&context, {}, &stats)));
-    if (stats.values().at("pagetide_worker_tokens_appended_total") == 40) return;
-    absl::SleepFor(absl::Milliseconds(10));
-  }
-  FAIL() << "40 appended tokens never reached the metrics";
+    return admin_->GetStats(&context, {}, &stats).ok() &&
+           stats.values().at("pagetide_worker_tokens_appended_total") == 40;
+  })) << "40 appended tokens never reached the metrics";
 }
 
 }  // namespace

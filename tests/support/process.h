@@ -42,7 +42,7 @@ class ChildProcess {
     std::vector<std::pair<std::string, std::string>> environment;  // added to ours
     // Wait for the ready line; false: return once the program runs.
     bool wait_ready = true;
-    absl::Duration ready_timeout = absl::Seconds(30);
+    absl::Duration ready_timeout = absl::Seconds(90);
   };
 
   // DEADLINE_EXCEEDED without a ready line in time, FAILED_PRECONDITION when the program ended
@@ -61,7 +61,7 @@ class ChildProcess {
   void Kill();
   // SIGTERM, then the exit code (128 + signal when a signal ended it), or DEADLINE_EXCEEDED with
   // the program still running.
-  absl::StatusOr<int> Terminate(absl::Duration timeout = absl::Seconds(30));
+  absl::StatusOr<int> Terminate(absl::Duration timeout = absl::Seconds(90));
   absl::StatusOr<int> Wait(absl::Duration timeout);
   // SIGSTOP and SIGCONT.
   void Stop();

@@ -10,6 +10,7 @@
 #include "rpc/channel.h"
 #include "rpc/model_codec.h"
 #include "rpc/status_mapping.h"
+#include "tests/support/timing.h"
 
 namespace pagetide::testing {
 namespace {
@@ -78,6 +79,18 @@ std::vector<uint32_t> TestTokens(uint64_t seed, size_t count) {
   return tokens;
 }
 
+absl::StatusOr<double> WorkerClient::Stat(const std::string& name) {
+  TestContext context;
+  v1::GetStatsResponse response;
+  PT_RETURN_IF_ERROR(FromGrpcStatus(admin_->GetStats(&context, {}, &response)));
+  const auto found = response.values().find(name);
+  return found == response.values().end() ? 0 : found->second;
+}
+
+bool WorkerClient::EventuallyStat(const std::string& name, double least) {
+  return Eventually([&] { return Stat(name).value_or(0) >= least; });
+}
+
 TestContext::TestContext(absl::Duration timeout) {
   set_deadline(absl::ToChronoTime(absl::Now() + timeout));
 }
@@ -87,7 +100,8 @@ WorkerClient::WorkerClient(const std::string& address, std::shared_ptr<const Mod
       channel_(MakeChannel(address)),
       sequences_(v1::SequenceService::NewStub(channel_)),
       prefixes_(v1::PrefixService::NewStub(channel_)),
-      edits_(v1::SequenceEditService::NewStub(channel_)) {}
+      edits_(v1::SequenceEditService::NewStub(channel_)),
+      admin_(v1::AdminService::NewStub(channel_)) {}
 
 absl::StatusOr<v1::OpenSequenceResponse> WorkerClient::Open(const std::vector<uint32_t>& prompt,
                                                             const std::string& request_id) {

@@ -14,6 +14,7 @@
 #include "absl/time/time.h"
 #include "core/model.h"
 #include "core/page_store.h"
+#include "pagetide/v1/admin.grpc.pb.h"
 #include "pagetide/v1/prefix.grpc.pb.h"
 #include "pagetide/v1/sequence.grpc.pb.h"
 #include "pagetide/v1/sequence_edit.grpc.pb.h"
@@ -64,10 +65,16 @@ class WorkerClient {
   absl::StatusOr<v1::RewindResponse> Rewind(const v1::SequenceState& state, int64_t length);
   absl::StatusOr<v1::SequenceState> Get(const std::string& sequence_id);
   absl::Status Close(const v1::SequenceState& state);
+  // A metric of the worker, summed over its labels; 0 when it is not there. Metrics follow what
+  // happened with the worker's next tick: see EventuallyStat.
+  absl::StatusOr<double> Stat(const std::string& name);
+  // True once the metric is at least `least`; false when it never came to that.
+  bool EventuallyStat(const std::string& name, double least);
 
   v1::SequenceService::StubInterface& sequences() { return *sequences_; }
   v1::PrefixService::StubInterface& prefixes() { return *prefixes_; }
   v1::SequenceEditService::StubInterface& edits() { return *edits_; }
+  v1::AdminService::StubInterface& admin() { return *admin_; }
   const Model& model() const { return *model_; }
   std::shared_ptr<grpc::Channel> channel() const { return channel_; }
 
@@ -77,12 +84,13 @@ class WorkerClient {
   const std::unique_ptr<v1::SequenceService::Stub> sequences_;
   const std::unique_ptr<v1::PrefixService::Stub> prefixes_;
   const std::unique_ptr<v1::SequenceEditService::Stub> edits_;
+  const std::unique_ptr<v1::AdminService::Stub> admin_;
 };
 
 // A context with a deadline.
 class TestContext : public grpc::ClientContext {
  public:
-  explicit TestContext(absl::Duration timeout = absl::Seconds(60));
+  explicit TestContext(absl::Duration timeout = absl::Seconds(120));
 };
 
 }  // namespace pagetide::testing
