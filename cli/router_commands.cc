@@ -14,7 +14,9 @@
 #include "base/byte_size.h"
 #include "base/status_macros.h"
 #include "cli/output.h"
+#include "cli/sequence_map.h"
 #include "pagetide/v1/router.grpc.pb.h"
+#include "pagetide/v1/sequence.grpc.pb.h"
 #include "rpc/channel.h"
 #include "rpc/status_mapping.h"
 
@@ -94,6 +96,25 @@ absl::Status RunSequences(const RouterFlags& flags, std::ostream& out) {
   return absl::OkStatus();
 }
 
+absl::Status RunShowSequence(const RouterFlags& flags, const std::string& sequence_id,
+                             std::ostream& out) {
+  v1::RouterGetSequenceRequest where;
+  where.set_sequence_id(sequence_id);
+  v1::RouterGetSequenceResponse found;
+  PT_RETURN_IF_ERROR(Call(flags, &Stub::GetSequence, where, &found));
+  const auto worker = v1::SequenceService::NewStub(MakeChannel(found.sequence().address()));
+  grpc::ClientContext context;
+  context.set_deadline(std::chrono::system_clock::now() +
+                       std::chrono::seconds(flags.timeout_seconds));
+  v1::GetBlockTableRequest request;
+  request.set_sequence_id(sequence_id);
+  v1::GetBlockTableResponse table;
+  PT_RETURN_IF_ERROR(FromGrpcStatus(worker->GetBlockTable(&context, request, &table)));
+  if (flags.is_json) return PrintJson(table, out);
+  PrintSequenceMap(table, out);
+  return absl::OkStatus();
+}
+
 absl::Status RunModels(const RouterFlags& flags, std::ostream& out) {
   v1::ListModelsResponse response;
   PT_RETURN_IF_ERROR(Call(flags, &Stub::ListModels, v1::ListModelsRequest(), &response));
@@ -165,7 +186,17 @@ CommandRunner AddWorkersCommand(CLI::App& app) {
 }
 
 CommandRunner AddSequencesCommand(CLI::App& app) {
-  return AddPlainCommand(app, "sequences", "Open sequences and their owners", RunSequences);
+  const auto flags = std::make_shared<RouterFlags>();
+  const auto sequence_id = std::make_shared<std::string>();
+  CLI::App& command = *app.add_subcommand("sequences", "Open sequences and their owners");
+  flags->AddTo(command);
+  CLI::App& show =
+      *command.add_subcommand("show", "Map of one sequence: its pages, positions and owners");
+  show.add_option("id", *sequence_id, "Id of the sequence")->required();
+  flags->AddTo(show);
+  return [flags, sequence_id, &show](std::ostream& out) {
+    return show.parsed() ? RunShowSequence(*flags, *sequence_id, out) : RunSequences(*flags, out);
+  };
 }
 
 CommandRunner AddModelsCommand(CLI::App& app) {

@@ -13,7 +13,7 @@ namespace pagetide {
 
 // Workers and stores: state, load, resident pages.
 CommandRunner AddWorkersCommand(CLI::App& app);
-// Open sequences and their owners, all pages of the answer.
+// Open sequences and their owners, all pages of the answer; `show ID`: the map of one of them.
 CommandRunner AddSequencesCommand(CLI::App& app);
 // Registered models with their page bytes.
 CommandRunner AddModelsCommand(CLI::App& app);

@@ -86,6 +86,33 @@ std::vector<PageId> LeafFirstLru::PickVictims(size_t n, MayEvict may_evict) cons
   return victims;
 }
 
+std::vector<PageId> LeafFirstLru::PickAncestors(size_t n, MayEvict may_evict) const {
+  std::priority_queue<Rank, std::vector<Rank>, std::greater<Rank>> exposed;
+  absl::flat_hash_map<uint32_t, uint32_t> num_open;  // children that could go before it
+  for (uint32_t i = 0; i < nodes_.size(); ++i) {
+    const Node& node = nodes_[i];
+    if (!node.is_resident || !node.is_evictable || node.num_children == 0) continue;
+    uint32_t open = 0;
+    for (uint32_t c = node.first_child; c != kNone; c = nodes_[c].next_sibling) {
+      if (nodes_[c].is_evictable) ++open;
+    }
+    if (open == 0)
+      exposed.push(RankOf(i));
+    else
+      num_open[i] = open;
+  }
+  std::vector<PageId> victims;
+  while (victims.size() < n && !exposed.empty()) {
+    const Node& node = nodes_[exposed.top().node];
+    exposed.pop();
+    if (!may_evict(node.page)) continue;
+    victims.push_back(node.page);
+    const auto parent = num_open.find(node.parent);
+    if (parent != num_open.end() && --parent->second == 0) exposed.push(RankOf(parent->first));
+  }
+  return victims;
+}
+
 uint32_t LeafFirstLru::FindResident(PageId page) const {
   const auto it = node_of_page_.find(page);
   return it != node_of_page_.end() && nodes_[it->second].is_resident ? it->second : kNone;

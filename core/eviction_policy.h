@@ -51,6 +51,10 @@ class EvictionPolicy {
   // Up to `n` victims, first to go first. Changes nothing: the owner calls OnErase for each it
   // really evicts, in this order. Fewer than n means that no more may go.
   virtual std::vector<PageId> PickVictims(size_t n, MayEvict may_evict) const = 0;
+  // The last resort, when PickVictims gives too few: up to `n` evictable pages in front of pages
+  // that may not go. An edited sequence may use a page without those in front of it; they would
+  // stay for as long as it runs, and it might need their frames. O(resident pages).
+  virtual std::vector<PageId> PickAncestors(size_t n, MayEvict may_evict) const = 0;
 
   virtual absl::string_view name() const = 0;
   virtual size_t num_resident() const = 0;
@@ -66,6 +70,7 @@ class LeafFirstLru final : public EvictionPolicy {
   void SetEvictable(PageId page, bool evictable) override;
   void OnErase(PageId page) override;
   std::vector<PageId> PickVictims(size_t n, MayEvict may_evict) const override;
+  std::vector<PageId> PickAncestors(size_t n, MayEvict may_evict) const override;
   absl::string_view name() const override { return "leaf_first_lru"; }
   size_t num_resident() const override { return num_resident_; }
 

@@ -33,6 +33,9 @@ class FramePool {
   // again, to the same tenant too, so that a grant given back unused leaks nothing. Ignored for
   // frames that nobody holds.
   void MarkClean(FrameId frame);
+  // What the frame holds must not be seen by anybody: the next grant needs zeroing, whoever gets
+  // it.
+  void MarkDirty(FrameId frame) { is_dirty_.at(frame.value()) = true; }
   // FAILED_PRECONDITION for a frame that is free already; INVALID_ARGUMENT for one that is not
   // ours.
   absl::Status Release(FrameId frame);

@@ -85,6 +85,9 @@ class Page {
   void SetFull(uint32_t rows, const Checksum128& checksum);
   void SetKey(const PrefixKey& prefix, const PrefixKey& parent_prefix, const PageKey& store_key);
 
+  // Its bytes must not outlive its last owner.
+  void SetScrub() { is_scrub_ = true; }
+
   // --- owners ---
   void Ref() { ++refs_; }
   // True when that was the last.
@@ -110,6 +113,7 @@ class Page {
   // Immutable: every slot is written, or the page was sealed with fewer rows.
   bool is_full() const { return is_full_; }
   bool is_keyed() const { return prefix_.has_value(); }
+  bool is_scrub() const { return is_scrub_; }
   const std::optional<PrefixKey>& prefix() const { return prefix_; }
   const PrefixKey& parent_prefix() const { return parent_prefix_; }
   // Set when full: of the bytes in the frame. A page sealed here has none until it is stored.
@@ -118,7 +122,7 @@ class Page {
   bool is_stored() const { return stored_.has_value(); }
   const std::optional<StoredAs>& stored() const { return stored_; }
   // Worth keeping without references: others may ask for it, by prefix or by content.
-  bool is_findable() const { return is_keyed() || (stored_ && stored_->is_shared); }
+  bool is_findable() const { return !is_scrub_ && (is_keyed() || (stored_ && stored_->is_shared)); }
   // The key to spill a keyed page under.
   const std::optional<PageKey>& page_key() const { return page_key_; }
   uint32_t refs() const { return refs_; }
@@ -139,6 +143,7 @@ class Page {
   uint32_t rows_ = 0;
   uint32_t high_water_rows_ = 0;
   bool is_full_ = false;
+  bool is_scrub_ = false;
   std::optional<PrefixKey> prefix_;
   PrefixKey parent_prefix_;
   std::optional<PageKey> page_key_;

@@ -134,6 +134,7 @@ void PageDirectory::EnterFrame(const Page& page) {
 void PageDirectory::LeaveFrame(Page& page, FrameId frame) {
   groups_[page.group()].policy->OnErase(page.id());
   ReleaseFrame(page.group(), frame);
+  if (page.is_scrub()) groups_[page.group()].frames.MarkDirty(frame);
   if (page.is_keyed()) changes_.push_back({*page.prefix(), page.group(), /*removed=*/true});
 }
 
@@ -176,7 +177,9 @@ void PageDirectory::AbortRestore(Page& page) {
 }
 
 void PageDirectory::SetStored(Page& page, const Page::StoredAs& stored) {
-  if (page.is_stored() && !page.is_findable()) stale_keys_.push_back(page.stored()->key);
+  if (page.is_stored() && !page.is_keyed() && !page.stored()->is_shared) {
+    stale_keys_.push_back(page.stored()->key);
+  }
   page.SetStored(stored);
   if (!page.is_keyed()) sealed_.try_emplace(stored.key, page.id());
 }
@@ -237,7 +240,7 @@ bool PageDirectory::SetKey(Page& page, const PrefixKey& prefix, const PrefixKey&
   return true;
 }
 
-uint64_t PageDirectory::DropUnreferenced() {
+uint64_t PageDirectory::DropUnreferenced(bool scrub) {
   std::vector<PageId> victims;
   for (const auto& [id, page] : pages_) {
     if (page->refs() == 0 && page->pins() == 0 && page->state() != PageState::kSpilling &&
@@ -245,7 +248,11 @@ uint64_t PageDirectory::DropUnreferenced() {
       victims.push_back(id);
     }
   }
-  for (PageId id : victims) Forget(Get(id));
+  for (PageId id : victims) {
+    Page& page = Get(id);
+    if (scrub) page.SetScrub();
+    Forget(page);
+  }
   return victims.size();
 }
 

@@ -75,6 +75,12 @@ class PageDirectory {
   void Ref(Page& page) { page.Ref(); }
   // Drops what nobody can reach any more. Invalidates `page` when it returns true.
   bool Unref(Page& page);
+  // As Unref, but the page does not stay in the cache, and its frame is zeroed before the next
+  // grant. If others still reference or pin it, that holds when the last of them lets go.
+  bool UnrefAndScrub(Page& page) {
+    page.SetScrub();
+    return Unref(page);
+  }
   void Pin(Page& page);
   void Unpin(Page& page);
   void Touch(Page& page) { groups_[page.group()].policy->OnTouch(page.id()); }
@@ -97,8 +103,9 @@ class PageDirectory {
   bool SetKey(Page& page, const PrefixKey& prefix, const PrefixKey& parent_prefix,
               const PageKey& store_key, std::shared_ptr<const std::vector<uint32_t>> tokens,
               bool has_inputs);
-  // Forgets unreferenced keyed pages that are not pinned or in flight. Returns how many.
-  uint64_t DropUnreferenced();
+  // Forgets unreferenced keyed pages that are not pinned or in flight. Returns how many. `scrub`:
+  // their frames are zeroed before the next grant.
+  uint64_t DropUnreferenced(bool scrub = false);
 
   // --- what happened since the last call ---
   std::vector<FrameChange> TakeFrameChanges();

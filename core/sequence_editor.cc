@@ -85,6 +85,31 @@ absl::Status SequenceEditor::CheckShift() const {
   return absl::OkStatus();
 }
 
+absl::StatusOr<EditOutcome> SequenceEditor::Apply(const SequenceEdit& edit) {
+  struct Visitor {
+    SequenceEditor& editor;
+    using Result = absl::StatusOr<EditOutcome>;
+    Result operator()(const RemoveRangeEdit& e) { return editor.RemoveRange(e.sequence, e.range); }
+    Result operator()(const CopyRangeEdit& e) {
+      return editor.CopyRange(e.from, e.to, e.range, e.allow_overlap);
+    }
+    Result operator()(const KeepOnlyEdit& e) { return editor.KeepOnly(e.sequences); }
+    Result operator()(const ShiftPositionsEdit& e) {
+      return editor.ShiftPositions(e.sequence, e.range, e.delta, e.on_shared, e.allow_overlap);
+    }
+    Result operator()(const DividePositionsEdit& e) {
+      return editor.DividePositions(e.sequence, e.range, e.divisor, e.allow_overlap);
+    }
+    Result operator()(const ShiftWindowEdit& e) { return editor.ShiftWindow(e.sequence, e.window); }
+    Result operator()(const RewindEdit& e) { return editor.Rewind(e.sequence, e.rows); }
+    Result operator()(const ClearEdit& e) { return editor.Clear(e.sequence); }
+    Result operator()(const ReorderEdit& e) {
+      return editor.Reorder(e.sequences, e.order, e.allow_repeats);
+    }
+  };
+  return std::visit(Visitor{*this}, edit);
+}
+
 absl::StatusOr<EditOutcome> SequenceEditor::RemoveRange(uint64_t sequence, PositionRange range) {
   const SequenceRows& rows = Rows(sequence);
   PT_ASSIGN_OR_RETURN(const RowRange cut, RowsIn(rows, range));

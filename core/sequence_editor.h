@@ -15,6 +15,7 @@
 #include <optional>
 #include <span>
 #include <string>
+#include <variant>
 #include <vector>
 
 #include "absl/container/btree_map.h"
@@ -46,6 +47,53 @@ struct WindowShift {
   std::optional<double> fraction;  // of the rows behind the first `keep`; rounded down
 };
 
+// Edits as data, for transactions. Sequences go by number.
+struct RemoveRangeEdit {
+  uint64_t sequence = 0;
+  PositionRange range;
+};
+struct CopyRangeEdit {
+  uint64_t from = 0;
+  uint64_t to = 0;
+  PositionRange range;
+  bool allow_overlap = false;
+};
+struct KeepOnlyEdit {
+  std::vector<uint64_t> sequences;
+};
+struct ShiftPositionsEdit {
+  uint64_t sequence = 0;
+  PositionRange range;
+  int64_t delta = 0;
+  OnShared on_shared = OnShared::kCopy;
+  bool allow_overlap = false;
+};
+struct DividePositionsEdit {
+  uint64_t sequence = 0;
+  PositionRange range;
+  int64_t divisor = 1;
+  bool allow_overlap = false;
+};
+struct ShiftWindowEdit {
+  uint64_t sequence = 0;
+  WindowShift window;
+};
+struct RewindEdit {
+  uint64_t sequence = 0;
+  int64_t rows = 0;
+};
+struct ClearEdit {
+  uint64_t sequence = 0;
+};
+struct ReorderEdit {
+  std::vector<uint64_t> sequences;
+  std::vector<uint32_t> order;
+  bool allow_repeats = false;
+};
+using SequenceEdit =
+    std::variant<RemoveRangeEdit, CopyRangeEdit, KeepOnlyEdit, ShiftPositionsEdit,
+                 DividePositionsEdit, ShiftWindowEdit, RewindEdit, ClearEdit, ReorderEdit>;
+
 struct EditOutcome {
   uint64_t removed_rows = 0;
   uint64_t moved_rows = 0;      // rows that have another position now
@@ -72,6 +120,8 @@ class SequenceEditor {
   };
   // `sequences` outlives the editor. Numbers given to edits are known to it.
   SequenceEditor(Options options, const Sequences* sequences);
+
+  absl::StatusOr<EditOutcome> Apply(const SequenceEdit& edit);
 
   // Rows at positions in the range go. None there: nothing changes.
   absl::StatusOr<EditOutcome> RemoveRange(uint64_t sequence, PositionRange range);

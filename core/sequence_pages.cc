@@ -7,51 +7,84 @@
 
 namespace pagetide {
 
+namespace {
+
+struct PageUse {
+  uint32_t refs = 0;      // of one table
+  uint32_t end_slot = 0;  // one past the last slot it references
+};
+
+PageUse UseOf(const PageTable& table, PageId id) {
+  PageUse use;
+  for (const Extent& extent : table.extents()) {
+    if (extent.page != id) continue;
+    ++use.refs;
+    use.end_slot = std::max(use.end_slot, extent.end_slot());
+  }
+  return use;
+}
+
+}  // namespace
+
+TailPlan PlanTailCopy(const PageTable& table) {
+  TailPlan plan;
+  if (table.empty()) return plan;
+  const std::span<const Extent> extents = table.extents();
+  size_t first = extents.size() - 1;
+  while (first > 0 && extents[first - 1].page == extents[first].page &&
+         extents[first - 1].end_row() == extents[first].first_row) {
+    --first;
+  }
+  for (size_t i = first; i < extents.size(); ++i) {
+    const Extent& extent = extents[i];
+    plan.copies.push_back(
+        {extent.first_slot, plan.rows, extent.count, extent.first_row, extent.shift});
+    plan.rows += extent.count;
+  }
+  plan.kind = TailPlan::Kind::kCopy;
+  plan.page = table.back().page;
+  return plan;
+}
+
 TailPlan PlanTail(const PageTable& table, const PageDirectory& pages, uint32_t page_tokens) {
   TailPlan plan;
   if (table.empty()) return plan;
   const PageId id = table.back().page;
   const Page& page = *pages.Find(id);
-
-  // The rows at the end of the sequence that lie in the last page, and what else it references
-  // there.
-  const std::span<const Extent> extents = table.extents();
-  size_t first = extents.size() - 1;
-  while (first > 0 && extents[first - 1].page == id &&
-         extents[first - 1].end_row() == extents[first].first_row) {
-    --first;
-  }
-  uint32_t own_refs = 0;
-  uint32_t used_end = 0;
-  for (const Extent& extent : extents) {
-    if (extent.page != id) continue;
-    ++own_refs;
-    used_end = std::max(used_end, extent.end_slot());
-  }
-  const bool is_alone = page.refs() == own_refs;
+  const PageUse use = UseOf(table, id);
+  const bool is_alone = page.refs() == use.refs;
   // Slots that were given up may still be read by a call that pinned the page before.
-  const bool is_still_read = page.pins() > 0 && page.high_water_rows() > used_end;
-  if (!page.is_full() && is_alone && !is_still_read && table.back().end_slot() == used_end &&
-      used_end < page_tokens) {
+  const bool is_still_read = page.pins() > 0 && page.high_water_rows() > use.end_slot;
+  if (!page.is_full() && is_alone && !is_still_read && table.back().end_slot() == use.end_slot &&
+      use.end_slot < page_tokens) {
     plan.kind = TailPlan::Kind::kInPlace;
     plan.page = id;
-    plan.rows = used_end;
+    plan.rows = use.end_slot;
     return plan;
   }
-  uint32_t rows = 0;
-  for (size_t i = first; i < extents.size(); ++i) {
-    const Extent& extent = extents[i];
-    plan.copies.push_back({extent.first_slot, rows, extent.count, extent.first_row, extent.shift});
-    rows += extent.count;
+  TailPlan copy = PlanTailCopy(table);
+  return copy.rows < page_tokens ? copy : plan;
+}
+
+void SyncTails(const SequenceRows& rows, const PrefixKey& root, uint32_t page_tokens,
+               PageDirectory& pages) {
+  for (const PageTable& table : rows.tables) {
+    if (table.empty()) continue;
+    Page& page = pages.Get(table.back().page);
+    const PageUse use = UseOf(table, page.id());
+    // Rows of a full page, and rows that others reference, stay as they are.
+    if (page.is_full() || page.refs() != use.refs) continue;
+    page.SetRows(use.end_slot);
+    const uint64_t base = rows.num_rows() / page_tokens * page_tokens;
+    if (!rows.is_canonical() || base == rows.num_rows()) {
+      pages.SetTailTokens(page, root, {}, false);
+      continue;
+    }
+    const uint64_t index = base / page_tokens;
+    pages.SetTailTokens(page, index == 0 ? root : rows.keys[index - 1],
+                        std::vector<uint32_t>(rows.tokens.begin() + base, rows.tokens.end()),
+                        !rows.inputs.empty() && rows.inputs.back().position >= base);
   }
-  if (rows >= page_tokens) {
-    plan.copies.clear();
-    return plan;
-  }
-  plan.kind = TailPlan::Kind::kCopy;
-  plan.page = id;
-  plan.rows = rows;
-  return plan;
 }
 
 void ReplaceTail(const TailPlan& plan, Page& copy, PageTable& table, PageDirectory& pages) {

@@ -37,10 +37,18 @@ struct TailPlan {
   std::vector<SlotRun> copies;
 };
 TailPlan PlanTail(const PageTable& table, const PageDirectory& pages, uint32_t page_tokens);
+// A copy of the rows that lie in the last page, whoever owns it.
+TailPlan PlanTailCopy(const PageTable& table);
 
 // Puts `copy` in the place of the rows of a kCopy plan. `copy` comes with one reference, its
 // creator's, which becomes the table's; references of the page that was copied are dropped.
 void ReplaceTail(const TailPlan& plan, Page& copy, PageTable& table, PageDirectory& pages);
+
+// Makes a tail that only `rows` references agree with it: how many slots it has, and what of it
+// other prompts may find: its tokens while the sequence is canonical, nothing after an edit. For
+// each group; after every change of the table's end.
+void SyncTails(const SequenceRows& rows, const PrefixKey& root, uint32_t page_tokens,
+               PageDirectory& pages);
 
 // Appends and takes a reference if the table holds one extent more.
 void AppendExtent(const Extent& extent, PageTable& table, PageDirectory& pages);

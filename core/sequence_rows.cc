@@ -71,6 +71,25 @@ PositionExtent SequenceRows::ExtentOf(uint32_t group) const {
   return out;
 }
 
+std::vector<PositionedRun> SequenceRows::Runs(uint32_t group, uint64_t begin, uint64_t end) const {
+  std::vector<PositionedRun> runs;
+  for (const Extent& extent : tables[group].Cover(begin, end)) {
+    uint64_t row = extent.first_row;
+    while (row < extent.end_row()) {
+      uint64_t last = row + 1;
+      if (positions.empty()) last = extent.end_row();
+      while (last < extent.end_row() && positions[last] == positions[last - 1] + 1) ++last;
+      Extent part = extent;
+      part.first_slot += static_cast<uint32_t>(row - extent.first_row);
+      part.count = static_cast<uint32_t>(last - row);
+      part.first_row = row;
+      runs.push_back({part, position(row)});
+      row = last;
+    }
+  }
+  return runs;
+}
+
 void SequenceRows::AppendTokens(std::span<const uint32_t> added) {
   int64_t at = end_position();
   PT_CHECK(at + static_cast<int64_t>(added.size()) <= kMaxPosition + 1);
@@ -97,6 +116,27 @@ std::vector<PageId> SequenceRows::Truncate(uint64_t rows, uint32_t page_tokens) 
   keys.resize(std::min<size_t>(keys.size(), canonical_rows() / page_tokens));
   std::erase_if(inputs, [&](const PositionedInput& input) { return input.position >= rows; });
   return gone;
+}
+
+void SequenceRows::AppendTokens(std::span<const uint32_t> added, std::span<const int64_t> at) {
+  PT_CHECK(added.size() == at.size());
+  for (size_t i = 0; i < added.size(); ++i) {
+    const int64_t next = end_position();
+    PT_CHECK(at[i] >= next && at[i] <= kMaxPosition);
+    if (at[i] != next) {
+      canonical_limit = std::min(canonical_limit, num_rows());
+      if (positions.empty()) {
+        for (uint64_t row = 0; row < num_rows(); ++row) {
+          positions.push_back(static_cast<int32_t>(row));
+        }
+        positions.reserve(positions.size() + added.size());
+      }
+    }
+    // Still implicit only while there is no gap; of an empty sequence a first gap makes it
+    // explicit.
+    if (!positions.empty() || at[i] != next) positions.push_back(static_cast<int32_t>(at[i]));
+    tokens.push_back(added[i]);
+  }
 }
 
 SequenceRows Assemble(std::span<const GroupTraits> groups, uint32_t page_tokens,

@@ -42,6 +42,13 @@ struct PositionExtent {
   friend bool operator==(const PositionExtent&, const PositionExtent&) = default;
 };
 
+// Rows of an extent that stand at consecutive positions.
+struct PositionedRun {
+  Extent extent;
+  int64_t first_position = 0;
+  friend bool operator==(const PositionedRun&, const PositionedRun&) = default;
+};
+
 struct SequenceRows {
   static constexpr uint64_t kAllRows = std::numeric_limits<uint64_t>::max();
 
@@ -63,9 +70,14 @@ struct SequenceRows {
   // The first row at `at` or behind it; num_rows() when there is none.
   uint64_t RowAt(int64_t at) const;
   PositionExtent ExtentOf(uint32_t group) const;
+  // Rows [begin, end) of a group, cut where positions or slots do not carry on.
+  std::vector<PositionedRun> Runs(uint32_t group, uint64_t begin, uint64_t end) const;
 
   // Adds tokens at the next positions. The tables are the caller's to grow.
   void AppendTokens(std::span<const uint32_t> added);
+  // Adds tokens at positions of their own, which ascend from end_position() or behind it. From the
+  // first gap on the rows are not canonical.
+  void AppendTokens(std::span<const uint32_t> added, std::span<const int64_t> at);
   // Cuts to the first `rows` rows. Returns the pages whose extents went. A sequence that is cut
   // back to its canonical rows is canonical again.
   std::vector<PageId> Truncate(uint64_t rows, uint32_t page_tokens);

@@ -169,7 +169,7 @@ absl::StatusOr<std::vector<float>> Decoder::Forward(std::span<const uint32_t> to
 
 absl::Status Decoder::RunLayers(std::span<const uint32_t> tokens, KvBackend& kv,
                                 Activations& a) const {
-  const int64_t first_position = kv.length();
+  const int64_t first_position = kv.next_position();
   kernels::RopeParams rope;
   rope.n_rot = config_.head_dim;
   rope.base = config_.rope_base;

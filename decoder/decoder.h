@@ -38,9 +38,9 @@ class Decoder {
 
   enum class LogitsOf : uint8_t { kLastToken, kAllTokens };
 
-  // One forward pass over `tokens`, at positions kv.length() and on, whose K and V are appended to
-  // `kv` and committed. Returns logits [1 or num_tokens, kVocabularySize]. On an error the append
-  // is aborted. INVALID_ARGUMENT: no token, or an id outside the vocabulary.
+  // One forward pass over `tokens`, at positions kv.next_position() and on, whose K and V are
+  // appended to `kv` and committed. Returns logits [1 or num_tokens, kVocabularySize]. On an error
+  // the append is aborted. INVALID_ARGUMENT: no token, or an id outside the vocabulary.
   absl::StatusOr<std::vector<float>> Forward(std::span<const uint32_t> tokens, KvBackend& kv,
                                              LogitsOf logits_of = LogitsOf::kLastToken);
 

@@ -19,8 +19,10 @@ class KvBackend {
  public:
   virtual ~KvBackend() = default;
 
-  // Committed tokens; the next token's position.
+  // Committed tokens.
   virtual int64_t length() const = 0;
+  // Where the next token goes: behind the last one, unless rows were moved.
+  virtual int64_t next_position() const { return length(); }
 
   // tokens: ids of the rows about to be appended, at least one. FAILED_PRECONDITION while another
   // append is open.

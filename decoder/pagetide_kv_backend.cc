@@ -68,7 +68,7 @@ absl::Status PageTideKvBackend::Attend(int layer, std::span<const float> queries
   AttendCall call;
   call.layer = static_cast<uint32_t>(layer);
   call.query_heads = num_q_heads_;
-  call.first_position = sequence_->length();
+  call.first_position = sequence_->end_position();
   call.queries = queries;
   call.outputs = out;
   if (step_ != nullptr) return step_->Attend(call);

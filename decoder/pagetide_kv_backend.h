@@ -25,6 +25,7 @@ class PageTideKvBackend final : public KvBackend {
       : num_q_heads_(config.num_q_heads), sequence_(sequence) {}
 
   int64_t length() const override { return static_cast<int64_t>(sequence_->length()); }
+  int64_t next_position() const override { return static_cast<int64_t>(sequence_->end_position()); }
   absl::Status BeginAppend(std::span<const uint32_t> tokens) override;
   absl::Status AppendRows(int layer, std::span<const std::byte> k_rows,
                           std::span<const std::byte> v_rows) override;

@@ -14,6 +14,7 @@
 #include "base/error_info.h"
 #include "base/status_macros.h"
 #include "kernels/paged_attention.h"
+#include "worker/k_shift.h"
 
 namespace pagetide {
 namespace {
@@ -158,9 +159,35 @@ class CpuPool final : public DevicePool {
     return absl::OkStatus();
   }
 
+  bool CanShift(const GroupGeometry& group) const override { return CanShiftOnHost(group); }
+
+  absl::Status ReadShifted(const GroupGeometry& group, uint64_t offset, uint32_t num_rows,
+                           int32_t delta, std::span<std::byte> to) override {
+    const uint64_t num_bytes = uint64_t{num_rows} * group.k_row_bytes();
+    PT_RETURN_IF_ERROR(CheckRange("read shifted rows from", offset, num_bytes));
+    if (to.size() != num_bytes) {
+      return absl::InvalidArgumentError(
+          absl::StrCat("read shifted rows: ", num_bytes, " bytes into ", to.size()));
+    }
+    const KShiftRun run{base_ + offset, to.data(), num_rows, delta};
+    return ShiftOnHost(group, {&run, 1});
+  }
+
   absl::Status Attend(const AttentionCall& call) override {
     PT_ASSIGN_OR_RETURN(const kernels::AttentionShape shape, ShapeOf(call));
     const GroupGeometry& group = *call.group;
+    // Shifted K goes through a copy: frames are shared, and stay as they were written.
+    uint64_t shifted_rows = 0;
+    for (const DeviceExtent& extent : call.extents) {
+      if (extent.shift != 0) shifted_rows += extent.count;
+    }
+    if (shifted_rows > call.extents.size() * uint64_t{group.page_tokens()}) {
+      return absl::InvalidArgumentError(absl::StrCat("attend: ", shifted_rows, " shifted rows in ",
+                                                     call.extents.size(), " extents"));
+    }
+    std::vector<std::byte> shifted(shifted_rows * group.k_row_bytes());
+    std::vector<KShiftRun> shifts;
+    uint64_t shifted_at = 0;
     std::vector<kernels::KvRun> runs;
     runs.reserve(call.extents.size());
     for (const DeviceExtent& extent : call.extents) {
@@ -179,8 +206,20 @@ class CpuPool final : public DevicePool {
       run.first_position = static_cast<int64_t>(extent.first_position);
       run.first_slot = static_cast<int32_t>(extent.first_slot);
       run.count = static_cast<int32_t>(extent.count);
+      if (extent.shift != 0) {
+        std::byte* const copy = shifted.data() + shifted_at;
+        shifted_at += uint64_t{extent.count} * group.k_row_bytes();
+        shifts.push_back({page + group.RowOffset(call.layer, RowKind::kK, extent.first_slot), copy,
+                          extent.count, extent.shift});
+        run.k_rows = copy;
+        run.v_rows = group.spec().v_dim == 0
+                         ? copy
+                         : page + group.RowOffset(call.layer, RowKind::kV, extent.first_slot);
+        run.first_slot = 0;
+      }
       runs.push_back(run);
     }
+    if (!shifts.empty()) PT_RETURN_IF_ERROR(ShiftOnHost(group, shifts));
     PT_RETURN_IF_ERROR(CheckPositions("queries", call.first_position, call.num_queries));
     std::vector<int64_t> positions(call.num_queries);
     for (uint32_t i = 0; i < call.num_queries; ++i) {

@@ -22,12 +22,13 @@ struct DeviceExtent {
   uint32_t first_slot = 0;
   uint32_t count = 0;
   uint64_t first_position = 0;  // absolute position of the first row
+  int32_t shift = 0;            // K is to be turned by so many positions before it is attended to
 };
 
 struct AttentionCall {
   const GroupGeometry* group = nullptr;
   uint32_t layer = 0;                     // index within the group
-  std::span<const DeviceExtent> extents;  // ascending positions, no gaps
+  std::span<const DeviceExtent> extents;  // positions never decrease
   uint32_t num_queries = 0;
   uint32_t query_heads = 0;     // multiple of kv_heads
   uint64_t first_position = 0;  // of the first query
@@ -51,6 +52,12 @@ class DevicePool {
   virtual absl::Status Zero(uint64_t offset, uint64_t num_bytes) = 0;
   // FAILED_PRECONDITION (CANNOT_ATTEND) for types this device has no kernel for.
   virtual absl::Status Attend(const AttentionCall& call) = 0;
+  // Can K rows of the group be turned to another position here? True where they need no turning.
+  virtual bool CanShift(const GroupGeometry& group) const = 0;
+  // `num_rows` K rows of a group from `offset` on, turned by `delta` positions. FAILED_PRECONDITION
+  // (CANNOT_SHIFT) for rows this device cannot turn.
+  virtual absl::Status ReadShifted(const GroupGeometry& group, uint64_t offset, uint32_t num_rows,
+                                   int32_t delta, std::span<std::byte> to) = 0;
   // A file descriptor that a peer on the same host can map read-only, or -1. Stays the pool's.
   virtual int export_fd() const = 0;
 };

@@ -32,6 +32,7 @@
 #include "core/keys.h"
 #include "core/model.h"
 #include "core/page_store.h"
+#include "core/sequence_editor.h"
 #include "core/sequence_id.h"
 #include "core/session_state.h"
 #include "core/tier.h"
@@ -58,6 +59,7 @@ struct SequenceInfo {
   uint64_t revision = 0;
   uint64_t length = 0;
   uint64_t canonical_length = 0;
+  int64_t end_position = 0;  // where the next token goes
   uint64_t pending_tokens = 0;
   uint64_t num_pages = 0;
   uint64_t resident_pages = 0;
@@ -112,7 +114,8 @@ struct Readiness {
 struct PendingSlot {
   SequenceId sequence;
   uint64_t pending_id = 0;  // unique in the process; 0 never
-  uint64_t first_position = 0;
+  uint64_t first_row = 0;
+  uint64_t first_position = 0;  // of the first row; they are consecutive
   uint32_t num_tokens = 0;
   uint64_t pages_created = 0;
 };
@@ -120,6 +123,9 @@ struct PendingSlot {
 struct ReserveItem {
   SequenceHandle sequence;
   uint32_t num_tokens = 0;
+  // A draft tree: for each token the index of the one before it, -1 for the last committed token.
+  // Empty: each follows the one before.
+  std::vector<int32_t> parents;
 };
 
 struct RowRun {
@@ -170,9 +176,32 @@ struct RewindResult {
   uint64_t freed_pages = 0;
 };
 
+// What a transaction of edits did, together.
+struct EditResult {
+  std::vector<SequenceInfo> infos;   // of the sequences named, in that order
+  std::vector<SequenceInfo> others;  // that changed besides them
+  EditOutcome outcome;
+  uint64_t freed_pages = 0;   // private pages that went
+  uint64_t cached_pages = 0;  // shareable pages that only the cache knows now
+};
+
+struct CompactResult {
+  SequenceInfo info;
+  uint64_t moved_rows = 0;   // over all layer groups; 0: nothing was left to gain
+  uint64_t num_extents = 0;  // after it, in the groups that changed
+  uint64_t freed_pages = 0;
+};
+
+struct PositionExtents {
+  uint64_t revision = 0;
+  std::vector<PositionExtent> groups;
+};
+
 struct BlockTableEntry {
   uint32_t group = 0;
+  uint64_t first_row = 0;
   uint64_t first_position = 0;
+  int32_t shift = 0;  // K is rotated by so many positions when it is read
   uint32_t first_slot = 0;
   uint32_t count = 0;
   PageId page;
@@ -222,6 +251,11 @@ struct HostCounters {
   uint64_t acquire_waits = 0;
   uint64_t acquire_timeouts = 0;
   uint64_t prefixes_lost = 0;
+  uint64_t edits = 0;          // transactions that went through
+  uint64_t edits_refused = 0;  // transactions refused
+  uint64_t rows_removed = 0;   // by edits
+  uint64_t rows_moved = 0;     // by edits: rows that got another position
+  uint64_t rows_compacted = 0;
 };
 
 // What the router wants to know about this host now.
@@ -351,6 +385,26 @@ class ModelHost {
   virtual absl::StatusOr<RewindResult> Rewind(const Tenant& tenant, const SequenceHandle& sequence,
                                               int64_t length) = 0;
 
+  // --- edits ---
+  // Applies edits in order as one transaction: all or none. `sequences` are those that the edits
+  // name, as their callers believe them to be. Sequences that change besides them (MOVE_ALL, keep
+  // only) are the tenant's others of this model. Never waits: edits move references, no bytes.
+  // FAILED_PRECONDITION (PENDING_WRITE) if a sequence that would change has a pending write.
+  virtual absl::StatusOr<EditResult> Edit(const Tenant& tenant,
+                                          std::span<const SequenceHandle> sequences,
+                                          std::span<const SequenceEdit> edits) = 0;
+  // All rows go; the sequence stays open. `zero_data`: pages that nobody else references leave the
+  // cache too, and their frames are zeroed before anybody gets them.
+  virtual absl::StatusOr<EditResult> Clear(const Tenant& tenant, const SequenceHandle& sequence,
+                                           bool zero_data) = 0;
+  // Moves at most about `max_rows` rows so that extents become few; contents, positions and keys
+  // stay. apply_shifts: K that is still to be rotated is, once and for all, which costs one
+  // rounding of its type. Waits for frames. Call again until nothing moves.
+  virtual absl::StatusOr<CompactResult> Compact(const Tenant& tenant,
+                                                const SequenceHandle& sequence, uint64_t max_rows,
+                                                bool apply_shifts, MonotonicTime deadline) = 0;
+  virtual absl::StatusOr<PositionExtents> QueryExtent(const Tenant& tenant, SequenceId id) = 0;
+
   // --- pending writes ---
   // pin_prefix: the whole sequence is made resident and stays pinned until commit or abort, so that
   // Attend under the pending id never waits for frames.
@@ -377,6 +431,13 @@ class ModelHost {
   virtual absl::StatusOr<CommitResult> Commit(const Tenant& tenant, const SequenceHandle& sequence,
                                               uint64_t pending_id,
                                               std::span<const uint32_t> tokens) = 0;
+  // As Commit of a reservation, but tokens[i] takes the row at indices[i] of it; the others are
+  // dropped. Indices ascend; in a draft tree they are a path from its root. Rows keep the positions
+  // they were reserved at. No Attend under the reservation may run any more.
+  virtual absl::StatusOr<CommitResult> Accept(const Tenant& tenant, const SequenceHandle& sequence,
+                                              uint64_t pending_id,
+                                              std::span<const uint32_t> indices,
+                                              std::span<const uint32_t> tokens) = 0;
   // Idempotent.
   virtual absl::Status Abort(const Tenant& tenant, SequenceId id, uint64_t pending_id) = 0;
 
@@ -394,10 +455,11 @@ class ModelHost {
     // Consecutive runs of the rows of one layer in order, each inside one page, as offsets in
     // pool().
     struct Run {
-      uint64_t first_token;
+      uint64_t first_token;  // row of the sequence
       uint32_t num_tokens;
       uint64_t offset;
       uint64_t num_bytes;
+      int32_t shift;  // of K: the rows are to be turned by so many positions first
     };
     virtual std::vector<Run> Runs(uint32_t layer, RowKind kind) const = 0;
   };
@@ -448,8 +510,9 @@ class ModelHost {
   };
   // Spills what must be kept and frees frames of unpinned pages; max_pages 0: all that can be.
   virtual absl::StatusOr<EvictResult> EvictPages(uint64_t max_pages, MonotonicTime deadline) = 0;
-  // Drops cached pages that no sequence references.
-  virtual uint64_t ClearCache() = 0;
+  // Drops cached pages that no sequence references. `zero_data`: their frames are zeroed before
+  // anybody gets them.
+  virtual uint64_t ClearCache(bool zero_data) = 0;
   // Aborts reservations whose lease ended, retries spilling, starts background spills. Call it
   // every 100 ms or so.
   virtual void Tick() = 0;

@@ -17,7 +17,7 @@ constexpr size_t kMaxCheckpoints = 32;
 }  // namespace
 
 void ModelHostImpl::DropCheckpoint(const Checkpoint& checkpoint) {
-  for (const PageTable& table : checkpoint.tables) {
+  for (const PageTable& table : checkpoint.rows.tables) {
     for (const Extent& extent : table.extents()) pages_.Unref(pages_.Get(extent.page));
   }
 }
@@ -25,10 +25,10 @@ void ModelHostImpl::DropCheckpoint(const Checkpoint& checkpoint) {
 CheckpointInfo ModelHostImpl::InfoOf(const Checkpoint& checkpoint) {
   CheckpointInfo info;
   info.id = checkpoint.id;
-  info.length = checkpoint.tokens.size();
+  info.length = checkpoint.rows.num_rows();
   info.is_automatic = checkpoint.is_automatic;
   info.created_at = checkpoint.created_at;
-  for (const PageTable& table : checkpoint.tables) info.num_pages += table.extents().size();
+  for (const PageTable& table : checkpoint.rows.tables) info.num_pages += table.extents().size();
   return info;
 }
 
@@ -51,11 +51,8 @@ absl::StatusOr<CheckpointInfo> ModelHostImpl::TakeCheckpoint(Sequence& sequence,
   checkpoint.id = NextNumber();
   checkpoint.is_automatic = is_automatic;
   checkpoint.created_at = clock_->WallNow();
-  checkpoint.tokens = sequence.tokens;
-  checkpoint.inputs = sequence.inputs;
-  checkpoint.keys = sequence.keys;
-  checkpoint.tables = sequence.tables;
-  for (const PageTable& table : checkpoint.tables) {
+  checkpoint.rows = sequence;
+  for (const PageTable& table : checkpoint.rows.tables) {
     for (const Extent& extent : table.extents()) {
       Page& page = pages_.Get(extent.page);
       pages_.Ref(page);
@@ -89,20 +86,13 @@ absl::StatusOr<SequenceInfo> ModelHostImpl::RestoreCheckpoint(const Tenant& tena
                                            handle.id.ToString(), ": there is none")),
           "CHECKPOINT_NOT_FOUND");
     }
-    // New references first: the sequence and its checkpoint share most pages.
-    for (const PageTable& table : found->tables) {
-      for (const Extent& extent : table.extents()) {
-        pages_.Ref(pages_.Get(extent.page));
-        pages_.Touch(pages_.Get(extent.page));
-      }
-    }
+    std::vector<RowsChange> change;
+    change.push_back({sequence.get(), found->rows});
+    AdoptRows(std::move(change), pages_);
     for (const PageTable& table : sequence->tables) {
-      for (const Extent& extent : table.extents()) pages_.Unref(pages_.Get(extent.page));
+      for (const Extent& extent : table.extents()) pages_.Touch(pages_.Get(extent.page));
     }
-    sequence->tokens = found->tokens;
-    sequence->inputs = found->inputs;
-    sequence->keys = found->keys;
-    sequence->tables = found->tables;
+    SyncTails(*sequence, sequence->root, page_tokens(), pages_);
     ++sequence->revision;
     // A page of the checkpoint may have been lost since.
     CutIfLost(*sequence).IgnoreError();

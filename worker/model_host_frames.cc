@@ -45,15 +45,37 @@ bool ModelHostImpl::MakeRoomNow(uint32_t group, uint32_t count) {
 bool ModelHostImpl::MakeRoom(uint32_t group, uint32_t count) {
   if (MakeRoomNow(group, count)) return true;
   const uint32_t lacking = count - pages_.frames(group).num_free();
-  if (!CanSpill() || num_spilling_[group] >= lacking) return false;
-  std::vector<PageId> dirty =
-      pages_.policy(group).PickVictims(lacking - num_spilling_[group], [](PageId) { return true; });
+  if (num_spilling_[group] >= lacking) return false;
+  size_t wanted = lacking - num_spilling_[group];
+  std::vector<PageId> dirty;
+  if (CanSpill()) dirty = pages_.policy(group).PickVictims(wanted, [](PageId) { return true; });
+  wanted -= dirty.size();
   std::erase_if(dirty, [this](PageId id) {
     mu_.AssertHeld();
     return pages_.Get(id).is_clean();
   });
-  StartSpills(dirty, Durability::kCache);
-  return false;
+  // Then pages in front of pinned ones: those that only the cache knows, and those of sequences.
+  for (const bool is_used : {false, true}) {
+    if (wanted == 0) break;
+    const std::vector<PageId> ancestors =
+        pages_.policy(group).PickAncestors(wanted, [&](PageId id) {
+          mu_.AssertHeld();
+          const Page& page = pages_.Get(id);
+          return is_used == (page.refs() > 0) && (page.is_clean() || CanSpill());
+        });
+    wanted -= ancestors.size();
+    for (PageId id : ancestors) {
+      Page& page = pages_.Get(id);
+      if (page.is_clean()) {
+        pages_.Evict(page);
+        ++counters_.pages_evicted;
+      } else {
+        dirty.push_back(id);
+      }
+    }
+  }
+  if (CanSpill()) StartSpills(dirty, Durability::kCache);
+  return pages_.frames(group).num_free() >= count;
 }
 
 absl::StatusOr<bool> ModelHostImpl::Progress(Ticket& ticket) {
@@ -250,6 +272,23 @@ absl::Status ModelHostImpl::CopyRows(uint32_t group, FrameId from, FrameId to, u
       if (bytes == 0) continue;
       const uint64_t at = geometry.RowOffset(layer, kind, 0);
       PT_RETURN_IF_ERROR(pool_->Copy(dst + at, src + at, bytes));
+    }
+  }
+  return absl::OkStatus();
+}
+
+absl::Status ModelHostImpl::CopyRuns(uint32_t group, FrameId from, FrameId to,
+                                     std::span<const TailPlan::SlotRun> runs) {
+  const GroupGeometry& geometry = Geometry(group);
+  for (const TailPlan::SlotRun& run : runs) {
+    for (uint32_t layer = 0; layer < geometry.num_layers(); ++layer) {
+      for (RowKind kind : {RowKind::kK, RowKind::kV}) {
+        const uint64_t bytes = uint64_t{run.count} * geometry.row_bytes(kind);
+        if (bytes == 0) continue;
+        PT_RETURN_IF_ERROR(pool_->Copy(
+            FrameOffset(group, to) + geometry.RowOffset(layer, kind, run.to_slot),
+            FrameOffset(group, from) + geometry.RowOffset(layer, kind, run.from_slot), bytes));
+      }
     }
   }
   return absl::OkStatus();

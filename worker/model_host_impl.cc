@@ -4,6 +4,7 @@
 #include <set>
 #include <utility>
 
+#include "absl/container/flat_hash_set.h"
 #include "absl/strings/str_cat.h"
 #include "base/byte_size.h"
 #include "base/error_info.h"
@@ -21,6 +22,15 @@ absl::Status SequenceNotFound(SequenceId id) {
 
 // Stale private records deleted in one call.
 constexpr size_t kMaxDeleteBatch = 256;
+
+std::vector<GroupTraits> TraitsOfGroups(const PageGeometry& geometry, const DevicePool& pool) {
+  std::vector<GroupTraits> traits;
+  for (uint32_t g = 0; g < geometry.num_groups(); ++g) {
+    traits.push_back(TraitsOf(geometry.group(g).spec()));
+    traits.back().can_shift = traits.back().can_shift && pool.CanShift(geometry.group(g));
+  }
+  return traits;
+}
 
 }  // namespace
 
@@ -90,6 +100,7 @@ ModelHostImpl::ModelHostImpl(Options options, std::shared_ptr<const Model> model
     : options_(std::move(options)),
       model_(std::move(model)),
       pool_(std::move(pool)),
+      traits_(TraitsOfGroups(model_->geometry(), *pool_)),
       num_frames_(num_frames),
       store_(store),
       io_(io),
@@ -195,10 +206,13 @@ SequenceInfo ModelHostImpl::InfoOf(const Sequence& sequence) const {
   info.epoch = sequence.epoch;
   info.revision = sequence.revision;
   info.length = sequence.length();
-  info.canonical_length = sequence.length();
+  info.canonical_length = sequence.canonical_rows();
+  info.end_position = sequence.end_position();
   info.pending_tokens = sequence.pending ? sequence.pending->num_tokens : 0;
   for (const PageTable& table : sequence.tables) {
+    absl::flat_hash_set<PageId> seen;  // an edited sequence may have several extents in a page
     for (const Extent& extent : table.extents()) {
+      if (!seen.insert(extent.page).second) continue;
       const Page* page = pages_.Find(extent.page);
       ++info.num_pages;
       if (page->is_readable()) ++info.resident_pages;
@@ -210,26 +224,10 @@ SequenceInfo ModelHostImpl::InfoOf(const Sequence& sequence) const {
 
 uint64_t ModelHostImpl::Truncate(Sequence& sequence, uint64_t length) {
   uint64_t freed = 0;
-  const uint32_t tail_rows = length % page_tokens();
-  for (uint32_t g = 0; g < num_groups(); ++g) {
-    PageTable& table = sequence.tables[g];
-    for (PageId id : table.Truncate(length)) {
-      if (pages_.Unref(pages_.Get(id))) ++freed;
-    }
-    if (table.empty() || tail_rows == 0) continue;
-    Page& last = pages_.Get(table.back().page);
-    if (last.is_full()) continue;  // a partial view of a full page: nothing to change in it
-    last.SetRows(tail_rows);
-    const uint64_t base = length - tail_rows;
-    const PrefixKey& parent = base == 0 ? sequence.root : sequence.keys[base / page_tokens() - 1];
-    pages_.SetTailTokens(
-        last, parent,
-        std::vector<uint32_t>(sequence.tokens.begin() + base, sequence.tokens.begin() + length),
-        !sequence.inputs.empty() && sequence.inputs.back().position >= base);
+  for (PageId id : static_cast<SequenceRows&>(sequence).Truncate(length, page_tokens())) {
+    if (pages_.Unref(pages_.Get(id))) ++freed;
   }
-  sequence.tokens.resize(length);
-  sequence.keys.resize(length / page_tokens());
-  std::erase_if(sequence.inputs, [&](const PositionedInput& i) { return i.position >= length; });
+  SyncTails(sequence, sequence.root, page_tokens(), pages_);
   ++sequence.revision;
   changed_.SignalAll();
   return freed;
@@ -327,11 +325,14 @@ absl::StatusOr<std::vector<BlockTableEntry>> ModelHostImpl::GetBlockTable(const 
   PT_ASSIGN_OR_RETURN(SequencePtr sequence, FindSequence(tenant, id));
   std::vector<BlockTableEntry> out;
   for (uint32_t g = 0; g < num_groups(); ++g) {
-    for (const Extent& extent : sequence->tables[g].extents()) {
+    for (const PositionedRun& run : sequence->Runs(g, 0, sequence->num_rows())) {
+      const Extent& extent = run.extent;
       const Page& page = pages_.Get(extent.page);
       BlockTableEntry entry;
       entry.group = g;
-      entry.first_position = extent.first_row;
+      entry.first_row = extent.first_row;
+      entry.first_position = static_cast<uint64_t>(run.first_position);
+      entry.shift = extent.shift;
       entry.first_slot = extent.first_slot;
       entry.count = extent.count;
       entry.page = extent.page;
@@ -363,11 +364,11 @@ absl::Status ModelHostImpl::Close(const Tenant& tenant, SequenceId id, uint64_t 
   return absl::OkStatus();
 }
 
-uint64_t ModelHostImpl::ClearCache() {
+uint64_t ModelHostImpl::ClearCache(bool zero_data) {
   uint64_t dropped;
   {
     MutexLock lock(&mu_);
-    dropped = pages_.DropUnreferenced();
+    dropped = pages_.DropUnreferenced(zero_data);
     changed_.SignalAll();
   }
   Flush();

@@ -14,8 +14,11 @@
 
 #include "absl/container/btree_map.h"
 #include "base/mutex.h"
+#include "core/compaction.h"
 #include "core/page_directory.h"
 #include "core/page_table.h"
+#include "core/sequence_editor.h"
+#include "core/sequence_pages.h"
 #include "core/tier_planner.h"
 #include "worker/filling_checksum.h"
 #include "worker/model_host.h"
@@ -48,6 +51,12 @@ class ModelHostImpl final : public ModelHost {
   absl::StatusOr<ForkResult> Fork(const Tenant&, const SequenceHandle&, std::optional<uint64_t>,
                                   MonotonicTime) override;
   absl::StatusOr<RewindResult> Rewind(const Tenant&, const SequenceHandle&, int64_t) override;
+  absl::StatusOr<EditResult> Edit(const Tenant&, std::span<const SequenceHandle>,
+                                  std::span<const SequenceEdit>) override;
+  absl::StatusOr<EditResult> Clear(const Tenant&, const SequenceHandle&, bool) override;
+  absl::StatusOr<CompactResult> Compact(const Tenant&, const SequenceHandle&, uint64_t, bool,
+                                        MonotonicTime) override;
+  absl::StatusOr<PositionExtents> QueryExtent(const Tenant&, SequenceId) override;
   absl::StatusOr<PendingSlot> BeginAppend(const Tenant&, const SequenceHandle&, absl::string_view,
                                           uint64_t, std::span<const uint32_t>,
                                           std::span<const PositionedInput>, bool,
@@ -58,6 +67,9 @@ class ModelHostImpl final : public ModelHost {
   absl::Status WriteRows(const Tenant&, SequenceId, uint64_t, const RowRun&, uint64_t,
                          RowSource) override;
   absl::StatusOr<CommitResult> Commit(const Tenant&, const SequenceHandle&, uint64_t,
+                                      std::span<const uint32_t>) override;
+  absl::StatusOr<CommitResult> Accept(const Tenant&, const SequenceHandle&, uint64_t,
+                                      std::span<const uint32_t>,
                                       std::span<const uint32_t>) override;
   absl::Status Abort(const Tenant&, SequenceId, uint64_t) override;
   absl::StatusOr<AttendOutput> Attend(const Tenant&, const AttendQuery&, MonotonicTime) override;
@@ -78,7 +90,7 @@ class ModelHostImpl final : public ModelHost {
   absl::StatusOr<std::vector<CheckpointInfo>> ListCheckpoints(const Tenant&, SequenceId) override;
   absl::Status DeleteCheckpoint(const Tenant&, const SequenceHandle&, uint64_t) override;
   absl::StatusOr<EvictResult> EvictPages(uint64_t, MonotonicTime) override;
-  uint64_t ClearCache() override;
+  uint64_t ClearCache(bool zero_data) override;
   void Tick() override;
   void Quiesce() override;
   std::vector<FrameEntry> DumpFrames(uint32_t) override;
@@ -100,13 +112,17 @@ class ModelHostImpl final : public ModelHost {
     State state = State::kAcquiring;
     bool aborted = false;  // clean up as soon as nobody works on it
     int num_writers = 0;   // WriteRows copying right now, without the lock
-    uint64_t first_position = 0;
+    uint64_t first_row = 0;
+    int64_t first_position = 0;
     uint32_t num_tokens = 0;
     std::vector<uint32_t> tokens;  // appends only
+    std::vector<int32_t> parents;  // reservations only; empty: each follows the one before
     std::vector<PositionedInput> inputs;
     std::vector<PageId> pinned;
     // [group]: the pages that rows go to, in order; the first may be the committed tail.
     std::vector<std::vector<PageId>> targets;
+    // [group]: where in the first of targets the first row goes.
+    std::vector<uint32_t> first_slot;
     // [group]: those of targets that this write created and no page table holds yet.
     std::vector<std::vector<PageId>> created;
     // [group][target]: of an append whose device the host can address; empty otherwise.
@@ -124,28 +140,21 @@ class ModelHostImpl final : public ModelHost {
     uint64_t id = 0;
     bool is_automatic = false;
     absl::Time created_at;
-    std::vector<uint32_t> tokens;
-    std::vector<PositionedInput> inputs;
-    std::vector<PrefixKey> keys;
-    std::vector<PageTable> tables;  // one reference for each extent
+    SequenceRows rows;  // one reference for each extent
   };
 
-  struct Sequence {
+  struct Sequence : SequenceRows {
     SequenceId id;
     std::string tenant;
     uint64_t epoch = 1;
     uint64_t revision = 1;
     PrefixKey root;
-    std::vector<uint32_t> tokens;         // committed
-    std::vector<PositionedInput> inputs;  // of committed tokens
-    std::vector<PrefixKey> keys;          // of each full page of tokens
-    std::vector<PageTable> tables;        // [group]
     std::unique_ptr<Pending> pending;
     std::vector<Checkpoint> checkpoints;  // oldest first
     bool was_appended = false;            // since open: then a lost prefix is the caller's to know
     bool closed = false;
     std::string shortened_because;
-    uint64_t length() const { return tokens.size(); }
+    uint64_t length() const { return num_rows(); }
   };
   using SequencePtr =
       std::shared_ptr<Sequence>;  // shared with calls that work on it without the lock
@@ -220,7 +229,25 @@ class ModelHostImpl final : public ModelHost {
   // Reports frame changes and deletes stale private records. Never with the lock held.
   void Flush() ABSL_LOCKS_EXCLUDED(mu_);
 
+  // --- edits (model_host_edits.cc) ---
+  class EditableSequences;
+  absl::StatusOr<EditResult> EditLocked(const Tenant& tenant,
+                                        std::span<const SequenceHandle> sequences,
+                                        std::span<const SequenceEdit> edits)
+      ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
+
+  // --- compaction (model_host_compact.cc) ---
+  absl::Status CopyRun(uint32_t group, const CompactionRun& run, std::span<const FrameId> from,
+                       FrameId to, bool apply_shifts);
+  // ABORTED when the sequence changed while it worked without the lock.
+  absl::StatusOr<CompactResult> CompactOnce(const Tenant& tenant, const SequenceHandle& handle,
+                                            uint64_t max_rows, bool apply_shifts,
+                                            MonotonicTime deadline)
+      ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
+
   // --- frames (model_host_frames.cc) ---
+  // To read these extents.
+  Need NeedOf(std::span<const Extent> extents) const;
   // Waits in line until all of `need` is there, then pins the pages and hands out the frames; all
   // or nothing. Unlocks while it waits. `keep_waiting`, if given, is asked with the lock held each
   // time the call wakes, and may unlock meanwhile; CANCELLED when it says no.
@@ -249,6 +276,8 @@ class ModelHostImpl final : public ModelHost {
   absl::StatusOr<std::span<const std::byte>> PageBytes(uint32_t group, uint64_t offset,
                                                        std::vector<std::byte>& buffer);
   absl::Status CopyRows(uint32_t group, FrameId from, FrameId to, uint32_t num_rows);
+  absl::Status CopyRuns(uint32_t group, FrameId from, FrameId to,
+                        std::span<const TailPlan::SlotRun> runs);
   absl::Status ZeroIfNeeded(uint32_t group, const FramePool::Grant& grant);
 
   // --- readiness (model_host_readiness.cc) ---
@@ -297,10 +326,8 @@ class ModelHostImpl final : public ModelHost {
   struct WritePlan {
     SequencePtr sequence;
     Need need;
-    std::vector<bool> copies_tail;  // [group]
+    std::vector<TailPlan> tails;  // [group]
   };
-  bool MustCopyTail(const Sequence& sequence, uint32_t group) const
-      ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
   WritePlan PlanWrite(const SequencePtr& sequence) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
   // Opens the pending writes that the caller has put into the sequences, all or none. Unlocks while
   // it waits and copies. On failure none of the sequences has a pending write.
@@ -311,10 +338,22 @@ class ModelHostImpl final : public ModelHost {
   std::unique_ptr<Pending> NewPending(const Sequence& sequence, uint32_t num_tokens,
                                       bool pin_prefix) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
   static PendingSlot SlotOf(const Sequence& sequence);
+  // Position of a token of a pending write.
+  static int64_t PositionIn(const Pending& pending, uint32_t index);
+  // indices empty: the first of the write's rows.
+  absl::StatusOr<CommitResult> CommitRows(const Tenant& tenant, const SequenceHandle& handle,
+                                          uint64_t pending_id, std::span<const uint32_t> indices,
+                                          std::span<const uint32_t> tokens);
+  static absl::Status CheckPath(const Pending& pending, std::span<const uint32_t> indices,
+                                size_t num_tokens);
+  // Byte offset in the pool of a row of a pending write.
+  uint64_t RowOffsetIn(const Pending& pending, const std::vector<FrameId>& frames, uint32_t group,
+                       uint32_t layer, RowKind kind, uint32_t index) const;
 
   const Options options_;
   const std::shared_ptr<const Model> model_;
   const std::unique_ptr<DevicePool> pool_;
+  const std::vector<GroupTraits> traits_;  // [group]
   const uint32_t num_frames_;
   PageStore* const store_;  // may be null
   Executor* const io_;

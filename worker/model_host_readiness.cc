@@ -75,11 +75,11 @@ absl::Status ModelHostImpl::WatchLocked(const Tenant& tenant, SequenceId id, Mon
     }
     // Nothing on its way: get in line for the frames. The place in line is kept however long it
     // takes: whoever gave it up to report would start again behind all others.
-    Need need;
-    need.fresh.assign(num_groups(), 0);
+    std::vector<Extent> extents;
     for (const PageTable& table : sequence->tables) {
-      for (const Extent& extent : table.extents()) need.pages.push_back(extent.page);
+      extents.insert(extents.end(), table.extents().begin(), table.extents().end());
     }
+    const Need need = NeedOf(extents);
     bool has_left = false;
     const auto report = [&]() {
       mu_.AssertHeld();

@@ -1,8 +1,9 @@
-// Reading and copying sequences: attention, row reads, forks, rewinds.
+// Reading and copying sequences: attention, row reads, forks.
 #include <algorithm>
 #include <cmath>
 #include <utility>
 
+#include "absl/container/flat_hash_set.h"
 #include "absl/strings/str_cat.h"
 #include "base/error_info.h"
 #include "base/status_macros.h"
@@ -15,6 +16,16 @@ constexpr uint32_t kMaxQueries = 65536;
 constexpr int kMaxForkTries = 16;
 
 }  // namespace
+
+ModelHostImpl::Need ModelHostImpl::NeedOf(std::span<const Extent> extents) const {
+  Need need;
+  need.fresh.assign(num_groups(), 0);
+  for (const Extent& extent : extents) need.pages.push_back(extent.page);
+  // An edited sequence may have several extents in a page.
+  std::sort(need.pages.begin(), need.pages.end());
+  need.pages.erase(std::unique(need.pages.begin(), need.pages.end()), need.pages.end());
+  return need;
+}
 
 class ModelHostImpl::PinnedRowsImpl final : public ModelHost::PinnedRows {
  public:
@@ -49,7 +60,8 @@ class ModelHostImpl::PinnedRowsImpl final : public ModelHost::PinnedRows {
       runs.push_back({extent.first_row, extent.count,
                       host_->FrameOffset(group_, frames_[i]) +
                           geometry.RowOffset(layer, kind, extent.first_slot),
-                      uint64_t{extent.count} * geometry.row_bytes(kind)});
+                      uint64_t{extent.count} * geometry.row_bytes(kind),
+                      kind == RowKind::kK ? extent.shift : 0});
     }
     return runs;
   }
@@ -81,9 +93,7 @@ absl::StatusOr<std::shared_ptr<const ModelHost::PinnedRows>> ModelHostImpl::PinR
           "rows [", begin, ", ", last, ") are not within the ", sequence->length(), " committed"));
     }
     std::vector<Extent> extents = sequence->tables[group].Cover(begin, last);
-    Need need;
-    need.fresh.assign(num_groups(), 0);
-    for (const Extent& extent : extents) need.pages.push_back(extent.page);
+    Need need = NeedOf(extents);
     Acquired got;
     const absl::Status status = Acquire(tenant.name, need, deadline, &got);
     if (!status.ok()) {
@@ -126,28 +136,35 @@ absl::StatusOr<AttendOutput> ModelHostImpl::Attend(const Tenant& tenant, const A
     return absl::InvalidArgumentError(
         absl::StrCat("attend: queries has ", query.queries.size(), " values, expected ", expected));
   }
+  if (query.first_position > static_cast<uint64_t>(kMaxPosition)) {
+    return absl::InvalidArgumentError(absl::StrCat(
+        "attend: first_position = ", query.first_position, " is above ", kMaxPosition));
+  }
   const uint64_t last = query.first_position + query.num_queries;
   std::vector<PageId> pinned;
   std::vector<DeviceExtent> extents;
+  // Of a draft tree: for each query the rows from its root to itself, and its position.
+  std::vector<std::pair<std::vector<DeviceExtent>, uint64_t>> branches;
   const auto prepare = [&]() -> absl::Status {
     MutexLock lock(&mu_);
     PT_ASSIGN_OR_RETURN(SequencePtr sequence, FindSequence(tenant, query.sequence));
     PT_RETURN_IF_ERROR(CheckHandle(*sequence, {query.sequence, query.epoch, std::nullopt}));
-    const auto to_device = [&](const Extent& extent) -> DeviceExtent {
+    const auto add = [&](const PositionedRun& run) {
       mu_.AssertHeld();
-      return {FrameOffset(query.group, pages_.Get(extent.page).frame()), extent.first_slot,
-              extent.count, extent.first_row};
+      const Extent& extent = run.extent;
+      extents.push_back({FrameOffset(query.group, pages_.Get(extent.page).frame()),
+                         extent.first_slot, extent.count, static_cast<uint64_t>(run.first_position),
+                         extent.shift});
     };
+    // Keys behind the last query are masked: they are not even read.
+    const auto rows_seen = [&]() { return sequence->RowAt(static_cast<int64_t>(last)); };
     if (query.pending_id == 0) {
-      if (last > sequence->length()) {
-        return absl::InvalidArgumentError(absl::StrCat("attend: queries [", query.first_position,
-                                                       ", ", last, ") are not within the ",
-                                                       sequence->length(), " committed rows"));
+      if (last > static_cast<uint64_t>(sequence->end_position())) {
+        return absl::InvalidArgumentError(absl::StrCat(
+            "attend: queries [", query.first_position, ", ", last,
+            ") are not within the committed positions, which end at ", sequence->end_position()));
       }
-      const std::vector<Extent> cover = sequence->tables[query.group].Cover(0, last);
-      Need need;
-      need.fresh.assign(num_groups(), 0);
-      for (const Extent& extent : cover) need.pages.push_back(extent.page);
+      Need need = NeedOf(sequence->tables[query.group].Cover(0, rows_seen()));
       Acquired got;
       const absl::Status status = Acquire(tenant.name, need, deadline, &got);
       if (!status.ok()) {
@@ -156,12 +173,20 @@ absl::StatusOr<AttendOutput> ModelHostImpl::Attend(const Tenant& tenant, const A
         }
         return status;
       }
+      for (const PositionedRun& run : sequence->Runs(query.group, 0, rows_seen())) {
+        // An edit may have come while this call waited for frames. (NeedOf sorts.)
+        if (!std::binary_search(got.pinned.begin(), got.pinned.end(), run.extent.page)) {
+          ReleaseAcquired(got);
+          return absl::AbortedError("attend: the sequence was edited meanwhile");
+        }
+        add(run);
+      }
       pinned = std::move(got.pinned);
-      for (const Extent& extent : cover) extents.push_back(to_device(extent));
       return absl::OkStatus();
     }
     // Under a pending write: the prefix is pinned by it; wait for this layer's own rows.
     Pending* pending = nullptr;
+    uint64_t first_pending = 0;
     for (;;) {
       PT_ASSIGN_OR_RETURN(pending, FindPending(*sequence, query.pending_id));
       if (!pending->pin_prefix) {
@@ -169,15 +194,17 @@ absl::StatusOr<AttendOutput> ModelHostImpl::Attend(const Tenant& tenant, const A
             absl::FailedPreconditionError("attend: the write was not opened with pin_prefix"),
             "PREFIX_NOT_PINNED");
       }
-      if (last > pending->first_position + pending->num_tokens) {
-        return absl::InvalidArgumentError(absl::StrCat(
-            "attend: queries [", query.first_position, ", ", last, ") reach behind the ",
-            pending->first_position + pending->num_tokens, " rows of this write"));
+      first_pending = static_cast<uint64_t>(pending->first_position);
+      if (last > first_pending + pending->num_tokens) {
+        return absl::InvalidArgumentError(
+            absl::StrCat("attend: queries [", query.first_position, ", ", last,
+                         ") reach behind this write, which ends at position ",
+                         first_pending + pending->num_tokens));
       }
       const std::array<uint32_t, 2>& arrived = pending->arrived[query.group][query.layer];
       const uint32_t complete =
           geometry.v_row_bytes() == 0 ? arrived[0] : std::min(arrived[0], arrived[1]);
-      if (last <= pending->first_position + complete) break;
+      if (last <= first_pending + complete) break;
       const absl::Duration left = deadline - clock_->MonotonicNow();
       if (left <= absl::ZeroDuration()) {
         return absl::DeadlineExceededError(absl::StrCat("attend: layer ", query.layer, " has ",
@@ -186,22 +213,45 @@ absl::StatusOr<AttendOutput> ModelHostImpl::Attend(const Tenant& tenant, const A
       }
       changed_.WaitWithTimeout(&mu_, std::min(left, absl::Milliseconds(100)));
     }
-    const PageTable& table = sequence->tables[query.group];
-    const uint64_t committed_end = std::min(last, sequence->length());
-    for (const Extent& extent : table.Cover(0, committed_end)) {
-      pinned.push_back(extent.page);
-      extents.push_back(to_device(extent));
+    const bool is_tree = !pending->parents.empty();
+    if (is_tree && query.first_position < first_pending) {
+      return absl::InvalidArgumentError(
+          absl::StrCat("attend: first_position = ", query.first_position, " is in front of the ",
+                       "draft tree, which begins at ", first_pending));
     }
-    const uint32_t tail_rows = pending->first_position % page_tokens();
-    uint64_t position = pending->first_position;
+    for (const PositionedRun& run :
+         sequence->Runs(query.group, 0, is_tree ? sequence->num_rows() : rows_seen())) {
+      pinned.push_back(run.extent.page);
+      add(run);
+    }
+    const uint32_t tail_rows = pending->first_slot[query.group];
+    if (is_tree) {
+      const std::vector<PageId>& targets = pending->targets[query.group];
+      for (PageId id : targets) pinned.push_back(id);
+      for (uint32_t i = 0; i < query.num_queries; ++i) {
+        const auto own = static_cast<int32_t>(query.first_position - first_pending + i);
+        std::vector<DeviceExtent> branch;
+        for (int32_t at = own; at >= 0; at = pending->parents[at]) {
+          const uint32_t slot = tail_rows + static_cast<uint32_t>(at);
+          branch.push_back(
+              {FrameOffset(query.group, pages_.Get(targets[slot / page_tokens()]).frame()),
+               slot % page_tokens(), 1,
+               static_cast<uint64_t>(PositionIn(*pending, static_cast<uint32_t>(at)))});
+        }
+        std::reverse(branch.begin(), branch.end());
+        branches.emplace_back(std::move(branch), PositionIn(*pending, static_cast<uint32_t>(own)));
+      }
+      for (PageId id : pinned) pages_.Pin(pages_.Get(id));
+      return absl::OkStatus();
+    }
+    uint64_t position = first_pending;
     for (size_t t = 0; position < last; ++t) {
       const uint32_t slot = t == 0 ? tail_rows : 0;
       const uint32_t count =
           static_cast<uint32_t>(std::min<uint64_t>(last - position, page_tokens() - slot));
       const PageId page = pending->targets[query.group][t];
       pinned.push_back(page);
-      extents.push_back(to_device(
-          {.page = page, .first_slot = slot, .count = count, .first_row = position}));
+      add({{.page = page, .first_slot = slot, .count = count}, static_cast<int64_t>(position)});
       position += count;
     }
     // Our own pins: the write may be aborted while we compute.
@@ -225,7 +275,20 @@ absl::StatusOr<AttendOutput> ModelHostImpl::Attend(const Tenant& tenant, const A
     call.queries = query.queries;
     call.outputs = std::span(output.outputs);
     call.log_sum_exp = std::span(output.log_sum_exp);
-    status = pool_->Attend(call);
+    if (branches.empty()) status = pool_->Attend(call);
+    for (size_t i = 0; i < branches.size() && status.ok(); ++i) {
+      std::vector<DeviceExtent> seen = extents;
+      seen.insert(seen.end(), branches[i].first.begin(), branches[i].first.end());
+      const uint64_t head_rows = query.query_heads;
+      call.extents = seen;
+      call.num_queries = 1;
+      call.first_position = branches[i].second;
+      call.queries = query.queries.subspan(i * head_rows * spec.k_dim, head_rows * spec.k_dim);
+      call.outputs =
+          std::span(output.outputs).subspan(i * head_rows * spec.v_dim, head_rows * spec.v_dim);
+      call.log_sum_exp = std::span(output.log_sum_exp).subspan(i * head_rows, head_rows);
+      status = pool_->Attend(call);
+    }
     MutexLock lock(&mu_);
     for (PageId id : pinned) pages_.Unpin(pages_.Get(id));
     changed_.SignalAll();
@@ -254,73 +317,85 @@ absl::StatusOr<ForkResult> ModelHostImpl::Fork(const Tenant& tenant, const Seque
         return absl::InvalidArgumentError(
             absl::StrCat("fork: length ", length, " > ", from->length(), " of the source"));
       }
-      const uint32_t tail_rows = length % page_tokens();
       // A tail still being appended to is copied; everything full is shared.
-      const auto tail_of = [&](uint32_t g) -> std::optional<PageId> {
+      const auto plan_of = [&]() {
         mu_.AssertHeld();
-        if (tail_rows == 0) return std::nullopt;
-        const PageId id = from->tables[g].Cover(length - tail_rows, length).front().page;
-        return pages_.Get(id).is_full() ? std::nullopt : std::optional(id);
+        auto to = std::make_shared<Sequence>();
+        to->tenant = from->tenant;
+        to->root = from->root;
+        const RowPiece piece{from.get(), 0, length};
+        static_cast<SequenceRows&>(*to) = Assemble(traits_, page_tokens(), {&piece, 1});
+        return to;
       };
+      const auto tails_of = [&](const Sequence& to) {
+        mu_.AssertHeld();
+        std::vector<TailPlan> tails(num_groups());
+        for (uint32_t g = 0; g < num_groups(); ++g) {
+          const PageTable& table = to.tables[g];
+          if (!table.empty() && !pages_.Get(table.back().page).is_full()) {
+            tails[g] = PlanTailCopy(table);
+          }
+        }
+        return tails;
+      };
+      SequencePtr to = plan_of();
+      std::vector<TailPlan> tails = tails_of(*to);
       Need need;
       need.fresh.assign(num_groups(), 0);
       for (uint32_t g = 0; g < num_groups(); ++g) {
-        if (const std::optional<PageId> tail = tail_of(g)) {
-          need.pages.push_back(*tail);
-          need.fresh[g] = 1;
-        }
+        if (tails[g].kind != TailPlan::Kind::kCopy) continue;
+        need.pages.push_back(tails[g].page);
+        need.fresh[g] = 1;
       }
       Acquired got;
       if (!need.pages.empty()) {
+        const uint64_t planned_at = from->revision;
         const absl::Status status = Acquire(tenant.name, need, deadline, &got);
         if (absl::IsAborted(status)) continue;
         PT_RETURN_IF_ERROR(status);
         // It may have changed while we waited: then the plan is void.
-        bool is_same = !from->closed && length <= from->length();
+        if (from->closed || from->revision != planned_at) {
+          ReleaseAcquired(got);
+          continue;
+        }
+        to =
+            plan_of();  // an open write may have moved the tail, which is no change of the sequence
+        tails = tails_of(*to);
+        bool is_same = true;
         size_t next = 0;
-        for (uint32_t g = 0; is_same && g < num_groups(); ++g) {
-          const std::optional<PageId> tail = tail_of(g);
-          if (need.fresh[g] == 0)
-            is_same = !tail;
-          else
-            is_same = tail && *tail == need.pages[next++];
+        for (uint32_t g = 0; g < num_groups(); ++g) {
+          const bool is_copied = tails[g].kind == TailPlan::Kind::kCopy;
+          is_same = is_same && is_copied == (need.fresh[g] > 0) &&
+                    (!is_copied || tails[g].page == need.pages[next++]);
         }
         if (!is_same) {
           ReleaseAcquired(got);
           continue;
         }
       }
-      auto to = std::make_shared<Sequence>();
-      to->tenant = from->tenant;
-      to->root = from->root;
-      to->tokens.assign(from->tokens.begin(), from->tokens.begin() + length);
-      to->keys.assign(from->keys.begin(), from->keys.begin() + length / page_tokens());
-      for (const PositionedInput& input : from->inputs) {
-        if (input.position < length) to->inputs.push_back(input);
-      }
       to->was_appended = from->was_appended;
-      to->tables.resize(num_groups());
       ForkResult result;
-      std::vector<FrameId> tail_frames(num_groups());
       for (uint32_t g = 0; g < num_groups(); ++g) {
-        for (const Extent& extent : from->tables[g].Cover(0, length)) {
-          if (need.fresh[g] > 0 && extent.first_row == length - tail_rows) {
-            tail_frames[g] = pages_.Get(extent.page).frame();
-            continue;
-          }
+        result.copied_rows = std::max<uint64_t>(result.copied_rows, tails[g].rows);
+        absl::flat_hash_set<PageId> shared;
+        for (const Extent& extent : to->tables[g].extents()) {
           pages_.Ref(pages_.Get(extent.page));
-          to->tables[g].Append(extent);
-          ++result.shared_pages;
+          shared.insert(extent.page);
         }
+        result.shared_pages += shared.size() - need.fresh[g];
       }
       if (!need.pages.empty()) {
+        std::vector<FrameId> tail_frames(num_groups());
+        for (uint32_t g = 0; g < num_groups(); ++g) {
+          if (need.fresh[g] > 0) tail_frames[g] = pages_.Get(tails[g].page).frame();
+        }
         mu_.Unlock();
         absl::Status status;
         for (uint32_t g = 0; g < num_groups() && status.ok(); ++g) {
           if (need.fresh[g] == 0) continue;
           status = ZeroIfNeeded(g, got.fresh[g].front());
           if (status.ok()) {
-            status = CopyRows(g, tail_frames[g], got.fresh[g].front().frame, tail_rows);
+            status = CopyRuns(g, tail_frames[g], got.fresh[g].front().frame, tails[g].copies);
           }
         }
         mu_.Lock();
@@ -333,21 +408,16 @@ absl::StatusOr<ForkResult> ModelHostImpl::Fork(const Tenant& tenant, const Seque
         }
         for (uint32_t g = 0; g < num_groups(); ++g) {
           if (need.fresh[g] == 0) continue;
-          PageTable& table = to->tables[g];
           Page& copy =
               pages_.CreateTail(g, tenant.name, got.fresh[g].front().frame,
-                                static_cast<uint32_t>(length / page_tokens()),
-                                table.empty() ? std::nullopt : std::optional(table.back().page));
+                                static_cast<uint32_t>((length - tails[g].rows) / page_tokens()),
+                                pages_.Get(tails[g].page).parent());
           got.fresh[g].clear();
-          copy.SetRows(tail_rows);
-          table.Append({.page = copy.id(),
-                        .first_slot = 0,
-                        .count = tail_rows,
-                        .first_row = length - tail_rows});
+          copy.SetRows(tails[g].rows);
+          ReplaceTail(tails[g], copy, to->tables[g], pages_);
           ++counters_.pages_created;
         }
-        counters_.rows_copied += tail_rows;
-        result.copied_rows = tail_rows;
+        counters_.rows_copied += result.copied_rows;
         ReleaseAcquired(got);
       }
       to->id = {options_.incarnation, NextNumber()};
@@ -358,24 +428,6 @@ absl::StatusOr<ForkResult> ModelHostImpl::Fork(const Tenant& tenant, const Seque
     return absl::AbortedError("fork: the source kept changing; retry");
   };
   absl::StatusOr<ForkResult> result = fork();
-  Flush();
-  return result;
-}
-
-absl::StatusOr<RewindResult> ModelHostImpl::Rewind(const Tenant& tenant,
-                                                   const SequenceHandle& handle, int64_t length) {
-  RewindResult result;
-  {
-    MutexLock lock(&mu_);
-    PT_ASSIGN_OR_RETURN(SequencePtr sequence, FindForChange(tenant, handle));
-    if (length < 0 || static_cast<uint64_t>(length) > sequence->length()) {
-      return absl::InvalidArgumentError(
-          absl::StrCat("rewind: length = ", length, " is not 0 to ", sequence->length()));
-    }
-    result.removed_tokens = sequence->length() - length;
-    result.freed_pages = Truncate(*sequence, length);
-    result.info = InfoOf(*sequence);
-  }
   Flush();
   return result;
 }

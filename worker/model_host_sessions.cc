@@ -21,10 +21,27 @@ absl::Status PrefixLost(absl::string_view what) {
   return WithReason(absl::FailedPreconditionError(absl::StrCat("save: ", what)), "PREFIX_LOST");
 }
 
-// Full-attention groups hold every row.
-absl::Status CheckWholeRows(const SessionState& state) {
-  if (!state.positions.empty() || state.canonical_length != state.length()) {
-    return absl::UnimplementedError("load: the saved rows were edited or imported");
+// Full-attention groups hold every row. Rows of edited sequences may still have to be turned;
+// canonical ones stand where they were computed.
+absl::Status CheckWholeRows(const SessionState& state, std::span<const GroupTraits> traits) {
+  for (size_t g = 0; g < state.groups.size(); ++g) {
+    for (const SavedExtent& extent : state.groups[g]) {
+      if (extent.shift == 0) continue;
+      if (extent.first_row < state.canonical_length) {
+        return absl::DataLossError(absl::StrCat(
+            "load: layer group ", g, " has row ", extent.first_row, " to be moved by ",
+            extent.shift, " positions, in front of the canonical length ", state.canonical_length));
+      }
+      if (traits[g].rotates && traits[g].can_shift) continue;
+      return absl::DataLossError(absl::StrCat("load: layer group ", g, " has rows to be moved by ",
+                                              extent.shift, " positions, which its rows cannot"));
+    }
+  }
+  for (uint64_t row = 0; row < state.canonical_length && !state.positions.empty(); ++row) {
+    if (state.positions[row] == static_cast<int64_t>(row)) continue;
+    return absl::DataLossError(absl::StrCat("load: row ", row, " stands at position ",
+                                            state.positions[row], ", in front of the canonical ",
+                                            "length ", state.canonical_length));
   }
   for (size_t g = 0; g < state.groups.size(); ++g) {
     uint64_t rows = 0;
@@ -71,7 +88,11 @@ class ModelHostImpl::SnapshotImpl final : public StateSnapshot {
     state_.model_digest = model.digest();
     state_.model_identity = model.identity();
     state_.page_tokens = host_->page_tokens();
-    state_.canonical_length = length;
+    state_.canonical_length = std::min(length, sequence.canonical_rows());
+    // Canonical rows are at the positions that their indices say.
+    if (!sequence.positions.empty() && state_.canonical_length < length) {
+      state_.positions.assign(sequence.positions.begin(), sequence.positions.begin() + length);
+    }
     state_.tokens.assign(sequence.tokens.begin(), sequence.tokens.begin() + length);
     for (const PositionedInput& input : sequence.inputs) {
       if (input.position < length) state_.inputs.push_back(input);
@@ -86,6 +107,11 @@ class ModelHostImpl::SnapshotImpl final : public StateSnapshot {
         if (is_new) Add(g, extent.page);
         Item& item = items_[it->second];
         item.rows = std::max(item.rows, extent.first_slot + extent.count);
+        const uint64_t first_row_of_page = uint64_t{DepthOf(extent.page)} * state_.page_tokens;
+        item.holds_its_tokens =
+            item.holds_its_tokens ||
+            (extent.first_slot == 0 && extent.count == state_.page_tokens &&
+             extent.first_row == first_row_of_page && extent.end_row() <= state_.canonical_length);
         state_.groups[g].push_back({.page = it->second,
                                     .first_slot = extent.first_slot,
                                     .count = extent.count,
@@ -127,6 +153,8 @@ class ModelHostImpl::SnapshotImpl final : public StateSnapshot {
     uint32_t rows = 0;       // leading rows that the snapshot needs
     bool is_pinned = false;  // a tail: its committed rows stay while somebody pins it
     bool is_done = false;    // `ref` names a record that the store has
+    // It is the whole page that its depth says of the canonical rows: those tokens are its tokens.
+    bool holds_its_tokens = false;
     ManifestPageRef ref;
     std::vector<std::byte> body;  // of a tail, copied out; empty slots are zero
   };
@@ -140,6 +168,10 @@ class ModelHostImpl::SnapshotImpl final : public StateSnapshot {
     std::vector<std::byte> buffer;
     uint32_t sealed_rows = 0;  // of a tail that a checkpoint sealed; 0: the frame is the body
   };
+
+  uint32_t DepthOf(PageId id) const ABSL_EXCLUSIVE_LOCKS_REQUIRED(host_->mu_) {
+    return host_->pages_.Get(id).depth();
+  }
 
   void Add(uint32_t group, PageId id) ABSL_EXCLUSIVE_LOCKS_REQUIRED(host_->mu_) {
     Page& page = host_->pages_.Get(id);
@@ -298,7 +330,7 @@ class ModelHostImpl::SnapshotImpl final : public StateSnapshot {
         item.ref.checksum = there[i].checksum;
         continue;
       }
-      puts.push_back({out[i].meta, out[i].body, TokensOf(out[i].meta)});
+      puts.push_back({out[i].meta, out[i].body, TokensOf(item, out[i].meta)});
       put_of.push_back(i);
     }
     if (puts.empty()) return absl::OkStatus();
@@ -314,11 +346,12 @@ class ModelHostImpl::SnapshotImpl final : public StateSnapshot {
     return absl::OkStatus();
   }
 
-  // The tokens by which others may find part of a keyed page; none for pages with other inputs.
-  std::span<const uint32_t> TokensOf(const PageRecordMeta& meta) const {
+  // The tokens by which others may find part of a keyed page; none for pages with other inputs, or
+  // whose tokens this sequence, edited, does not have in their place.
+  std::span<const uint32_t> TokensOf(const Item& item, const PageRecordMeta& meta) const {
     const uint64_t begin = uint64_t{meta.depth} * host_->page_tokens();
     const uint64_t end = begin + host_->page_tokens();
-    if (!meta.prefix || end > state_.length() || host_->page_tokens() > kMaxIndexedPageTokens ||
+    if (!meta.prefix || !item.holds_its_tokens || host_->page_tokens() > kMaxIndexedPageTokens ||
         std::any_of(state_.inputs.begin(), state_.inputs.end(), [&](const PositionedInput& input) {
           return input.position >= begin && input.position < end;
         })) {
@@ -434,7 +467,7 @@ absl::StatusOr<uint64_t> ModelHostImpl::CheckSaved(const SessionState& state,
     return absl::DataLossError(absl::StrCat("load: the saved state has ", state.groups.size(),
                                             " layer groups, the model ", num_groups()));
   }
-  PT_RETURN_IF_ERROR(CheckWholeRows(state));
+  PT_RETURN_IF_ERROR(CheckWholeRows(state, traits_));
   PT_RETURN_IF_ERROR(ValidateTokens(state.tokens, state.inputs, 0));
   return length;
 }
@@ -511,8 +544,14 @@ absl::StatusOr<OpenResult> ModelHostImpl::OpenSaved(const Tenant& tenant, const 
     sequence->tokens.assign(state.tokens.begin(), state.tokens.begin() + length);
     sequence->keys.assign(keys.begin(),
                           keys.begin() + std::min<uint64_t>(keys.size(), length / page_tokens()));
+    if (state.canonical_length < length) {
+      sequence->canonical_limit = state.canonical_length;
+      if (!state.positions.empty()) {
+        sequence->positions.assign(state.positions.begin(), state.positions.begin() + length);
+      }
+    }
     for (const PositionedInput& input : state.inputs) {
-      if (input.position < length) sequence->inputs.push_back(input);
+      if (input.position < sequence->canonical_rows()) sequence->inputs.push_back(input);
     }
     sequence->id = {options_.incarnation, NextNumber()};
     sequences_[sequence->id.number] = sequence;

@@ -17,23 +17,23 @@ constexpr uint32_t kMinMeasuredTokens = 32;
 // How long a call under an append waits for the append to get its frames.
 constexpr absl::Duration kMaxAppendWait = absl::Seconds(30);
 
-}  // namespace
-
-bool ModelHostImpl::MustCopyTail(const Sequence& sequence, uint32_t group) const {
-  const uint32_t tail_rows = sequence.length() % page_tokens();
-  if (tail_rows == 0) return false;
-  const Page* page = pages_.Find(sequence.tables[group].back().page);
-  // A full page never changes. Slots that were cut off by a rewind may still be read by a call that
-  // pinned the page before.
-  return page->is_full() || (page->pins() > 0 && page->high_water_rows() > tail_rows);
+absl::Status CheckPositions(const SequenceRows& rows, uint64_t num_tokens) {
+  if (rows.end_position() + static_cast<int64_t>(num_tokens) <= kMaxPosition + 1) {
+    return absl::OkStatus();
+  }
+  return absl::InvalidArgumentError(absl::StrCat("tokens: positions ", rows.end_position(), " + ",
+                                                 num_tokens, " pass ", kMaxPosition));
 }
+
+}  // namespace
 
 std::unique_ptr<ModelHostImpl::Pending> ModelHostImpl::NewPending(const Sequence& sequence,
                                                                   uint32_t num_tokens,
                                                                   bool pin_prefix) {
   auto pending = std::make_unique<Pending>();
   pending->id = NextNumber();
-  pending->first_position = sequence.length();
+  pending->first_row = sequence.length();
+  pending->first_position = sequence.end_position();
   pending->num_tokens = num_tokens;
   pending->pin_prefix = pin_prefix;
   pending->began = clock_->MonotonicNow();
@@ -48,36 +48,78 @@ std::unique_ptr<ModelHostImpl::Pending> ModelHostImpl::NewPending(const Sequence
 
 PendingSlot ModelHostImpl::SlotOf(const Sequence& sequence) {
   const Pending& pending = *sequence.pending;
-  return {sequence.id, pending.id, pending.first_position, pending.num_tokens,
-          pending.pages_created};
+  return {sequence.id,        pending.id,
+          pending.first_row,  static_cast<uint64_t>(pending.first_position),
+          pending.num_tokens, pending.pages_created};
+}
+
+int64_t ModelHostImpl::PositionIn(const Pending& pending, uint32_t index) {
+  if (pending.parents.empty()) return pending.first_position + index;
+  int64_t depth = 0;
+  for (int32_t at = pending.parents[index]; at >= 0; at = pending.parents[at]) ++depth;
+  return pending.first_position + depth;
+}
+
+uint64_t ModelHostImpl::RowOffsetIn(const Pending& pending, const std::vector<FrameId>& frames,
+                                    uint32_t group, uint32_t layer, RowKind kind,
+                                    uint32_t index) const {
+  const uint32_t slot = pending.first_slot[group] + index;
+  return FrameOffset(group, frames[slot / page_tokens()]) +
+         Geometry(group).RowOffset(layer, kind, slot % page_tokens());
+}
+
+absl::Status ModelHostImpl::CheckPath(const Pending& pending, std::span<const uint32_t> indices,
+                                      size_t num_tokens) {
+  if (indices.size() != num_tokens) {
+    return absl::InvalidArgumentError(
+        absl::StrCat("accept: ", indices.size(), " indices for ", num_tokens, " tokens"));
+  }
+  for (size_t i = 0; i < indices.size(); ++i) {
+    if (indices[i] >= pending.num_tokens || (i > 0 && indices[i] <= indices[i - 1])) {
+      return absl::InvalidArgumentError(absl::StrCat("accept: indices[", i, "] = ", indices[i],
+                                                     " does not ascend below the ",
+                                                     pending.num_tokens, " reserved"));
+    }
+    if (pending.parents.empty()) continue;
+    const int32_t before = i == 0 ? -1 : static_cast<int32_t>(indices[i - 1]);
+    if (pending.parents[indices[i]] != before) {
+      return absl::InvalidArgumentError(absl::StrCat("accept: indices[", i, "] = ", indices[i],
+                                                     " follows ", pending.parents[indices[i]],
+                                                     " in the draft tree, not ", before));
+    }
+  }
+  return absl::OkStatus();
 }
 
 ModelHostImpl::WritePlan ModelHostImpl::PlanWrite(const SequencePtr& sequence) {
   WritePlan plan;
   plan.sequence = sequence;
   plan.need.fresh.assign(num_groups(), 0);
-  plan.copies_tail.assign(num_groups(), false);
   const Pending& pending = *sequence->pending;
-  const uint64_t tail_rows = sequence->length() % page_tokens();
-  const uint64_t pages_touched = model_->geometry().PagesFor(tail_rows + pending.num_tokens);
   for (uint32_t g = 0; g < num_groups(); ++g) {
     const PageTable& table = sequence->tables[g];
-    plan.need.fresh[g] = static_cast<uint32_t>(pages_touched);
-    if (tail_rows > 0) {
-      plan.copies_tail[g] = MustCopyTail(*sequence, g);
-      if (plan.copies_tail[g]) {
-        plan.need.pages.push_back(table.back().page);
-      } else {
-        plan.need.writable.push_back(table.back().page);
-        --plan.need.fresh[g];
-      }
+    plan.tails.push_back(PlanTail(table, pages_, page_tokens()));
+    const TailPlan& tail = plan.tails.back();
+    plan.need.fresh[g] =
+        static_cast<uint32_t>(model_->geometry().PagesFor(tail.rows + pending.num_tokens));
+    if (tail.kind == TailPlan::Kind::kInPlace) {
+      plan.need.writable.push_back(tail.page);
+      // Slots that were given up while others held the page may not be found from here on.
+      SyncTails(*sequence, sequence->root, page_tokens(), pages_);
+      --plan.need.fresh[g];
+    } else if (tail.kind == TailPlan::Kind::kCopy) {
+      plan.need.pages.push_back(tail.page);
     }
     if (!pending.pin_prefix) continue;
     for (const Extent& extent : table.extents()) {
-      if (tail_rows > 0 && extent.page == table.back().page) continue;
+      if (tail.kind == TailPlan::Kind::kInPlace && extent.page == tail.page) continue;
       plan.need.pages.push_back(extent.page);
     }
   }
+  // An edited sequence may have several extents in a page.
+  std::sort(plan.need.pages.begin(), plan.need.pages.end());
+  plan.need.pages.erase(std::unique(plan.need.pages.begin(), plan.need.pages.end()),
+                        plan.need.pages.end());
   return plan;
 }
 
@@ -110,6 +152,15 @@ absl::Status ModelHostImpl::OpenWrites(const std::string& tenant,
     if (status.ok()) ReleaseAcquired(got);
     status =
         WithReason(absl::NotFoundError("the sequence was closed meanwhile"), "SEQUENCE_NOT_FOUND");
+  } else if (status.ok()) {
+    for (const WritePlan& plan : plans) {
+      for (const TailPlan& tail : plan.tails) {
+        if (tail.kind == TailPlan::Kind::kInPlace && pages_.Get(tail.page).is_full()) {
+          status = absl::AbortedError("the sequence's tail was sealed meanwhile; retry");
+        }
+      }
+    }
+    if (!status.ok()) ReleaseAcquired(got);
   }
   if (status.ok()) {
     // Each write holds pins of its own, so that they end one by one.
@@ -163,10 +214,11 @@ absl::Status ModelHostImpl::OpenWrite(const WritePlan& plan,
                                       std::vector<std::vector<FramePool::Grant>> fresh) {
   Sequence& sequence = *plan.sequence;
   Pending& pending = *sequence.pending;
-  const uint32_t tail_rows = sequence.length() % page_tokens();
   std::vector<FrameId> tail_frames(num_groups());
   for (uint32_t g = 0; g < num_groups(); ++g) {
-    if (plan.copies_tail[g]) tail_frames[g] = pages_.Get(sequence.tables[g].back().page).frame();
+    if (plan.tails[g].kind == TailPlan::Kind::kCopy) {
+      tail_frames[g] = pages_.Get(plan.tails[g].page).frame();
+    }
   }
   // The frames are ours alone, and the tail is pinned: no lock needed to fill them.
   mu_.Unlock();
@@ -175,8 +227,8 @@ absl::Status ModelHostImpl::OpenWrite(const WritePlan& plan,
     for (const FramePool::Grant& grant : fresh[g]) {
       if (status.ok()) status = ZeroIfNeeded(g, grant);
     }
-    if (status.ok() && plan.copies_tail[g]) {
-      status = CopyRows(g, tail_frames[g], fresh[g].front().frame, tail_rows);
+    if (status.ok() && plan.tails[g].kind == TailPlan::Kind::kCopy) {
+      status = CopyRuns(g, tail_frames[g], fresh[g].front().frame, plan.tails[g].copies);
     }
   }
   mu_.Lock();
@@ -186,39 +238,38 @@ absl::Status ModelHostImpl::OpenWrite(const WritePlan& plan,
     }
     return status;
   }
-  const bool has_inputs_in_tail =
-      !sequence.inputs.empty() && sequence.inputs.back().position >= sequence.length() - tail_rows;
+  pending.first_slot.assign(num_groups(), 0);
   for (uint32_t g = 0; g < num_groups(); ++g) {
+    const TailPlan& tail = plan.tails[g];
     PageTable& table = sequence.tables[g];
-    uint32_t depth = static_cast<uint32_t>(sequence.length() / page_tokens());
+    pending.first_slot[g] = tail.rows;
+    uint32_t depth = static_cast<uint32_t>((sequence.length() - tail.rows) / page_tokens());
     std::optional<PageId> parent;
     if (!table.empty()) parent = table.back().page;
     size_t next = 0;
-    if (tail_rows > 0) {
-      if (plan.copies_tail[g]) {
-        // The copy takes the tail's place: the same rows, in a page that may grow.
-        Page& shared = pages_.Get(table.back().page);
-        Page& copy =
-            pages_.CreateTail(g, sequence.tenant, fresh[g][next++].frame, depth, shared.parent());
-        copy.SetRows(tail_rows);
-        pages_.Pin(copy);
-        pending.pinned.push_back(copy.id());
-        table.mutable_back().page = copy.id();
-        table.mutable_back().first_slot = 0;
-        pages_.Unref(shared);
-        const PrefixKey& parent_key = depth == 0 ? sequence.root : sequence.keys[depth - 1];
-        pages_.SetTailTokens(
-            copy, parent_key,
-            std::vector<uint32_t>(sequence.tokens.end() - tail_rows, sequence.tokens.end()),
-            has_inputs_in_tail);
-        counters_.rows_copied += tail_rows;
-        ++counters_.pages_created;
-        ++pending.pages_created;
-      }
-      Page& tail = pages_.Get(table.back().page);
-      pages_.BeginWrite(tail);
-      pending.targets[g].push_back(tail.id());
-      parent = tail.id();
+    if (tail.kind == TailPlan::Kind::kCopy) {
+      // The copy takes the tail's place: the same rows, in a page that may grow.
+      Page& copy = pages_.CreateTail(g, sequence.tenant, fresh[g][next++].frame, depth,
+                                     pages_.Get(tail.page).parent());
+      copy.SetRows(tail.rows);
+      pages_.Pin(copy);
+      pending.pinned.push_back(copy.id());
+      ReplaceTail(tail, copy, table, pages_);
+      pending.targets[g].push_back(copy.id());
+      counters_.rows_copied += tail.rows;
+      ++counters_.pages_created;
+      ++pending.pages_created;
+    } else if (tail.kind == TailPlan::Kind::kInPlace) {
+      Page& page = pages_.Get(tail.page);
+      pages_.BeginWrite(page);
+      // Slots that were given up are written over from now on: nobody may find them any more, not
+      // even if the rows in front of them became shared while this call waited.
+      page.SetRows(tail.rows);
+      pages_.SetTailTokens(page, sequence.root, {}, /*has_inputs=*/false);
+      pending.targets[g].push_back(tail.page);
+    }
+    if (!pending.targets[g].empty()) {
+      parent = pending.targets[g].back();
       ++depth;
     }
     for (; next < fresh[g].size(); ++next) {
@@ -232,6 +283,7 @@ absl::Status ModelHostImpl::OpenWrite(const WritePlan& plan,
       ++pending.pages_created;
     }
   }
+  SyncTails(sequence, sequence.root, page_tokens(), pages_);
   return absl::OkStatus();
 }
 
@@ -256,6 +308,7 @@ absl::StatusOr<PendingSlot> ModelHostImpl::BeginAppend(
                             expected_length, " != length ", sequence->length())),
                         "LENGTH_MISMATCH", {{"length", absl::StrCat(sequence->length())}});
     }
+    PT_RETURN_IF_ERROR(CheckPositions(*sequence, tokens.size()));
     sequence->pending = NewPending(*sequence, static_cast<uint32_t>(tokens.size()), pin_prefix);
     sequence->pending->append_id = std::string(append_id);
     sequence->pending->tokens.assign(tokens.begin(), tokens.end());
@@ -312,8 +365,23 @@ absl::StatusOr<std::vector<PendingSlot>> ModelHostImpl::Reserve(const Tenant& te
             "items[", i, "]: length ", (*sequence)->length(), " + ", item.num_tokens,
             " exceeds the limit of ", options_.max_sequence_tokens, " tokens a sequence"));
       }
+      if (status.ok()) status = CheckPositions(**sequence, item.num_tokens);
+      if (status.ok() && !item.parents.empty()) {
+        if (item.parents.size() != item.num_tokens) {
+          status =
+              absl::InvalidArgumentError(absl::StrCat("items[", i, "]: ", item.parents.size(),
+                                                      " parents for ", item.num_tokens, " tokens"));
+        }
+        for (size_t t = 0; status.ok() && t < item.parents.size(); ++t) {
+          if (item.parents[t] >= -1 && item.parents[t] < static_cast<int32_t>(t)) continue;
+          status = absl::InvalidArgumentError(
+              absl::StrCat("items[", i, "].parents[", t, "] = ", item.parents[t], " is not -1 to ",
+                           static_cast<int64_t>(t) - 1));
+        }
+      }
       if (!status.ok()) break;
       (*sequence)->pending = NewPending(**sequence, item.num_tokens, pin_prefix);
+      (*sequence)->pending->parents = item.parents;
       sequences.push_back(*sequence);
     }
     if (!status.ok()) {
@@ -398,7 +466,7 @@ absl::Status ModelHostImpl::WriteRows(const Tenant& tenant, SequenceId id, uint6
                                                      " rows, the next run begins at ",
                                                      run.first_token));
     }
-    const uint32_t tail_rows = pending->first_position % page_tokens();
+    const uint32_t tail_rows = pending->first_slot[run.group];
     for (uint64_t token = run.first_token; token < end;) {
       const uint64_t slot_in_run = tail_rows + token;
       const uint32_t slot = slot_in_run % page_tokens();
@@ -461,6 +529,23 @@ absl::StatusOr<CommitResult> ModelHostImpl::Commit(const Tenant& tenant,
                                                    const SequenceHandle& handle,
                                                    uint64_t pending_id,
                                                    std::span<const uint32_t> tokens) {
+  return CommitRows(tenant, handle, pending_id, {}, tokens);
+}
+
+absl::StatusOr<CommitResult> ModelHostImpl::Accept(const Tenant& tenant,
+                                                   const SequenceHandle& handle,
+                                                   uint64_t pending_id,
+                                                   std::span<const uint32_t> indices,
+                                                   std::span<const uint32_t> tokens) {
+  if (indices.empty()) return absl::InvalidArgumentError("accept: no indices; abort instead");
+  return CommitRows(tenant, handle, pending_id, indices, tokens);
+}
+
+absl::StatusOr<CommitResult> ModelHostImpl::CommitRows(const Tenant& tenant,
+                                                       const SequenceHandle& handle,
+                                                       uint64_t pending_id,
+                                                       std::span<const uint32_t> indices,
+                                                       std::span<const uint32_t> tokens) {
   const auto commit = [&]() -> absl::StatusOr<CommitResult> {
     MutexLock lock(&mu_);
     PT_ASSIGN_OR_RETURN(SequencePtr sequence, FindSequence(tenant, handle.id));
@@ -477,15 +562,27 @@ absl::StatusOr<CommitResult> ModelHostImpl::Commit(const Tenant& tenant,
         is_append ? pending->tokens : std::vector<uint32_t>(tokens.begin(), tokens.end());
     const uint32_t n = static_cast<uint32_t>(added.size());
     PT_RETURN_IF_ERROR(ValidateTokens(added, {}, sequence->length()));
+    std::vector<uint32_t> chosen(indices.begin(), indices.end());
+    if (chosen.empty() && !pending->parents.empty()) {
+      for (uint32_t i = 0; i < n; ++i) chosen.push_back(i);
+    }
+    if (!chosen.empty()) PT_RETURN_IF_ERROR(CheckPath(*pending, chosen, n));
+    const uint32_t num_needed = chosen.empty() ? n : chosen.back() + 1;
+    std::vector<int64_t> at_positions;  // of the rows that stay
+    uint32_t num_consecutive = 0;       // of them, without a gap from the sequence on
+    for (uint32_t i = 0; i < n; ++i) {
+      at_positions.push_back(PositionIn(*pending, chosen.empty() ? i : chosen[i]));
+      if (num_consecutive == i && at_positions[i] == pending->first_position + i) ++num_consecutive;
+    }
     for (uint32_t g = 0; g < num_groups(); ++g) {
       for (uint32_t layer = 0; layer < pending->arrived[g].size(); ++layer) {
         for (RowKind kind : {RowKind::kK, RowKind::kV}) {
           const uint32_t arrived = pending->arrived[g][layer][kind == RowKind::kV];
-          if (arrived < n && Geometry(g).row_bytes(kind) > 0) {
+          if (arrived < num_needed && Geometry(g).row_bytes(kind) > 0) {
             return WithReason(
                 absl::FailedPreconditionError(absl::StrCat(
                     "commit: group ", g, ", layer ", layer, ", ", kind == RowKind::kK ? "K" : "V",
-                    ": ", arrived, " of ", n, " rows arrived")),
+                    ": ", arrived, " of ", num_needed, " rows arrived")),
                 "ROWS_MISSING");
           }
         }
@@ -498,19 +595,26 @@ absl::StatusOr<CommitResult> ModelHostImpl::Commit(const Tenant& tenant,
     }
     // The rows are complete and nobody may write them now: hash what became full without the lock.
     pending->state = Pending::State::kCommitting;
-    const uint32_t tail_rows = pending->first_position % page_tokens();
-    const uint32_t num_filled = (tail_rows + n) / page_tokens();
-    const uint64_t new_length = sequence->length() + n;
+    const bool is_canonical = sequence->is_canonical();
+    std::vector<std::vector<FrameId>> frames(num_groups());
+    for (uint32_t g = 0; g < num_groups(); ++g) {
+      for (PageId id : pending->targets[g]) frames[g].push_back(pages_.Get(id).frame());
+    }
+    std::vector<uint32_t> num_filled(num_groups());
     std::vector<std::vector<uint64_t>> offsets(num_groups());
     for (uint32_t g = 0; g < num_groups(); ++g) {
-      for (uint32_t p = 0; p < num_filled; ++p) {
+      num_filled[g] = (pending->first_slot[g] + n) / page_tokens();
+      for (uint32_t p = 0; p < num_filled[g]; ++p) {
         offsets[g].push_back(FrameOffset(g, pages_.Get(pending->targets[g][p]).frame()));
       }
     }
     std::vector<uint32_t> all = sequence->tokens;
     all.insert(all.end(), added.begin(), added.end());
+    // Rows behind an edit have no keys, and so no use for what goes into them.
     std::vector<PositionedInput> all_inputs = sequence->inputs;
-    for (const PositionedInput& input : pending->inputs) all_inputs.push_back(input);
+    if (is_canonical) {
+      for (const PositionedInput& input : pending->inputs) all_inputs.push_back(input);
+    }
     std::vector<PrefixKey> keys = sequence->keys;
     mu_.Unlock();
     std::vector<std::vector<Checksum128>> checksums(num_groups());
@@ -518,8 +622,10 @@ absl::StatusOr<CommitResult> ModelHostImpl::Commit(const Tenant& tenant,
     absl::Status status;
     std::vector<std::byte> buffer;
     const uint64_t first_filled = keys.size();
-    for (uint32_t p = 0; p < num_filled; ++p) {
-      const uint64_t at = (first_filled + p) * page_tokens();
+    const uint64_t num_keys =
+        is_canonical ? (sequence->length() + num_consecutive) / page_tokens() : keys.size();
+    while (keys.size() < num_keys) {
+      const uint64_t at = keys.size() * page_tokens();
       const auto from = std::lower_bound(all_inputs.begin(), all_inputs.end(), at,
                                          [](const PositionedInput& input, uint64_t position) {
                                            return input.position < position;
@@ -532,8 +638,24 @@ absl::StatusOr<CommitResult> ModelHostImpl::Commit(const Tenant& tenant,
                                    std::span(all).subspan(at, page_tokens()), at,
                                    std::span(from, to)));
     }
+    // Rows that stay close the gaps of those that go, in order, so that none is written over before
+    // it was moved.
     for (uint32_t g = 0; g < num_groups() && status.ok(); ++g) {
-      for (uint32_t p = 0; p < num_filled && status.ok(); ++p) {
+      for (uint32_t i = 0; i < chosen.size() && status.ok(); ++i) {
+        if (chosen[i] == i) continue;
+        for (uint32_t layer = 0; layer < Geometry(g).num_layers() && status.ok(); ++layer) {
+          for (RowKind kind : {RowKind::kK, RowKind::kV}) {
+            const uint64_t row_bytes = Geometry(g).row_bytes(kind);
+            if (row_bytes == 0 || !status.ok()) continue;
+            status =
+                pool_->Copy(RowOffsetIn(*pending, frames[g], g, layer, kind, i),
+                            RowOffsetIn(*pending, frames[g], g, layer, kind, chosen[i]), row_bytes);
+          }
+        }
+      }
+    }
+    for (uint32_t g = 0; g < num_groups() && status.ok(); ++g) {
+      for (uint32_t p = 0; p < num_filled[g] && status.ok(); ++p) {
         const auto bytes = PageBytes(g, offsets[g][p], buffer);
         status = bytes.status();
         if (status.ok()) {
@@ -541,11 +663,13 @@ absl::StatusOr<CommitResult> ModelHostImpl::Commit(const Tenant& tenant,
                                      ? ChecksumOf(*bytes)
                                      : pending->checksums[g][p].Finish(*bytes));
         }
+        if (first_filled + p >= keys.size()) continue;
         page_keys[g].push_back(MakePageKey(keys[first_filled + p], Geometry(g).fingerprint()));
       }
     }
     mu_.Lock();
     pending->state = Pending::State::kOpen;
+    if (!status.ok() && !chosen.empty()) pending->aborted = true;  // its rows may have moved
     if (!status.ok() || pending->aborted || sequence->closed) {
       Settle(*sequence);
       if (!status.ok()) return status;
@@ -562,6 +686,7 @@ absl::StatusOr<CommitResult> ModelHostImpl::Commit(const Tenant& tenant,
     };
     for (uint32_t g = 0; g < num_groups(); ++g) {
       PageTable& table = sequence->tables[g];
+      const uint32_t tail_rows = pending->first_slot[g];
       const uint64_t num_targets = model_->geometry().PagesFor(tail_rows + n);
       uint64_t row = 0;  // of the write
       for (uint64_t t = 0; t < num_targets; ++t) {
@@ -569,40 +694,37 @@ absl::StatusOr<CommitResult> ModelHostImpl::Commit(const Tenant& tenant,
         const uint32_t slot = t == 0 ? tail_rows : 0;
         const uint32_t count =
             static_cast<uint32_t>(std::min<uint64_t>(n - row, page_tokens() - slot));
-        if (slot > 0) {
-          table.mutable_back().count += count;
-        } else {
-          table.Append({.page = page.id(),
-                        .first_slot = 0,
-                        .count = count,
-                        .first_row = pending->first_position + row});
-          // The page table's reference is the one that created_ held.
-          std::erase(pending->created[g], page.id());
-        }
+        const Extent extent{.page = page.id(),
+                            .first_slot = slot,
+                            .count = count,
+                            .first_row = pending->first_row + row};
+        if (std::erase(pending->created[g], page.id()) > 0)
+          table.Append(extent);  // the reference that created_ held becomes the table's
+        else
+          AppendExtent(extent, table, pages_);
         row += count;
-        const uint64_t index = first_filled + t;
-        const uint64_t at = index * page_tokens();
-        const PrefixKey& parent = index == 0 ? sequence->root : keys[index - 1];
-        if (t < num_filled) {
+        if (t < num_filled[g]) {
           page.SetFull(page_tokens(), checksums[g][t]);
           ++result.pages_filled;
           ++counters_.pages_filled;
-          const bool is_keyed =
-              pages_.SetKey(page, keys[index], parent, page_keys[g][t],
-                            std::make_shared<const std::vector<uint32_t>>(
-                                all.begin() + at, all.begin() + at + page_tokens()),
-                            has_inputs(at));
+          const uint64_t index = first_filled + t;
+          if (index >= num_keys) continue;
+          const uint64_t at = index * page_tokens();
+          const bool is_keyed = pages_.SetKey(
+              page, keys[index], index == 0 ? sequence->root : keys[index - 1], page_keys[g][t],
+              std::make_shared<const std::vector<uint32_t>>(all.begin() + at,
+                                                            all.begin() + at + page_tokens()),
+              has_inputs(at));
           if (is_keyed && options_.write_through) write_through.push_back(page.id());
         } else {
           page.SetRows(slot + count);
-          pages_.SetTailTokens(page, parent, std::vector<uint32_t>(all.begin() + at, all.end()),
-                               has_inputs(at));
         }
       }
     }
-    sequence->tokens = std::move(all);
+    sequence->AppendTokens(added, at_positions);
     sequence->inputs = std::move(all_inputs);
     sequence->keys = std::move(keys);
+    SyncTails(*sequence, sequence->root, page_tokens(), pages_);
     sequence->was_appended = true;
     ++sequence->revision;
     result.appended_tokens = n;
@@ -613,7 +735,6 @@ absl::StatusOr<CommitResult> ModelHostImpl::Commit(const Tenant& tenant,
       prefill_meter_.Add(n, clock_->MonotonicNow() - pending->began);
     }
     DropPending(*sequence);
-    (void)new_length;
     if (CanSpill()) StartSpills(write_through, options_.write_through_level);
     result.info = InfoOf(*sequence);
     return result;

@@ -322,7 +322,14 @@ absl::Status SequenceServiceImpl::ReadLayer(
       const uint64_t take = std::min(run.num_tokens - done, rows_a_part - num_tokens);
       const uint64_t offset = run.offset + done * row_bytes;
       const uint64_t num_bytes = take * row_bytes;
-      if (view != nullptr && num_bytes >= kMinLentBytes) {
+      if (run.shift != 0) {
+        grpc::Slice copy(num_bytes);
+        auto* const to = reinterpret_cast<std::byte*>(const_cast<uint8_t*>(copy.begin()));
+        PT_RETURN_IF_ERROR(pool.ReadShifted(host->model().geometry().group(group), offset,
+                                            static_cast<uint32_t>(take), run.shift,
+                                            {to, num_bytes}));
+        slices.push_back(std::move(copy));
+      } else if (view != nullptr && num_bytes >= kMinLentBytes) {
         slices.push_back(lent_.Lend(rows, {view + offset, num_bytes}));
       } else {
         grpc::Slice copy(num_bytes);
@@ -382,7 +389,8 @@ absl::StatusOr<v1::ReserveSlotsResponse> SequenceServiceImpl::Reserve(
                        ": one call reserves for one model"));
     }
     host = target.host;
-    items.push_back({target.handle, item.num_tokens()});
+    items.push_back({target.handle, item.num_tokens(),
+                     std::vector<int32_t>(item.parents().begin(), item.parents().end())});
   }
   PT_ASSIGN_OR_RETURN(
       const std::vector<PendingSlot> slots,
@@ -440,6 +448,7 @@ grpc::Status SequenceServiceImpl::CommitStep(grpc::ServerContext* context,
     *identity.mutable_sequence() = item.sequence();
     identity.set_reservation_id(item.reservation_id());
     *identity.mutable_tokens() = item.tokens();
+    *identity.mutable_indices() = item.indices();
     auto result = memos_->OncePerSequence<v1::CommitStepResponse::Result>(
         item.sequence().sequence_id(), request->request_id(), DigestOfMessage(identity),
         call.deadline, [&] { return CommitItem(call, item); });
@@ -456,9 +465,33 @@ grpc::Status SequenceServiceImpl::CommitStep(grpc::ServerContext* context,
   return grpc::Status::OK;
 }
 
-absl::StatusOr<v1::CommitStepResponse::Result> SequenceServiceImpl::CommitItem(
-    const CallContext& call, const v1::CommitStepRequest::Item& item) {
-  PT_ASSIGN_OR_RETURN(const HandleTarget target, FindSequence(*worker_, item.sequence()));
+grpc::Status SequenceServiceImpl::Accept(grpc::ServerContext* context,
+                                         const v1::AcceptRequest* request,
+                                         v1::AcceptResponse* response) {
+  const CallContext call = MakeCallContext(*context, *worker_);
+  v1::CommitStepRequest::Item identity = request->item();
+  identity.clear_rows();
+  auto answer = memos_->OncePerSequence<v1::AcceptResponse>(
+      identity.sequence().sequence_id(), request->request_id(), DigestOfMessage(identity),
+      call.deadline, [&]() -> absl::StatusOr<v1::AcceptResponse> {
+        const v1::CommitStepRequest::Item& item = request->item();
+        PT_ASSIGN_OR_RETURN(const HandleTarget target, FindSequence(*worker_, item.sequence()));
+        if (item.indices().empty()) {
+          return absl::InvalidArgumentError("item.indices is empty; AbortReservation drops all");
+        }
+        PT_ASSIGN_OR_RETURN(const CommitResult commit, WriteAndCommit(call, target, item));
+        v1::AcceptResponse accepted;
+        *accepted.mutable_state() = StateToProto(*worker_, *target.host, commit.info);
+        accepted.set_pages_filled(commit.pages_filled);
+        return accepted;
+      });
+  if (!answer.ok()) return ToGrpcStatus(answer.status());
+  *response = *std::move(answer);
+  return grpc::Status::OK;
+}
+
+absl::StatusOr<CommitResult> SequenceServiceImpl::WriteAndCommit(
+    const CallContext& call, const HandleTarget& target, const v1::CommitStepRequest::Item& item) {
   const SequenceId id = target.handle.id;
   PT_RETURN_IF_ERROR(CheckEpoch(target.host, call.tenant, id, target.handle.epoch));
   for (int i = 0; i < item.rows_size(); ++i) {
@@ -470,14 +503,26 @@ absl::StatusOr<v1::CommitStepResponse::Result> SequenceServiceImpl::CommitItem(
                                        BytesOf(part.data())));
   }
   if (item.rows_in_staging()) {
-    PT_RETURN_IF_ERROR(WriteStagedRows(call, target.host, id, item.reservation_id(),
-                                       static_cast<uint32_t>(item.tokens_size())));
+    const uint32_t num_rows = item.indices().empty() ? static_cast<uint32_t>(item.tokens_size())
+                                                     : item.indices(item.indices_size() - 1) + 1;
+    PT_RETURN_IF_ERROR(WriteStagedRows(call, target.host, id, item.reservation_id(), num_rows));
   }
-  PT_ASSIGN_OR_RETURN(const CommitResult commit,
-                      target.host->Commit(call.tenant, target.handle, item.reservation_id(),
-                                          TokensOf(item.tokens())));
+  const std::vector<uint32_t> indices(item.indices().begin(), item.indices().end());
+  PT_ASSIGN_OR_RETURN(CommitResult commit,
+                      indices.empty()
+                          ? target.host->Commit(call.tenant, target.handle, item.reservation_id(),
+                                                TokensOf(item.tokens()))
+                          : target.host->Accept(call.tenant, target.handle, item.reservation_id(),
+                                                indices, TokensOf(item.tokens())));
   worker_->NoteSequence(*target.host, commit.info);
   if (local_plane_ != nullptr) local_plane_->Release(item.reservation_id());
+  return commit;
+}
+
+absl::StatusOr<v1::CommitStepResponse::Result> SequenceServiceImpl::CommitItem(
+    const CallContext& call, const v1::CommitStepRequest::Item& item) {
+  PT_ASSIGN_OR_RETURN(const HandleTarget target, FindSequence(*worker_, item.sequence()));
+  PT_ASSIGN_OR_RETURN(const CommitResult commit, WriteAndCommit(call, target, item));
   v1::CommitStepResponse::Result result;
   result.set_sequence_id(item.sequence().sequence_id());
   result.set_revision(commit.info.revision);
@@ -716,6 +761,8 @@ grpc::Status SequenceServiceImpl::GetBlockTable(grpc::ServerContext* context,
       v1::GetBlockTableResponse::Extent* extent = response->add_extents();
       extent->set_group(entry.group);
       extent->set_first_position(entry.first_position);
+      extent->set_first_row(entry.first_row);
+      extent->set_pending_shift(entry.shift);
       extent->set_first_slot(entry.first_slot);
       extent->set_count(entry.count);
       extent->set_page_id(entry.page.value());

@@ -39,6 +39,8 @@ class SequenceServiceImpl final : public v1::SequenceService::Service {
                             v1::ReserveSlotsResponse* response) override;
   grpc::Status CommitStep(grpc::ServerContext* context, const v1::CommitStepRequest* request,
                           v1::CommitStepResponse* response) override;
+  grpc::Status Accept(grpc::ServerContext* context, const v1::AcceptRequest* request,
+                      v1::AcceptResponse* response) override;
   grpc::Status AbortReservation(grpc::ServerContext* context,
                                 const v1::AbortReservationRequest* request,
                                 v1::AbortReservationResponse* response) override;
@@ -75,6 +77,9 @@ class SequenceServiceImpl final : public v1::SequenceService::Service {
                                                    const v1::ReserveSlotsRequest& request);
   absl::StatusOr<v1::CommitStepResponse::Result> CommitItem(
       const CallContext& call, const v1::CommitStepRequest::Item& item);
+  // Writes the rows that came with the item, then commits it.
+  absl::StatusOr<CommitResult> WriteAndCommit(const CallContext& call, const HandleTarget& target,
+                                              const v1::CommitStepRequest::Item& item);
   absl::Status WriteStagedRows(const CallContext& call, ModelHost* host, SequenceId id,
                                uint64_t reservation_id, uint32_t num_tokens);
   absl::StatusOr<AttendOutput> AttendItem(const CallContext& call,

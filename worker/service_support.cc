@@ -103,6 +103,7 @@ v1::SequenceState StateToProto(const Worker& worker, const ModelHost& host,
   state.set_num_pages(info.num_pages);
   state.set_resident_pages(info.resident_pages);
   state.set_shared_pages(info.shared_pages);
+  state.set_end_position(static_cast<uint64_t>(info.end_position));
   return state;
 }
 

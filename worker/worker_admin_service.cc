@@ -76,7 +76,7 @@ grpc::ServerUnaryReactor* WorkerAdminService::ClearCache(grpc::CallbackServerCon
   return Run(context, [this, request, response]() -> absl::Status {
     PT_ASSIGN_OR_RETURN(const std::vector<ModelHost*> hosts, HostsOf(request->model_digest()));
     uint64_t dropped = 0;
-    for (ModelHost* host : hosts) dropped += host->ClearCache();
+    for (ModelHost* host : hosts) dropped += host->ClearCache(request->zero_data());
     response->set_dropped_pages(dropped);
     return absl::OkStatus();
   });

@@ -43,6 +43,15 @@ constexpr CounterName kCounters[] = {
      "Calls whose deadline passed while they waited for frames"},
     {&HostCounters::prefixes_lost, "pagetide_worker_prefixes_lost_total",
      "Sequences cut to a valid prefix because a restore failed"},
+    {&HostCounters::edits, "pagetide_worker_edits_total",
+     "Transactions of edits that went through"},
+    {&HostCounters::edits_refused, "pagetide_worker_edits_refused_total",
+     "Transactions of edits that were refused and changed nothing"},
+    {&HostCounters::rows_removed, "pagetide_worker_rows_removed_total", "Rows removed by edits"},
+    {&HostCounters::rows_moved, "pagetide_worker_rows_moved_total",
+     "Rows that edits gave another position"},
+    {&HostCounters::rows_compacted, "pagetide_worker_rows_compacted_total",
+     "Rows that compaction moved to other pages"},
 };
 
 }  // namespace

@@ -227,7 +227,9 @@ absl::Status BatchStep::CommitCall(size_t begin, size_t end,
     }
     items_[i].is_open = false;
     items_[i].sequence->state_.set_revision(result.revision());
-    items_[i].sequence->state_.set_length(result.length());
+    v1::SequenceState& state = items_[i].sequence->state_;
+    state.set_end_position(state.end_position() + result.length() - state.length());
+    state.set_length(result.length());
   }
   return absl::OkStatus();
 }

@@ -3,6 +3,7 @@
 #include <utility>
 
 #include "absl/strings/str_cat.h"
+#include "base/error_info.h"
 
 namespace pagetide {
 
@@ -31,8 +32,14 @@ absl::StatusOr<std::unique_ptr<InPlaceRows>> InPlaceRows::Create(
                        from.has_pool_offset() ? absl::StrCat(offset) : "none", " of a pool of ",
                        pool_bytes, " bytes"));
     }
-    extents.push_back(
-        {from.group(), from.first_position(), from.first_slot(), from.count(), offset});
+    if (from.pending_shift() != 0) {
+      return WithReason(absl::FailedPreconditionError(absl::StrCat(
+                            "read in place: K of rows [", from.first_row(), ", +", from.count(),
+                            ") of group ", from.group(), " is still to be rotated by ",
+                            from.pending_shift(), " positions; compact with apply_shifts first")),
+                        "ROWS_SHIFTED");
+    }
+    extents.push_back({from.group(), from.first_row(), from.first_slot(), from.count(), offset});
   }
   return std::unique_ptr<InPlaceRows>(new InPlaceRows(
       std::move(memory), std::move(model), table.state().length(), std::move(extents), expires));
@@ -54,7 +61,7 @@ std::vector<InPlaceRows::Run> InPlaceRows::Rows(uint32_t group, uint32_t layer,
   if (layer >= geometry.num_layers() || geometry.row_bytes(kind) == 0) return runs;
   for (const Extent& extent : extents_) {
     if (extent.group != group) continue;
-    runs.push_back({extent.first_position, extent.count,
+    runs.push_back({extent.first_row, extent.count,
                     memory_->pool().subspan(
                         extent.pool_offset + geometry.RowOffset(layer, kind, extent.first_slot),
                         uint64_t{extent.count} * geometry.row_bytes(kind))});

@@ -35,7 +35,8 @@ class InPlaceRows {
 
   // INVALID_ARGUMENT unless above 0 and at most 30 s.
   static absl::Status CheckLease(absl::Duration lease);
-  // INTERNAL when the table names bytes outside the shared memory.
+  // INTERNAL when the table names bytes outside the shared memory; FAILED_PRECONDITION
+  // (ROWS_SHIFTED) when an edit left K to be rotated: it is not yet what the frames hold.
   static absl::StatusOr<std::unique_ptr<InPlaceRows>> Create(std::shared_ptr<LocalStaging> memory,
                                                              std::shared_ptr<const Model> model,
                                                              const v1::GetBlockTableResponse& table,
@@ -50,7 +51,7 @@ class InPlaceRows {
  private:
   struct Extent {
     uint32_t group = 0;
-    uint64_t first_position = 0;
+    uint64_t first_row = 0;
     uint32_t first_slot = 0;
     uint32_t count = 0;
     uint64_t pool_offset = 0;

@@ -83,7 +83,8 @@ absl::StatusOr<uint64_t> Sequence::WaitReady(std::string* shortened_because) {
   const CallOptions& options = worker_->call_options();
   PT_ASSIGN_OR_RETURN(const v1::WatchReadinessResponse last,
                       CallWithRetry(options.retry, options.timeout, watch));
-  state_.set_length(last.length());
+  // Shortened: where the next token goes and the revision are others too.
+  if (last.length() != state_.length()) PT_RETURN_IF_ERROR(Refresh());
   if (shortened_because != nullptr) *shortened_because = last.shortened_because();
   return last.length();
 }
@@ -291,18 +292,6 @@ absl::StatusOr<std::unique_ptr<Sequence>> Sequence::Fork(std::optional<uint64_t>
       CallUnary(worker_->call_options(), worker_->sequences(), &Service::ForkSequence, request));
   return std::unique_ptr<Sequence>(
       new Sequence(worker_, model_, std::move(*response.mutable_state())));
-}
-
-absl::Status Sequence::Rewind(int64_t length) {
-  v1::RewindRequest request;
-  request.set_request_id(NewRequestId());
-  *request.mutable_sequence() = Ref();
-  request.set_length(length);
-  PT_ASSIGN_OR_RETURN(v1::RewindResponse response,
-                      CallUnary(worker_->call_options(), worker_->edits(),
-                                &v1::SequenceEditService::StubInterface::Rewind, request));
-  state_ = std::move(*response.mutable_state());
-  return absl::OkStatus();
 }
 
 absl::Status Sequence::Close() {

@@ -31,6 +31,7 @@
 #include "core/geometry.h"
 #include "core/model.h"
 #include "pagetide/v1/sequence.pb.h"
+#include "pagetide/v1/sequence_edit.pb.h"
 #include "pagetide/v1/session.pb.h"
 #include "rpc/byte_buffer.h"
 #include "rpc/raw_stream.h"
@@ -91,6 +92,8 @@ class Sequence {
   // As of the last answer.
   const std::string& id() const { return state_.sequence_id(); }
   uint64_t length() const { return state_.length(); }
+  // Where the next token goes: the length, unless edits moved rows.
+  uint64_t end_position() const { return state_.end_position(); }
   const v1::SequenceState& state() const { return state_; }
   // What the open reused, and why not more.
   const v1::PrefixReuse& reuse() const { return reuse_; }
@@ -140,8 +143,25 @@ class Sequence {
   absl::StatusOr<uint64_t> CreateCheckpoint();
   // Makes it that again, whatever was rewound or appended since.
   absl::Status RestoreCheckpoint(uint64_t checkpoint_id);
+
+  // Edits: proto/pagetide/v1/sequence_edit.proto states what each does. Ranges are [p0, p1) over
+  // positions; p0 < 0 means 0, p1 < 0 the end. All or nothing.
+  absl::StatusOr<v1::EditSequenceResponse> Edit(std::span<const v1::SequenceEdit> edits);
+  absl::StatusOr<v1::EditSequenceResponse> RemoveRange(int64_t p0, int64_t p1);
+  // The rows of `from` in the range, by reference. Both on one worker.
+  absl::StatusOr<v1::EditSequenceResponse> CopyRange(const Sequence& from, int64_t p0, int64_t p1);
+  absl::StatusOr<v1::EditSequenceResponse> ShiftPositions(int64_t p0, int64_t p1, int64_t delta);
+  absl::StatusOr<v1::EditSequenceResponse> DividePositions(int64_t p0, int64_t p1, int64_t divisor);
+  // Keeps the first `keep` rows, drops the next `discard`, closes the gap.
+  absl::StatusOr<v1::EditSequenceResponse> ShiftWindow(int64_t keep, int64_t discard);
   // Truncates to the first `length` tokens.
   absl::Status Rewind(int64_t length);
+  absl::Status Clear(bool zero_data);
+  absl::StatusOr<v1::GetPositionExtentResponse> PositionExtent();
+  // sequences[i] becomes what sequences[order[i]] was. All on one worker.
+  static absl::Status Reorder(std::span<Sequence* const> sequences, std::span<const uint32_t> order,
+                              bool allow_repeats = false);
+
   // Full pages stay in the worker's cache. Idempotent.
   absl::Status Close();
 

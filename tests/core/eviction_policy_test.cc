@@ -76,6 +76,22 @@ TEST(LeafFirstLruTest, PinnedPageProtectsItsAncestors) {
   EXPECT_THAT(policy.PickVictims(9, Any), ElementsAre(P(4), P(3), P(2), P(1), P(10)));
 }
 
+TEST(LeafFirstLruTest, AncestorsOfPinnedPagesGoWhenNothingElseCan) {
+  LeafFirstLru policy;
+  InsertChain(policy, 1, 4);
+  InsertChain(policy, 10, 3);
+  policy.OnInsert(P(20), P(11));
+  EXPECT_THAT(policy.PickAncestors(9, Any), IsEmpty());
+  policy.SetEvictable(P(3), false);
+  EXPECT_THAT(policy.PickAncestors(9, Any), ElementsAre(P(2), P(1)));
+  EXPECT_THAT(policy.PickAncestors(1, Any), ElementsAre(P(2)));
+  EXPECT_THAT(policy.PickAncestors(9, [](PageId p) { return p != P(2); }), IsEmpty());
+  policy.SetEvictable(P(12), false);
+  EXPECT_THAT(policy.PickAncestors(9, Any), ElementsAre(P(2), P(1)));  // 20 goes before 11
+  policy.SetEvictable(P(20), false);
+  EXPECT_THAT(policy.PickAncestors(9, Any), ElementsAre(P(2), P(1), P(11), P(10)));
+}
+
 TEST(LeafFirstLruTest, RefusedPageProtectsItsAncestors) {
   LeafFirstLru policy;
   InsertChain(policy, 1, 3);

@@ -80,7 +80,7 @@ TEST(ModelHostRandomTest, EveryRowIsAlwaysWhatItsTokensSay) {
     } else if (what < 80) {
       ASSERT_TRUE(t.host->EvictPages(rng() % 4, t.Soon()).ok());
     } else if (what < 82) {
-      t.host->ClearCache();
+      t.host->ClearCache(false);
     } else if (what < 84) {
       t.host->Tick();
     } else {
@@ -96,7 +96,7 @@ TEST(ModelHostRandomTest, EveryRowIsAlwaysWhatItsTokensSay) {
     ASSERT_TRUE(t.host->Close(t.tenant, entry.first.id, entry.first.epoch).ok());
   }
   t.host->Quiesce();
-  t.host->ClearCache();
+  t.host->ClearCache(false);
   for (const PoolUsage& usage : t.host->Usage()) EXPECT_EQ(usage.free_frames, usage.num_frames);
   const HostCounters counters = t.host->Counters();
   EXPECT_EQ(counters.checksum_failures, 0u);
@@ -149,7 +149,7 @@ TEST(ModelHostRandomTest, TwoHundredSequencesEightThreadsSixteenFrames) {
   }
   for (std::thread& thread : threads) thread.join();
   t.host->Quiesce();
-  t.host->ClearCache();
+  t.host->ClearCache(false);
   EXPECT_EQ(t.host->Usage()[0].free_frames, 16u);
   EXPECT_GT(rows_checked.load(), 10000u);
   EXPECT_GT(t.host->Counters().pages_restored, 200u);

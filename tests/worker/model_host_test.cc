@@ -144,7 +144,7 @@ TEST(ModelHostTest, MoreSequencesThanFramesComeBackWholeFromTheStore) {
       ASSERT_TRUE(t.host->Close(t.tenant, info.id, info.epoch).ok());
     }
     t.host->Quiesce();
-    t.host->ClearCache();
+    t.host->ClearCache(false);
     EXPECT_EQ(t.host->Usage()[0].free_frames, 8u) << "frames did not come back";
   }
 }
@@ -331,7 +331,7 @@ TEST(ModelHostTest, AnAppendWhoseSequenceIsClosedLeavesTheLineAndItsFramesComeBa
   }
   EXPECT_TRUE(t.host->Close(t.tenant, a->id, a->epoch).ok());
   t.host->Quiesce();
-  t.host->ClearCache();
+  t.host->ClearCache(/*zero_data=*/false);
   EXPECT_EQ(t.host->Usage()[0].free_frames, 2u) << "frames did not come back";
 }
 

@@ -37,22 +37,27 @@ class PageLease:
     def page(self, group: int, begin: int) -> Optional[Bytes]:
         """The frame, read-only and without a copy, of the page whose first token is at `begin`:
         [layer][K: page_tokens rows][V: page_tokens rows]. Rows behind the sequence's end are noise. None
-        when no single frame holds it that way."""
-        for extent in self._extents.get(group, ()):
-            if extent.first_position == begin and extent.first_slot == 0 and \
-                    extent.HasField("pool_offset"):
-                return self._plane.frames(extent.pool_offset, self._model.groups[group].page_bytes)
+        when no single frame holds it that way: after an edit rows may lie in several pages, or K be still
+        to be rotated."""
+        own = self._model.groups[group]
+        extents = self._extents.get(group, [])
+        for extent in extents:
+            is_whole = extent.count == own.page_tokens or extent is extents[-1]
+            if extent.first_row == begin and extent.first_slot == 0 and is_whole and \
+                    extent.pending_shift == 0 and extent.HasField("pool_offset"):
+                return self._plane.frames(extent.pool_offset, own.page_bytes)
         return None
 
     def copy(self, group: int, begin: int, end: int, out: Bytes) -> bool:
-        """Rows [begin, end) into `out`: [layer][K: n rows][V: n rows]. False when some are not there."""
+        """Rows [begin, end) into `out`: [layer][K: n rows][V: n rows]. False when some are not there, or
+        are still to be rotated, which only the worker does."""
         own = self._model.groups[group]
         at = begin
         for extent in self._extents.get(group, ()):
-            first, stop = extent.first_position, extent.first_position + extent.count
+            first, stop = extent.first_row, extent.first_row + extent.count
             if stop <= at or first >= end:
                 continue
-            if first > at or not extent.HasField("pool_offset"):
+            if first > at or extent.pending_shift != 0 or not extent.HasField("pool_offset"):
                 return False
             count = min(stop, end) - at
             slot = extent.first_slot + at - first

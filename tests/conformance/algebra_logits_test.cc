@@ -1,0 +1,282 @@
+// The algebra by logits: a decoder over the service, whose sequence is edited, against one over
+// plain arrays that keeps the same rows and turns them itself.
+#include <gtest/gtest.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdio>
+#include <cstring>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "clients/cpp/client.h"
+#include "decoder/decoder.h"
+#include "decoder/pagetide_kv_backend.h"
+#include "kernels/paged_attention.h"
+#include "kvstore/memory_page_store.h"
+#include "services/worker_role.h"
+#include "tests/support/process.h"
+#include "tests/support/worker_client.h"
+
+namespace pagetide {
+namespace {
+
+DecoderConfig ConfigOf(kernels::KvType type) {
+  DecoderConfig config;
+  config.num_layers = 2;
+  config.width = 64;
+  config.num_q_heads = 4;
+  config.num_kv_heads = 2;
+  config.head_dim = 16;
+  config.ffn_width = 96;
+  config.kv_type = type;
+  return config;
+}
+
+std::vector<uint32_t> Text(size_t num_tokens) {
+  std::string text;
+  while (text.size() < num_tokens) text += "The quick brown fox jumps over the lazy dog. ";
+  std::vector<uint32_t> tokens = TokensOf(text);
+  tokens.resize(num_tokens);
+  return tokens;
+}
+
+// Rows in plain arrays, K as it was written; turned by float64 when it is attended to. Nothing is
+// paged, shared or deferred.
+class EditedKvBackend final : public KvBackend {
+ public:
+  explicit EditedKvBackend(const DecoderConfig& config)
+      : config_(config), shape_(AttentionShapeOf(config)), layers_(config.num_layers) {}
+
+  int64_t length() const override { return static_cast<int64_t>(rows_.size()); }
+  int64_t next_position() const override { return rows_.empty() ? 0 : rows_.back().position + 1; }
+
+  absl::Status BeginAppend(std::span<const uint32_t> tokens) override {
+    const int64_t first = next_position();
+    committed_ = rows_.size();
+    for (size_t i = 0; i < tokens.size(); ++i) {
+      const int64_t at = first + static_cast<int64_t>(i);
+      rows_.push_back({at, at});
+    }
+    return absl::OkStatus();
+  }
+  absl::Status AppendRows(int layer, std::span<const std::byte> k,
+                          std::span<const std::byte> v) override {
+    const size_t bytes = static_cast<size_t>(config_.row_bytes());
+    for (size_t i = 0; i * bytes < k.size(); ++i) {
+      layers_[layer].k.emplace_back(k.begin() + i * bytes, k.begin() + (i + 1) * bytes);
+      layers_[layer].v.emplace_back(v.begin() + i * bytes, v.begin() + (i + 1) * bytes);
+    }
+    return absl::OkStatus();
+  }
+  absl::Status Attend(int layer, std::span<const float> queries, std::span<float> out) override {
+    const size_t bytes = static_cast<size_t>(config_.row_bytes());
+    std::vector<std::byte> k, v;
+    std::vector<kernels::KvRun> runs;
+    for (size_t i = 0; i < rows_.size(); ++i) {
+      const std::vector<std::byte> turned = Turned(layers_[layer].k[i], rows_[i]);
+      k.insert(k.end(), turned.begin(), turned.end());
+      v.insert(v.end(), layers_[layer].v[i].begin(), layers_[layer].v[i].end());
+    }
+    for (size_t i = 0; i < rows_.size(); ++i) {
+      runs.push_back({k.data() + i * bytes, v.data() + i * bytes, rows_[i].position, 0, 1});
+    }
+    std::vector<int64_t> positions;
+    for (size_t i = committed_; i < rows_.size(); ++i) positions.push_back(rows_[i].position);
+    const kernels::AttentionArgs args{
+        shape_,         runs.data(),      static_cast<int64_t>(runs.size()),
+        queries.data(), positions.data(), static_cast<int64_t>(positions.size()),
+        out.data(),     nullptr};
+    if (const char* wrong = kernels::CheckAttentionArgs(args)) {
+      return absl::InternalError(wrong);
+    }
+    kernels::AttendHost(args);
+    return absl::OkStatus();
+  }
+  absl::Status Commit() override {
+    committed_ = rows_.size();
+    return absl::OkStatus();
+  }
+  void Abort() override { rows_.resize(committed_); }
+
+  // Drops rows [begin, end).
+  void Remove(size_t begin, size_t end) {
+    rows_.erase(rows_.begin() + begin, rows_.begin() + end);
+    for (Layer& layer : layers_) {
+      layer.k.erase(layer.k.begin() + begin, layer.k.begin() + end);
+      layer.v.erase(layer.v.begin() + begin, layer.v.begin() + end);
+    }
+    committed_ = rows_.size();
+  }
+  // Moves rows from `begin` on.
+  void Shift(size_t begin, int64_t delta) {
+    for (size_t i = begin; i < rows_.size(); ++i) rows_[i].position += delta;
+  }
+
+ private:
+  struct Row {
+    int64_t position;
+    int64_t written_at;
+  };
+  struct Layer {
+    std::vector<std::vector<std::byte>> k, v;  // [row]
+  };
+
+  std::vector<std::byte> Turned(const std::vector<std::byte>& k, const Row& row) const {
+    if (row.position == row.written_at) return k;
+    std::vector<float> x(config_.kv_width());
+    kernels::WidenToF32(config_.kv_type, k.data(), config_.kv_width(), x.data());
+    const double delta = static_cast<double>(row.position - row.written_at);
+    for (int head = 0; head < config_.num_kv_heads; ++head) {
+      float* const h = x.data() + head * config_.head_dim;
+      for (int i = 0; i < config_.head_dim; i += 2) {
+        const double angle =
+            delta * std::pow(static_cast<double>(config_.rope_base), -1.0 * i / config_.head_dim);
+        const double a = h[i], b = h[i + 1];
+        h[i] = static_cast<float>(a * std::cos(angle) - b * std::sin(angle));
+        h[i + 1] = static_cast<float>(a * std::sin(angle) + b * std::cos(angle));
+      }
+    }
+    std::vector<std::byte> out(k.size());
+    kernels::NarrowFromF32(config_.kv_type, x.data(), config_.kv_width(), out.data());
+    return out;
+  }
+
+  const DecoderConfig config_;
+  const kernels::AttentionShape shape_;
+  std::vector<Row> rows_;
+  std::vector<Layer> layers_;
+  size_t committed_ = 0;
+};
+
+class AlgebraLogitsTest : public ::testing::TestWithParam<kernels::KvType> {
+ protected:
+  void Start(uint32_t page_tokens, uint64_t frames) {
+    config_ = ConfigOf(GetParam());
+    auto decoder = Decoder::Create(config_);
+    ASSERT_TRUE(decoder.ok()) << decoder.status();
+    decoder_ = *std::move(decoder);
+    model_ = std::make_shared<const Model>(
+        Model::Create(ModelSpecOf(*decoder_, "tiny", page_tokens)).value());
+    ASSERT_TRUE(testing::RegisterTestModel(*model_, &store_).ok());
+    WorkerRole::Options options;
+    options.worker.pool_bytes = frames * model_->geometry().bytes_per_page_of_tokens();
+    options.worker.deployment_secret = "a secret of tests";
+    options.local_plane.socket_path = dir_ / "worker.sock";
+    auto role = WorkerRole::Start(options, &store_, Clock::Real());
+    ASSERT_TRUE(role.ok()) << role.status();
+    role_ = *std::move(role);
+    ClientOptions client_options;
+    client_options.worker_address = role_->address();
+    auto client = Client::Create(client_options);
+    ASSERT_TRUE(client.ok()) << client.status();
+    client_ = *std::move(client);
+    auto sequence = client_->Open(model_, {});
+    ASSERT_TRUE(sequence.ok()) << sequence.status();
+    sequence_ = *std::move(sequence);
+    paged_ = std::make_unique<PageTideKvBackend>(config_, sequence_.get());
+    plain_ = std::make_unique<EditedKvBackend>(config_);
+  }
+  // One forward pass over both; the largest difference of their logits.
+  float Compare(std::span<const uint32_t> tokens, uint32_t* next = nullptr) {
+    auto got = decoder_->Forward(tokens, *paged_);
+    auto expected = decoder_->Forward(tokens, *plain_);
+    EXPECT_TRUE(got.ok()) << got.status();
+    EXPECT_TRUE(expected.ok()) << expected.status();
+    if (!got.ok() || !expected.ok()) return 1e9f;
+    float worst = 0;
+    for (size_t i = 0; i < got->size(); ++i) {
+      worst = std::max(worst, std::fabs((*got)[i] - (*expected)[i]));
+    }
+    if (next != nullptr) *next = Decoder::Greedy(*expected);
+    return worst;
+  }
+  // Logits are of the order of one; a K row that is turned wrongly moves them by tenths.
+  static float Tolerance() { return GetParam() == kernels::KvType::kF32 ? 2e-4f : 5e-3f; }
+
+  testing::TempDir dir_;
+  MemoryPageStore store_;
+  DecoderConfig config_;
+  std::unique_ptr<Decoder> decoder_;
+  std::shared_ptr<const Model> model_;
+  std::unique_ptr<WorkerRole> role_;
+  std::unique_ptr<Client> client_;
+  std::unique_ptr<Sequence> sequence_;
+  std::unique_ptr<PageTideKvBackend> paged_;
+  std::unique_ptr<EditedKvBackend> plain_;
+};
+
+TEST_P(AlgebraLogitsTest, RemovedAndShiftedRowsGiveTheLogitsOfRowsTurnedDirectly) {
+  Start(16, 64);
+  const std::vector<uint32_t> tokens = Text(90);
+  const std::span<const uint32_t> all(tokens);
+  EXPECT_EQ(Compare(all.subspan(0, 60)), 0.0f);
+  ASSERT_TRUE(sequence_->RemoveRange(10, 25).ok());
+  plain_->Remove(10, 25);
+  EXPECT_EQ(Compare(all.subspan(60, 1)), 0.0f);  // a gap, nothing turned: the same bits
+  ASSERT_TRUE(sequence_->ShiftPositions(25, -1, -15).ok());
+  plain_->Shift(10, -15);
+  for (size_t i = 61; i < 80; ++i) EXPECT_LE(Compare(all.subspan(i, 1)), Tolerance()) << i;
+  // The same rows turned once and for all.
+  v1::CompactSequenceRequest compact;
+  compact.mutable_sequence()->set_sequence_id(sequence_->id());
+  compact.mutable_sequence()->set_epoch(sequence_->state().epoch());
+  compact.set_apply_shifts(true);
+  v1::CompactSequenceResponse compacted;
+  testing::TestContext context;
+  ASSERT_TRUE(sequence_->worker().edits()->Compact(&context, compact, &compacted).ok());
+  EXPECT_GT(compacted.moved_rows(), 0);
+  ASSERT_TRUE(sequence_->Refresh().ok());
+  for (size_t i = 80; i < 90; ++i) EXPECT_LE(Compare(all.subspan(i, 1)), Tolerance()) << i;
+}
+
+TEST_P(AlgebraLogitsTest, EndlessGenerationStaysInThePool) {
+  constexpr uint32_t kPageTokens = 16;
+  constexpr uint64_t kFrames = 8;
+  constexpr int64_t kCapacity = kPageTokens * (kFrames - 2);  // two frames stay for the next pages
+  constexpr int64_t kKeep = 4;                                // the attention sink
+  Start(kPageTokens, kFrames);
+  uint32_t next = 0;
+  const std::vector<uint32_t> prompt = Text(40);
+  EXPECT_EQ(Compare(prompt, &next), 0.0f);
+  int64_t generated = 40;
+  int shifts = 0;
+  float worst_in_tenth = 0;
+  std::string drift;
+  uint64_t most_pages = 0;
+  while (generated < static_cast<int64_t>(10 * kPageTokens * kFrames)) {
+    if (sequence_->length() >= kCapacity) {
+      const int64_t discard = (kCapacity - kKeep) / 2;
+      ASSERT_TRUE(sequence_->ShiftWindow(kKeep, discard).ok());
+      plain_->Remove(kKeep, kKeep + discard);
+      plain_->Shift(kKeep, -discard);
+      ++shifts;
+    }
+    const std::vector<uint32_t> token = {next};
+    const float difference = Compare(token, &next);
+    ASSERT_LE(difference, Tolerance()) << "token " << generated << " after " << shifts << " shifts";
+    worst_in_tenth = std::max(worst_in_tenth, difference);
+    ++generated;
+    if (generated % (kPageTokens * kFrames) == 0) {
+      drift += " " + std::to_string(shifts) + ":" + std::to_string(worst_in_tenth);
+      worst_in_tenth = 0;
+    }
+    ASSERT_TRUE(sequence_->Refresh().ok());
+    most_pages = std::max<uint64_t>(most_pages, sequence_->state().num_pages());
+  }
+  EXPECT_LE(most_pages, kFrames);
+  EXPECT_GT(shifts, 20);
+  std::printf("%ld tokens, %d shifts, at most %lu pages; worst difference by shifts:%s\n",
+              static_cast<long>(generated), shifts, static_cast<unsigned long>(most_pages),
+              drift.c_str());
+}
+
+INSTANTIATE_TEST_SUITE_P(Types, AlgebraLogitsTest,
+                         ::testing::Values(kernels::KvType::kF32, kernels::KvType::kF16),
+                         [](const auto& info) {
+                           return info.param == kernels::KvType::kF32 ? "f32" : "f16";
+                         });
+
+}  // namespace
+}  // namespace pagetide
