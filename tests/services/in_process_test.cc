@@ -74,14 +74,17 @@ TEST_F(InProcessTest, TheRouterLearnsOfThePagesOfAnAssignedSequence) {
   request.mutable_prompt()->set_model(model_->digest().ToHex());
   request.mutable_prompt()->mutable_tokens()->Add(tokens.begin(), tokens.end());
   v1::ScoreWorkersResponse scores;
+  // Which of the two scores better depends on how fast this machine restores.
   EXPECT_TRUE(testing::Eventually([&] {
     TestContext context;
     scores.Clear();
-    return router_->ScoreWorkers(&context, request, &scores).ok() &&
-           scores.candidates_size() == 2 && scores.candidates(0).device_tokens() == 96;
+    if (!router_->ScoreWorkers(&context, request, &scores).ok()) return false;
+    if (scores.candidates_size() != 2) return false;
+    const int here = scores.candidates(0).address() == first.address() ? 0 : 1;
+    return scores.candidates(here).address() == first.address() &&
+           scores.candidates(here).device_tokens() == 96 &&
+           scores.candidates(1 - here).device_tokens() == 0;
   })) << scores.ShortDebugString();
-  EXPECT_EQ(scores.candidates(0).address(), first.address());
-  EXPECT_EQ(scores.candidates(1).device_tokens(), 0);
 }
 
 TEST_F(InProcessTest, ThePagesOfOneWorkerAreRestoredByTheOther) {
