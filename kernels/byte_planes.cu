@@ -2,6 +2,7 @@
 
 #include "kernels/byte_planes.h"
 #include "kernels/device_codec.cuh"
+#include "kernels/device_launch.cuh"
 
 namespace pagetide::kernels {
 namespace {
@@ -106,13 +107,11 @@ int Launch(const BytePlanesArgs& args, CudaStream stream) {
   const uint8_t* in = static_cast<const uint8_t*>(args.in);
   uint8_t* out = static_cast<uint8_t*>(args.out);
   if (!wide) {
-    AnyPlanesKernel<kMerge><<<grid, kThreads, 0, stream>>>(args);
-  } else if (args.element_bytes == 2) {
-    WidePlanesKernel<2, kMerge><<<grid, kThreads, 0, stream>>>(in, out, args.count);
-  } else {
-    WidePlanesKernel<4, kMerge><<<grid, kThreads, 0, stream>>>(in, out, args.count);
+    return device::Launch(AnyPlanesKernel<kMerge>, grid, kThreads, 0, stream, args);
   }
-  return cudaGetLastError();
+  const auto kernel =
+      args.element_bytes == 2 ? WidePlanesKernel<2, kMerge> : WidePlanesKernel<4, kMerge>;
+  return device::Launch(kernel, grid, kThreads, 0, stream, in, out, args.count);
 }
 
 }  // namespace

@@ -2,6 +2,7 @@
 
 #include "kernels/convert_rows.h"
 #include "kernels/device_codec.cuh"
+#include "kernels/device_launch.cuh"
 
 namespace pagetide::kernels {
 namespace {
@@ -119,8 +120,7 @@ int ConvertRowsCuda(const ConvertRowsArgs& args, CudaStream stream) {
                   static_cast<unsigned>(std::min<int64_t>(args.num_runs, 65535)));
   const Kernel kernel = args.in_type == args.out_type ? CopyEncodedRowsKernel
                                                       : kKernels[static_cast<int>(args.in_type)];
-  kernel<<<grid, kThreads, 0, stream>>>(args);
-  return cudaGetLastError();
+  return device::Launch(kernel, grid, kThreads, 0, stream, args);
 }
 
 }  // namespace pagetide::kernels

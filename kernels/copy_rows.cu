@@ -2,6 +2,7 @@
 
 #include "kernels/copy_rows.h"
 #include "kernels/device_codec.cuh"
+#include "kernels/device_launch.cuh"
 
 namespace pagetide::kernels {
 namespace {
@@ -34,8 +35,7 @@ int CopyRowsCuda(const CopyRowsArgs& args, CudaStream stream) {
   const dim3 grid(static_cast<unsigned>(std::min<int64_t>(pieces, 1 << 20)),
                   static_cast<unsigned>(std::min<int64_t>(args.num_runs, 65535)),
                   static_cast<unsigned>(std::min(args.num_planes, 65535)));
-  CopyRowsKernel<<<grid, kThreads, 0, stream>>>(args);
-  return cudaGetLastError();
+  return device::Launch(CopyRowsKernel, grid, kThreads, 0, stream, args);
 }
 
 }  // namespace pagetide::kernels

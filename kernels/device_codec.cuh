@@ -24,7 +24,9 @@ __device__ inline bool IsAligned(const void* p, unsigned bytes) {
 // find out at run time.
 template <typename T>
 __device__ inline T* Global(T* p) {
+#ifdef __CUDACC__
   __builtin_assume(__isGlobal(p));
+#endif
   return p;
 }
 
@@ -100,7 +102,8 @@ __device__ inline void LoadEight(const void* in, int64_t chunk, float x[kLaneEle
     Eight<kType> raw;
     const char* from = static_cast<const char*>(in) + chunk * kBytes;
     if constexpr (kBytes == 8) {
-      reinterpret_cast<uint2&>(raw) = *reinterpret_cast<const uint2*>(from);
+      const uint2 part = *reinterpret_cast<const uint2*>(from);
+      memcpy(&raw, &part, kBytes);
     } else {
       uint4 part[kBytes / 16];
 #pragma unroll
@@ -144,7 +147,7 @@ __device__ inline float Best(const float x[kLaneElements], float start, Better b
 }
 
 // Adds all lanes' terms in the order of the elements.
-__device__ inline float SumInOrder(unsigned mask, int quarter, const float terms[kLaneElements]) {
+__device__ inline float SumInOrder(unsigned mask, const float terms[kLaneElements]) {
   float sum = 0.0f;
 #pragma unroll
   for (int lane = 0; lane < 4; ++lane) {
@@ -253,8 +256,8 @@ __device__ inline void StoreEight(const float x[kLaneElements], void* out, int64
           terms_qx[i] = weighted * v[i];
           terms_qq[i] = weighted * q;
         }
-        const float sum_qx = SumInOrder(mask, quarter, terms_qx);
-        const float sum_qq = SumInOrder(mask, quarter, terms_qq);
+        const float sum_qx = SumInOrder(mask, terms_qx);
+        const float sum_qq = SumInOrder(mask, terms_qq);
         if (quarter == 0) {
           halves[0] = is_zero || !(sum_qq > 0.0f) ? uint16_t{0} : BlockScale(sum_qx / sum_qq);
         }
@@ -282,7 +285,9 @@ __device__ inline void StoreEight(const float x[kLaneElements], void* out, int64
     for (int i = 0; i < kLaneElements; ++i) StorePlain<kType>(x[i], &raw, i);
     char* to = static_cast<char*>(out) + chunk * kBytes;
     if constexpr (kBytes == 8) {
-      *reinterpret_cast<uint2*>(to) = reinterpret_cast<uint2&>(raw);
+      uint2 part;
+      memcpy(&part, &raw, kBytes);
+      *reinterpret_cast<uint2*>(to) = part;
     } else {
       uint4 part[kBytes / 16];
       memcpy(part, &raw, kBytes);

@@ -1,6 +1,7 @@
 #include <algorithm>
 
 #include "kernels/device_codec.cuh"
+#include "kernels/device_launch.cuh"
 #include "kernels/page_move.h"
 
 namespace pagetide::kernels {
@@ -52,12 +53,10 @@ int PageMoveCuda(const PageMoveArgs& args, CudaStream stream) {
                   static_cast<unsigned>(std::min<int64_t>(args.num_pages, 65535)),
                   static_cast<unsigned>(std::min(args.num_planes, 65535)));
   const dim3 block(32, kWarps);
-  if (args.direction == PageMoveDirection::kGather) {
-    PageMoveKernel<PageMoveDirection::kGather><<<grid, block, 0, stream>>>(args);
-  } else {
-    PageMoveKernel<PageMoveDirection::kScatter><<<grid, block, 0, stream>>>(args);
-  }
-  return cudaGetLastError();
+  const auto kernel = args.direction == PageMoveDirection::kGather
+                          ? PageMoveKernel<PageMoveDirection::kGather>
+                          : PageMoveKernel<PageMoveDirection::kScatter>;
+  return device::Launch(kernel, grid, block, 0, stream, args);
 }
 
 }  // namespace pagetide::kernels

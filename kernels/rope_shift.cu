@@ -1,6 +1,7 @@
 #include <algorithm>
 
 #include "kernels/device_codec.cuh"
+#include "kernels/device_launch.cuh"
 #include "kernels/rope_shift.h"
 
 namespace pagetide::kernels {
@@ -37,7 +38,7 @@ __device__ inline float Turned(const RopeParams& params, int32_t rope_at, const 
 template <KvType kType>
 __global__ void __launch_bounds__(32 * kMaxWarps, 2)
     RopeShiftKernel(RopeShiftArgs args, Span span) {
-  extern __shared__ float4 shared[];
+  PAGETIDE_DYNAMIC_SHARED(float4, shared);
   float* head = reinterpret_cast<float*>(shared) + threadIdx.y * ((span.count + 3) & ~3);
   const int lane = static_cast<int>(threadIdx.x);
   const int64_t head_bytes = EncodedBytes(kType, args.head_dim);
@@ -135,9 +136,8 @@ int RopeShiftCuda(const RopeShiftArgs& args, CudaStream stream) {
                   static_cast<unsigned>(std::min<int64_t>(args.num_runs, 65535)),
                   static_cast<unsigned>(std::min(args.num_layers, 65535)));
   const dim3 block(32, static_cast<unsigned>(warps));
-  kKernels[static_cast<int>(
-      args.type)]<<<grid, block, static_cast<size_t>(warps * head_shared), stream>>>(args, span);
-  return cudaGetLastError();
+  return device::Launch(kKernels[static_cast<int>(args.type)], grid, block,
+                        static_cast<size_t>(warps * head_shared), stream, args, span);
 }
 
 }  // namespace pagetide::kernels

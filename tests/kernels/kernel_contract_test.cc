@@ -341,7 +341,11 @@ TEST_P(KernelContractTest, BytePlanesSplitAndMergeBack) {
   }
 }
 
+#ifdef PAGETIDE_EMULATED_CUDA
+INSTANTIATE_TEST_SUITE_P(Devices, KernelContractTest, testing::Values("emulated"),
+#else
 INSTANTIATE_TEST_SUITE_P(Devices, KernelContractTest, testing::Values("host", "cuda"),
+#endif
                          [](const auto& info) { return info.param; });
 
 TEST(KernelArgumentsTest, WhatCannotWorkIsNamed) {

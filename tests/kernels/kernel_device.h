@@ -98,7 +98,8 @@ class HostKernelDevice final : public KernelDevice {
   std::vector<std::unique_ptr<char[]>> memory_;
 };
 
-// Null, and why, where kernels cannot run on a GPU: built without CUDA, or no usable device.
+// Null, and why, where kernels cannot run on a GPU: built without CUDA, or no usable device. In
+// kernels_emulated_test the device source runs on the CPU instead (emulated_cuda/).
 std::unique_ptr<KernelDevice> MakeCudaKernelDevice(std::string* why_not);
 
 }  // namespace pagetide::kernels

@@ -1,0 +1,133 @@
+// A stand-in for CUDA's cuda_runtime.h that runs kernels on the CPU, thread by thread: the device
+// source (.cu) is compiled as C++ against it, so that its logic is tested where no GPU is. Not for
+// speed, and silent about what only hardware shows (memory ordering, bandwidth).
+//
+// Blocks run one after another. The threads of a block run one after another too, until one waits
+// at a warp or block barrier or in a shuffle; then the next goes on. So a missing barrier shows as
+// a wrong result, and lanes that wait for ever abort the program and say so. Threads begin in
+// ascending order in every other launch and in descending order in the rest. One host thread at a
+// time.
+#ifndef PAGETIDE_TESTS_KERNELS_EMULATED_CUDA_CUDA_RUNTIME_H_
+#define PAGETIDE_TESTS_KERNELS_EMULATED_CUDA_CUDA_RUNTIME_H_
+
+#include <cmath>
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+#include <functional>
+
+#define __global__
+#define __device__
+#define __host__
+#define __shared__ static
+#define __launch_bounds__(...)
+
+struct dim3 {
+  unsigned x, y, z;
+  dim3(unsigned x_ = 1, unsigned y_ = 1, unsigned z_ = 1) : x(x_), y(y_), z(z_) {}
+};
+struct alignas(8) uint2 {
+  unsigned x, y;
+};
+struct alignas(16) uint4 {
+  unsigned x, y, z, w;
+};
+struct alignas(16) float4 {
+  float x, y, z, w;
+};
+inline uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) {
+  return {x, y, z, w};
+}
+inline float4 make_float4(float x, float y, float z, float w) {
+  return {x, y, z, w};
+}
+
+// Of the thread that runs now.
+extern dim3 threadIdx, blockIdx, blockDim, gridDim;
+
+struct CUstream_st;
+using cudaStream_t = CUstream_st*;
+enum cudaError_t { cudaSuccess = 0, cudaErrorInvalidValue = 1 };
+enum cudaMemcpyKind { cudaMemcpyHostToDevice, cudaMemcpyDeviceToHost };
+inline cudaError_t cudaGetLastError() {
+  return cudaSuccess;
+}
+inline const char* cudaGetErrorString(cudaError_t) {
+  return "no error";
+}
+inline cudaError_t cudaGetDeviceCount(int* count) {
+  *count = 1;
+  return cudaSuccess;
+}
+inline cudaError_t cudaStreamCreate(cudaStream_t* stream) {
+  *stream = nullptr;
+  return cudaSuccess;
+}
+inline cudaError_t cudaStreamDestroy(cudaStream_t) {
+  return cudaSuccess;
+}
+inline cudaError_t cudaStreamSynchronize(cudaStream_t) {
+  return cudaSuccess;
+}
+inline cudaError_t cudaMalloc(void** memory, size_t bytes) {
+  *memory = std::aligned_alloc(256, (bytes + 255) / 256 * 256);
+  return cudaSuccess;
+}
+inline cudaError_t cudaFree(void* memory) {
+  std::free(memory);
+  return cudaSuccess;
+}
+inline cudaError_t cudaMemcpy(void* to, const void* from, size_t bytes, cudaMemcpyKind) {
+  std::memcpy(to, from, bytes);
+  return cudaSuccess;
+}
+
+namespace emulated_cuda {
+
+// Runs `thread` once for every thread of every block.
+void RunGrid(dim3 grid, dim3 block, size_t dynamic_shared_bytes,
+             const std::function<void()>& thread);
+void* DynamicShared();
+// Waits for all threads of the block.
+void BlockBarrier();
+// Waits for the lanes of `mask` in this warp; returns what lane `source` brought.
+uint32_t Exchange(unsigned mask, uint32_t value, int source);
+int Lane();
+
+template <typename T>
+T Shuffle(unsigned mask, T value, int source) {
+  static_assert(sizeof(T) == 4);
+  uint32_t bits;
+  std::memcpy(&bits, &value, 4);
+  bits = Exchange(mask, bits, source);
+  std::memcpy(&value, &bits, 4);
+  return value;
+}
+
+}  // namespace emulated_cuda
+
+inline void __syncthreads() {
+  emulated_cuda::BlockBarrier();
+}
+inline void __syncwarp(unsigned mask = 0xffffffffu) {
+  emulated_cuda::Exchange(mask, 0, emulated_cuda::Lane());
+}
+template <typename T>
+T __shfl_sync(unsigned mask, T value, int source, int width = 32) {
+  const int lane = emulated_cuda::Lane();
+  return emulated_cuda::Shuffle(mask, value, lane / width * width + source % width);
+}
+template <typename T>
+T __shfl_xor_sync(unsigned mask, T value, int lane_mask) {
+  return emulated_cuda::Shuffle(mask, value, emulated_cuda::Lane() ^ lane_mask);
+}
+inline unsigned __byte_perm(unsigned a, unsigned b, unsigned selector) {
+  const uint64_t both = static_cast<uint64_t>(b) << 32 | a;
+  unsigned result = 0;
+  for (int i = 0; i < 4; ++i) {
+    result |= static_cast<unsigned>(both >> (8 * (selector >> (4 * i) & 7)) & 255) << (8 * i);
+  }
+  return result;
+}
+
+#endif  // PAGETIDE_TESTS_KERNELS_EMULATED_CUDA_CUDA_RUNTIME_H_
