@@ -29,6 +29,8 @@ inline constexpr absl::string_view kVersionMismatch = "VERSION_MISMATCH";
 inline constexpr absl::string_view kCannotShift = "CANNOT_SHIFT";
 // A layer group holds a state of the whole sequence; metadata: group.
 inline constexpr absl::string_view kCannotCut = "CANNOT_CUT";
+// A window group gave up rows that the outcome would need; "group" and "row" say which.
+inline constexpr absl::string_view kRowsReclaimed = "ROWS_RECLAIMED";
 // An edit would put two rows at one position; metadata: position.
 inline constexpr absl::string_view kPositionOccupied = "POSITION_OCCUPIED";
 // Other sequences reference the rows; metadata: sequences (how many).

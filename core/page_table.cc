@@ -39,6 +39,23 @@ std::vector<PageId> PageTable::Truncate(uint64_t rows) {
   return gone;
 }
 
+std::vector<PageId> PageTable::DropFront(uint64_t row) {
+  std::vector<PageId> gone;
+  size_t n = 0;
+  while (n + 1 < extents_.size() && extents_[n].end_row() <= row)
+    gone.push_back(extents_[n++].page);
+  extents_.erase(extents_.begin(), extents_.begin() + static_cast<std::ptrdiff_t>(n));
+  return gone;
+}
+
+uint64_t PageTable::FirstGap(uint64_t begin, uint64_t end) const {
+  auto it = std::partition_point(extents_.begin(), extents_.end(), [begin](const Extent& extent) {
+    return extent.end_row() <= begin;
+  });
+  for (; it != extents_.end() && it->first_row <= begin && begin < end; ++it) begin = it->end_row();
+  return std::min(begin, end);
+}
+
 std::vector<Extent> PageTable::Cover(uint64_t begin, uint64_t end) const {
   std::vector<Extent> out;
   if (begin >= end) return out;

@@ -42,10 +42,14 @@ const SequenceRows& SequenceEditor::Rows(uint64_t sequence) const {
   return *rows;
 }
 
-void SequenceEditor::Put(uint64_t sequence, std::span<const RowPiece> pieces) {
+absl::Status SequenceEditor::Put(uint64_t sequence, std::span<const RowPiece> pieces) {
   // Built before it replaces what the pieces may come from.
   SequenceRows rows = Assemble(options_.groups, options_.page_tokens, pieces);
+  if (const auto lacked = rows.LackedAt(options_.groups, rows.num_rows())) {
+    return RowsReclaimed("edit", *lacked);
+  }
   changed_.insert_or_assign(sequence, std::move(rows));
+  return absl::OkStatus();
 }
 
 absl::StatusOr<SequenceEditor::RowRange> SequenceEditor::RowsIn(const SequenceRows& rows,
@@ -117,7 +121,8 @@ absl::StatusOr<EditOutcome> SequenceEditor::RemoveRange(uint64_t sequence, Posit
   EditOutcome outcome;
   outcome.removed_rows = cut.end - cut.begin;
   if (outcome.removed_rows == 0) return outcome;
-  Put(sequence, std::vector<RowPiece>{{&rows, 0, cut.begin}, {&rows, cut.end, rows.num_rows()}});
+  PT_RETURN_IF_ERROR(Put(
+      sequence, std::vector<RowPiece>{{&rows, 0, cut.begin}, {&rows, cut.end, rows.num_rows()}}));
   return outcome;
 }
 
@@ -149,7 +154,7 @@ absl::StatusOr<EditOutcome> SequenceEditor::CopyRange(uint64_t from, uint64_t to
             "copy range ", RangeText(range), ": the target has a row at position ", occupied)),
         error_reason::kPositionOccupied, {{"position", absl::StrCat(occupied)}});
   }
-  Put(to, merged);
+  PT_RETURN_IF_ERROR(Put(to, merged));
   return outcome;
 }
 
@@ -167,7 +172,7 @@ absl::StatusOr<EditOutcome> SequenceEditor::KeepOnly(std::span<const uint64_t> s
     if (num_rows == 0) continue;
     outcome.removed_rows += num_rows;
     ++outcome.others_changed;
-    Put(other, {});
+    PT_RETURN_IF_ERROR(Put(other, {}));
   }
   return outcome;
 }
@@ -221,7 +226,7 @@ absl::StatusOr<EditOutcome> SequenceEditor::Settle(uint64_t sequence, std::vecto
             "move positions: a row that does not move is at position ", occupied, " already")),
         error_reason::kPositionOccupied, {{"position", absl::StrCat(occupied)}});
   }
-  Put(sequence, merged);
+  PT_RETURN_IF_ERROR(Put(sequence, merged));
   return outcome;
 }
 
@@ -353,7 +358,7 @@ absl::StatusOr<EditOutcome> SequenceEditor::ShiftWindow(uint64_t sequence,
   EditOutcome outcome;
   outcome.removed_rows = static_cast<uint64_t>(discard);
   if (next == rows.num_rows()) {
-    Put(sequence, std::vector<RowPiece>{{&rows, 0, keep}});
+    PT_RETURN_IF_ERROR(Put(sequence, std::vector<RowPiece>{{&rows, 0, keep}}));
     return outcome;
   }
   // The first row that stays takes the place of the first that goes.
@@ -362,7 +367,8 @@ absl::StatusOr<EditOutcome> SequenceEditor::ShiftWindow(uint64_t sequence,
     PT_RETURN_IF_ERROR(CheckShift());
     outcome.moved_rows = rows.num_rows() - next;
   }
-  Put(sequence, std::vector<RowPiece>{{&rows, 0, keep}, {&rows, next, rows.num_rows(), delta}});
+  PT_RETURN_IF_ERROR(Put(
+      sequence, std::vector<RowPiece>{{&rows, 0, keep}, {&rows, next, rows.num_rows(), delta}}));
   return outcome;
 }
 
@@ -376,7 +382,9 @@ absl::StatusOr<EditOutcome> SequenceEditor::Rewind(uint64_t sequence, int64_t wa
   PT_RETURN_IF_ERROR(CheckCut(rows, kept, rows.num_rows()));
   EditOutcome outcome;
   outcome.removed_rows = rows.num_rows() - kept;
-  if (!IsNothing(outcome)) Put(sequence, std::vector<RowPiece>{{&rows, 0, kept}});
+  if (!IsNothing(outcome)) {
+    PT_RETURN_IF_ERROR(Put(sequence, std::vector<RowPiece>{{&rows, 0, kept}}));
+  }
   return outcome;
 }
 

@@ -5,9 +5,9 @@
 // (core/sequence_pages.h); K is rotated when it is read, by the shift of its extent.
 //
 // Ranges are [p0, p1) over positions. Errors: INVALID_ARGUMENT for what can never be right,
-// FAILED_PRECONDITION with a reason (CANNOT_CUT, CANNOT_SHIFT, POSITION_OCCUPIED, ROWS_SHARED) for
-// what the sequence or its model does not allow. Not thread-safe; the sequences must not change
-// while it lives.
+// FAILED_PRECONDITION with a reason (CANNOT_CUT, CANNOT_SHIFT, POSITION_OCCUPIED, ROWS_SHARED,
+// ROWS_RECLAIMED) for what the sequence or its model does not allow. Not thread-safe; the sequences
+// must not change while it lives.
 #ifndef PAGETIDE_CORE_SEQUENCE_EDITOR_H_
 #define PAGETIDE_CORE_SEQUENCE_EDITOR_H_
 
@@ -169,7 +169,8 @@ class SequenceEditor {
   // `moved` and `resting` are pieces of one sequence.
   absl::StatusOr<EditOutcome> Settle(uint64_t sequence, std::vector<RowPiece> resting,
                                      std::vector<RowPiece> moved, bool allow_overlap);
-  void Put(uint64_t sequence, std::span<const RowPiece> pieces);
+  // FAILED_PRECONDITION (ROWS_RECLAIMED) when a window group would lack rows.
+  absl::Status Put(uint64_t sequence, std::span<const RowPiece> pieces);
 
   const Options options_;
   const Sequences* const sequences_;

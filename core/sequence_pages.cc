@@ -116,7 +116,9 @@ DroppedPages AdoptRows(std::vector<RowsChange> changes, PageDirectory& pages) {
       for (const Extent& extent : table.extents()) {
         Page& page = pages.Get(extent.page);
         const bool is_last = page.refs() == 1;
-        if (pages.Unref(page))
+        const bool is_kept = page.is_findable();
+        // A private page that is being spilled goes when that has ended.
+        if (pages.Unref(page) || (is_last && !is_kept))
           ++dropped.freed;
         else if (is_last)
           ++dropped.cached;

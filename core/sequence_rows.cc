@@ -3,7 +3,9 @@
 #include <tuple>
 #include <utility>
 
+#include "absl/strings/str_cat.h"
 #include "base/check.h"
+#include "base/error_info.h"
 
 namespace pagetide {
 namespace {
@@ -38,7 +40,54 @@ GroupTraits TraitsOf(const LayerGroupSpec& group) {
   traits.can_shift = has_rows && group.packed_row_bytes == 0 &&
                      (!traits.rotates || (group.rope.position_components <= 1 &&
                                           group.basis == LayerGroupSpec::Basis::kPlain));
+  if (group.kind == LayerGroupSpec::Kind::kWindow) {
+    traits.window = group.window_type;
+    traits.window_tokens = group.window_tokens;
+  }
   return traits;
+}
+
+int64_t GroupTraits::FirstVisible(int64_t next) const {
+  const int64_t window_size = window_tokens;
+  switch (window) {
+    case LayerGroupSpec::WindowType::kNone:
+      return 0;
+    case LayerGroupSpec::WindowType::kStandard:  // masked when next - position >= window
+      return std::max<int64_t>(0, next - window_size + 1);
+    case LayerGroupSpec::WindowType::kChunked:  // masked in front of next's chunk
+      return next / window_size * window_size;
+    case LayerGroupSpec::WindowType::kSymmetric:  // masked when |next - position| > window / 2
+      return std::max<int64_t>(0, next - window_size / 2);
+  }
+  return 0;
+}
+
+absl::Status RowsReclaimed(absl::string_view what, const LackedRow& lacked) {
+  return WithReason(absl::FailedPreconditionError(absl::StrCat(
+                        what, ": layer group ", lacked.group, " gave up row ", lacked.row,
+                        ", which was behind its window, and would need it again")),
+                    error_reason::kRowsReclaimed,
+                    {{"group", absl::StrCat(lacked.group)}, {"row", absl::StrCat(lacked.row)}});
+}
+
+std::optional<LackedRow> SequenceRows::LackedAt(std::span<const GroupTraits> groups,
+                                                uint64_t rows) const {
+  const int64_t next = rows == 0 ? 0 : position(rows - 1) + 1;
+  for (uint32_t g = 0; g < tables.size(); ++g) {
+    const uint64_t gap = tables[g].FirstGap(std::min(MaskedRows(groups[g], next), rows), rows);
+    if (gap < rows) return LackedRow{g, gap};
+  }
+  return std::nullopt;
+}
+
+std::vector<PageId> SequenceRows::DropMasked(std::span<const GroupTraits> groups) {
+  std::vector<PageId> gone;
+  for (uint32_t g = 0; g < tables.size(); ++g) {
+    if (groups[g].window == LayerGroupSpec::WindowType::kNone) continue;
+    const std::vector<PageId> pages = tables[g].DropFront(MaskedRows(groups[g], end_position()));
+    gone.insert(gone.end(), pages.begin(), pages.end());
+  }
+  return gone;
 }
 
 uint64_t SequenceRows::RowAt(int64_t at) const {

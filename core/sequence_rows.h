@@ -5,16 +5,20 @@
 // Rows are ordered by position; rows that share one (after DividePositions) keep the order they
 // had. Positions are implicit (row n is at position n) until an edit makes them explicit. Rows in
 // front of canonical_limit stand at their original positions and were computed over exactly the
-// tokens before them; only they have keys. Not thread-safe.
+// tokens before them; only they have keys. A window group holds at least the rows that the next
+// token can attend to; those in front of them it gives up by and by. Not thread-safe.
 #ifndef PAGETIDE_CORE_SEQUENCE_ROWS_H_
 #define PAGETIDE_CORE_SEQUENCE_ROWS_H_
 
 #include <algorithm>
 #include <cstdint>
 #include <limits>
+#include <optional>
 #include <span>
 #include <vector>
 
+#include "absl/status/status.h"
+#include "absl/strings/string_view.h"
 #include "core/geometry.h"
 #include "core/keys.h"
 #include "core/page_table.h"
@@ -29,6 +33,11 @@ struct GroupTraits {
   bool can_cut = true;    // rows can be taken out of the middle
   bool can_shift = true;  // rows can be given another position
   bool rotates = true;    // K depends on the position: a move leaves a pending shift
+  // Which rows a query sees; kNone: all in front of it.
+  LayerGroupSpec::WindowType window = LayerGroupSpec::WindowType::kNone;
+  uint32_t window_tokens = 0;
+  // The first position that a query at `next`, or at any position behind it, can attend to.
+  int64_t FirstVisible(int64_t next) const;
   friend bool operator==(const GroupTraits&, const GroupTraits&) = default;
 };
 GroupTraits TraitsOf(const LayerGroupSpec& group);
@@ -48,6 +57,13 @@ struct PositionedRun {
   int64_t first_position = 0;
   friend bool operator==(const PositionedRun&, const PositionedRun&) = default;
 };
+
+// A row that a layer group gave up and would need.
+struct LackedRow {
+  uint32_t group = 0;
+  uint64_t row = 0;
+};
+absl::Status RowsReclaimed(absl::string_view what, const LackedRow& lacked);
 
 struct SequenceRows {
   static constexpr uint64_t kAllRows = std::numeric_limits<uint64_t>::max();
@@ -70,6 +86,15 @@ struct SequenceRows {
   // The first row at `at` or behind it; num_rows() when there is none.
   uint64_t RowAt(int64_t at) const;
   PositionExtent ExtentOf(uint32_t group) const;
+  // Leading rows that a query at `next` or behind it cannot attend to.
+  uint64_t MaskedRows(const GroupTraits& traits, int64_t next) const {
+    return RowAt(traits.FirstVisible(next));
+  }
+  // What the next token could attend to and a group does not hold, if only the first `rows` rows
+  // were there.
+  std::optional<LackedRow> LackedAt(std::span<const GroupTraits> groups, uint64_t rows) const;
+  // Gives up extents that no later token can attend to. Returns their pages, one for each extent.
+  std::vector<PageId> DropMasked(std::span<const GroupTraits> groups);
   // Rows [begin, end) of a group, cut where positions or slots do not carry on.
   std::vector<PositionedRun> Runs(uint32_t group, uint64_t begin, uint64_t end) const;
 

@@ -169,7 +169,6 @@ absl::StatusOr<std::vector<float>> Decoder::Forward(std::span<const uint32_t> to
 
 absl::Status Decoder::RunLayers(std::span<const uint32_t> tokens, KvBackend& kv,
                                 Activations& a) const {
-  const int64_t first_position = kv.next_position();
   kernels::RopeParams rope;
   rope.n_rot = config_.head_dim;
   rope.base = config_.rope_base;
@@ -177,7 +176,7 @@ absl::Status Decoder::RunLayers(std::span<const uint32_t> tokens, KvBackend& kv,
     std::memcpy(&a.residual[i * config_.width],
                 &embedding_[static_cast<size_t>(tokens[i]) * config_.width],
                 sizeof(float) * config_.width);
-    kernels::RopeAngles(rope, first_position + i, &a.cos_sin[i * config_.head_dim]);
+    kernels::RopeAngles(rope, kv.position_of(i), &a.cos_sin[i * config_.head_dim]);
   }
   PT_RETURN_IF_ERROR(kv.BeginAppend(tokens));
   for (int layer = 0; layer < config_.num_layers; ++layer) {

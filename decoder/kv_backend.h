@@ -23,6 +23,9 @@ class KvBackend {
   virtual int64_t length() const = 0;
   // Where the next token goes: behind the last one, unless rows were moved.
   virtual int64_t next_position() const { return length(); }
+  // Where token `index` of an append that begins now goes. They follow one by one, unless they are
+  // the tokens of a draft tree.
+  virtual int64_t position_of(int64_t index) const { return next_position() + index; }
 
   // tokens: ids of the rows about to be appended, at least one. FAILED_PRECONDITION while another
   // append is open.

@@ -256,6 +256,7 @@ struct HostCounters {
   uint64_t rows_removed = 0;   // by edits
   uint64_t rows_moved = 0;     // by edits: rows that got another position
   uint64_t rows_compacted = 0;
+  uint64_t pages_reclaimed = 0;  // references to pages behind a window that sequences gave up
 };
 
 // What the router wants to know about this host now.

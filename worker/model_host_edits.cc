@@ -70,6 +70,7 @@ absl::StatusOr<EditResult> ModelHostImpl::EditLocked(const Tenant& tenant,
                             sequence.pending->num_tokens, " tokens")),
                         error_reason::kPendingWrite, {{"sequence", sequence.id.ToString()}});
     }
+    rows.DropMasked(traits_);  // its references are not taken yet
     changes.push_back({&sequence, std::move(rows)});
     changed.push_back(&sequence);
   }
@@ -139,7 +140,8 @@ absl::StatusOr<EditResult> ModelHostImpl::Clear(const Tenant& tenant, const Sequ
     for (PageId id : pages) {
       Page& page = pages_.Get(id);
       if (result.ok() && page.refs() == 1) {
-        if (pages_.UnrefAndScrub(page)) ++scrubbed;
+        pages_.UnrefAndScrub(page);  // one that is being spilled goes when that has ended
+        ++scrubbed;
       } else {
         pages_.Unref(page);
       }

@@ -58,10 +58,10 @@ absl::StatusOr<std::unique_ptr<ModelHost>> ModelHost::Create(Options options,
   PT_RETURN_IF_ERROR(options.Validate());
   const PageGeometry& geometry = model->geometry();
   for (uint32_t g = 0; g < geometry.num_groups(); ++g) {
-    if (geometry.group(g).spec().kind != LayerGroupSpec::Kind::kFull) {
+    if (!geometry.group(g).has_rows()) {
       return absl::InvalidArgumentError(absl::StrCat(
           "model ", model->spec().name, ": groups[", g,
-          "] is a window, recurrent or opaque group; this worker serves full-attention groups"));
+          "] is a recurrent or opaque group; this worker serves groups of K and V rows"));
     }
   }
   const uint64_t unit = geometry.bytes_per_page_of_tokens();
@@ -224,6 +224,8 @@ SequenceInfo ModelHostImpl::InfoOf(const Sequence& sequence) const {
 
 uint64_t ModelHostImpl::Truncate(Sequence& sequence, uint64_t length) {
   uint64_t freed = 0;
+  // Without the rows that a window needs at that length nothing of it can go on.
+  if (sequence.LackedAt(traits_, length)) length = 0;
   for (PageId id : static_cast<SequenceRows&>(sequence).Truncate(length, page_tokens())) {
     if (pages_.Unref(pages_.Get(id))) ++freed;
   }
@@ -272,10 +274,10 @@ uint64_t ModelHostImpl::ValidLength(const Sequence& sequence) const {
 }
 
 absl::Status ModelHostImpl::CutIfLost(Sequence& sequence) {
-  const uint64_t valid = ValidLength(sequence);
-  if (valid == sequence.length()) return absl::OkStatus();
+  if (ValidLength(sequence) == sequence.length()) return absl::OkStatus();
   const uint64_t before = sequence.length();
-  Truncate(sequence, valid);
+  Truncate(sequence, ValidLength(sequence));
+  const uint64_t valid = sequence.length();
   ++counters_.prefixes_lost;
   sequence.shortened_because = absl::StrCat(
       "a page failed its checksum or left the store: ", before, " tokens became ", valid);

@@ -193,10 +193,26 @@ class ModelHostImpl final : public ModelHost {
   // The leading run of known pages of a prompt and the partial page behind it.
   struct Match {
     PrefixReuse reuse;
-    std::vector<std::vector<PageId>> pages;  // [page][group]
-    std::vector<PageId> partial;             // [group]; empty: none
-    bool is_partial_tail = false;            // of another sequence: copied now or never
+    uint64_t num_pages = 0;                                 // full pages of tokens
+    std::vector<std::vector<std::optional<PageId>>> pages;  // [page][group]; none: behind a window
+    std::vector<PageId> partial;                            // [group]; empty: none
+    bool is_partial_tail = false;  // of another sequence: copied now or never
   };
+  // The longest prefix, in pages of tokens up to `max_pages`, of which every group knows what the
+  // next token can attend to; and the group that made it shorter than the full-attention groups do.
+  struct UsablePages {
+    uint64_t num_pages = 0;
+    std::optional<uint32_t> limiting_group;
+  };
+  UsablePages FindUsablePages(const std::vector<PrefixKey>& keys, uint64_t max_pages)
+      ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
+  // The first page of tokens that a group needs if `num_pages` are used.
+  uint64_t FirstNeededPage(uint32_t group, uint64_t num_pages) const {
+    return static_cast<uint64_t>(
+               traits_[group].FirstVisible(static_cast<int64_t>(num_pages * page_tokens()))) /
+           page_tokens();
+  }
+  bool IsKnown(uint32_t group, const PrefixKey& key) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
 
   const GroupGeometry& Geometry(uint32_t group) const { return model_->geometry().group(group); }
   uint32_t num_groups() const { return model_->geometry().num_groups(); }

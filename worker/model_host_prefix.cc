@@ -41,6 +41,39 @@ bool HasInputIn(std::span<const PositionedInput> inputs, uint64_t begin, uint64_
 
 }  // namespace
 
+bool ModelHostImpl::IsKnown(uint32_t group, const PrefixKey& key) {
+  const Page* page = pages_.FindKeyed(group, key);
+  return page != nullptr && page->state() != PageState::kQuarantined;
+}
+
+ModelHostImpl::UsablePages ModelHostImpl::FindUsablePages(const std::vector<PrefixKey>& keys,
+                                                          uint64_t max_pages) {
+  UsablePages usable;
+  // Full-attention groups need all pages in front.
+  uint64_t longest = max_pages;
+  for (uint32_t g = 0; g < num_groups(); ++g) {
+    if (traits_[g].window != LayerGroupSpec::WindowType::kNone) continue;
+    uint64_t p = 0;
+    while (p < longest && IsKnown(g, keys[p])) ++p;
+    longest = p;
+  }
+  // A window group needs the last of them. A page that it lacks is needed for every length from
+  // there to here: the next that may do ends in front of it.
+  usable.num_pages = longest;
+  for (uint32_t g = 0; g < num_groups();) {
+    uint64_t p = FirstNeededPage(g, usable.num_pages);
+    while (p < usable.num_pages && IsKnown(g, keys[p])) ++p;
+    if (p == usable.num_pages) {
+      ++g;
+      continue;
+    }
+    usable.num_pages = p;
+    usable.limiting_group = g;
+    g = 0;  // at another length the groups in front may lack a page too
+  }
+  return usable;
+}
+
 absl::StatusOr<ModelHostImpl::Match> ModelHostImpl::MatchPrompt(
     const Tenant& tenant, const PrefixKey& root, std::span<const uint32_t> tokens,
     std::span<const PositionedInput> inputs, const std::vector<PrefixKey>& keys,
@@ -52,17 +85,12 @@ absl::StatusOr<ModelHostImpl::Match> ModelHostImpl::MatchPrompt(
 
   // The store is asked once, for all pages from the first that is not known here.
   ReuseLimit cause = ReuseLimit::kNeverStored;
-  const auto first_unknown = [&]() -> uint64_t {
-    mu_.AssertHeld();
-    for (uint64_t p = 0; p < max_pages; ++p) {
-      for (uint32_t g = 0; g < num_groups(); ++g) {
-        const Page* page = pages_.FindKeyed(g, keys[p]);
-        if (page == nullptr || page->state() == PageState::kQuarantined) return p;
-      }
+  uint64_t unknown = max_pages;
+  for (uint64_t p = 0; p < unknown; ++p) {
+    for (uint32_t g = 0; g < num_groups(); ++g) {
+      if (!IsKnown(g, keys[p])) unknown = p;
     }
-    return max_pages;
-  };
-  const uint64_t unknown = first_unknown();
+  }
   if (unknown < max_pages && store_ != nullptr && !options.skip_store) {
     std::vector<PageKey> asked;
     for (uint64_t p = unknown; p < max_pages; ++p) {
@@ -79,20 +107,26 @@ absl::StatusOr<ModelHostImpl::Match> ModelHostImpl::MatchPrompt(
       last_store_error_ = found.status();
       cause = ReuseLimit::kStoreUnavailable;
     } else {
+      // Full-attention groups end the run; a window group may know the pages behind a gap.
       bool is_run = true;
       for (uint64_t p = unknown; p < max_pages && is_run; ++p) {
-        for (uint32_t g = 0; g < num_groups() && is_run; ++g) {
-          const LookupResult& result = (*found)[(p - unknown) * num_groups() + g];
-          if (!result.present || result.body_bytes != Geometry(g).page_bytes()) {
-            if (result.quarantined) cause = ReuseLimit::kQuarantined;
-            is_run = false;
+        const std::span<const LookupResult> page_results(&(*found)[(p - unknown) * num_groups()],
+                                                         num_groups());
+        for (uint32_t g = 0; g < num_groups(); ++g) {
+          const LookupResult& result = page_results[g];
+          if (result.present && result.body_bytes == Geometry(g).page_bytes()) continue;
+          if (traits_[g].window != LayerGroupSpec::WindowType::kNone || IsKnown(g, keys[p])) {
+            continue;
           }
+          if (result.quarantined) cause = ReuseLimit::kQuarantined;
+          is_run = false;
         }
         if (!is_run) break;
         auto page_tokens_copy = std::make_shared<const std::vector<uint32_t>>(
             tokens.begin() + p * page_size, tokens.begin() + (p + 1) * page_size);
         for (uint32_t g = 0; g < num_groups(); ++g) {
-          const LookupResult& result = (*found)[(p - unknown) * num_groups() + g];
+          const LookupResult& result = page_results[g];
+          if (!result.present || result.body_bytes != Geometry(g).page_bytes()) continue;
           const Page* parent = p == 0 ? nullptr : pages_.FindKeyed(g, keys[p - 1]);
           pages_.AdoptStored(g, tenant.name, page_size, static_cast<uint32_t>(p),
                              parent ? std::optional(parent->id()) : std::nullopt, keys[p],
@@ -107,51 +141,65 @@ absl::StatusOr<ModelHostImpl::Match> ModelHostImpl::MatchPrompt(
   Match match;
   PrefixReuse& reuse = match.reuse;
   reuse.prompt_tokens = tokens.size();
+  UsablePages usable = FindUsablePages(keys, max_pages);
+  const auto is_stored_only = [&](uint64_t p, uint64_t num_pages) {
+    for (uint32_t g = 0; g < num_groups(); ++g) {
+      if (p < FirstNeededPage(g, num_pages)) continue;
+      mu_.AssertHeld();
+      if (pages_.FindKeyed(g, keys[p])->state() == PageState::kStored) return true;
+    }
+    return false;
+  };
+  // Never slower than recomputing: one decision for all pages that must come from the store.
   uint64_t store_bytes = 0;
   uint64_t store_pages = 0;
-  const uint64_t known = first_unknown();
-  for (uint64_t p = 0; p < known; ++p) {
-    std::vector<PageId> ids;
-    bool is_stored_only = false;
+  uint64_t first_stored = usable.num_pages;
+  for (uint64_t p = usable.num_pages; p-- > 0;) {
+    if (!is_stored_only(p, usable.num_pages)) continue;
+    ++store_pages;
+    first_stored = p;
     for (uint32_t g = 0; g < num_groups(); ++g) {
-      const Page& page = *pages_.FindKeyed(g, keys[p]);
-      ids.push_back(page.id());
-      if (page.state() == PageState::kStored) {
-        is_stored_only = true;
+      if (p < FirstNeededPage(g, usable.num_pages)) continue;
+      if (pages_.FindKeyed(g, keys[p])->state() == PageState::kStored) {
         store_bytes += Geometry(g).page_bytes();
       }
     }
-    if (is_stored_only) ++store_pages;
-    match.pages.push_back(std::move(ids));
   }
-  // Never slower than recomputing: one decision for all pages that must come from the store.
   if (store_pages > 0) {
     const RestoreEstimate estimate =
         EstimateRestore(store_bytes, store_meter_.per_second(), store_pages * page_size,
                         prefill_meter_.per_second());
     if (!estimate.worth_it) {
-      const auto first_stored =
-          std::find_if(match.pages.begin(), match.pages.end(), [this](const auto& ids) {
-            mu_.AssertHeld();
-            return std::any_of(ids.begin(), ids.end(), [this](PageId id) {
-              mu_.AssertHeld();
-              return pages_.Get(id).state() == PageState::kStored;
-            });
-          });
-      match.pages.erase(first_stored, match.pages.end());
+      // At a shorter length a window group may need other pages, which only the store has as well.
+      while (first_stored < usable.num_pages) {
+        usable = FindUsablePages(keys, first_stored);
+        first_stored = 0;
+        while (first_stored < usable.num_pages && !is_stored_only(first_stored, usable.num_pages)) {
+          ++first_stored;
+        }
+      }
       cause = ReuseLimit::kSlowerThanCompute;
     }
   }
-  for (const std::vector<PageId>& ids : match.pages) {
-    const bool is_stored_only = std::any_of(ids.begin(), ids.end(), [this](PageId id) {
-      mu_.AssertHeld();
-      return !pages_.Get(id).is_readable();
-    });
-    (is_stored_only ? reuse.store_tokens : reuse.device_tokens) += page_size;
+  match.num_pages = usable.num_pages;
+  for (uint64_t p = 0; p < usable.num_pages; ++p) {
+    std::vector<std::optional<PageId>>& ids = match.pages.emplace_back(num_groups());
+    bool is_readable = true;
+    for (uint32_t g = 0; g < num_groups(); ++g) {
+      if (p < FirstNeededPage(g, usable.num_pages)) continue;
+      const Page& page = *pages_.FindKeyed(g, keys[p]);
+      ids[g] = page.id();
+      is_readable = is_readable && page.is_readable();
+    }
+    (is_readable ? reuse.device_tokens : reuse.store_tokens) += page_size;
   }
-  reuse.shared_pages = match.pages.size();
+  reuse.shared_pages = usable.num_pages;
   reuse.reused_tokens = reuse.shared_pages * page_size;
   reuse.limit = cause;
+  if (usable.limiting_group && cause == ReuseLimit::kNeverStored) {
+    reuse.limit = ReuseLimit::kGroup;
+    reuse.limiting_group = *usable.limiting_group;
+  }
 
   // Rows of one more page that begins alike.
   const uint64_t at = reuse.reused_tokens;
@@ -251,9 +299,10 @@ absl::StatusOr<OpenResult> ModelHostImpl::Open(const Tenant& tenant,
                           MatchPrompt(tenant, sequence->root, tokens, inputs, keys, options));
     }
     PrefixReuse& reuse = match.reuse;
-    for (uint64_t p = 0; p < match.pages.size(); ++p) {
+    for (uint64_t p = 0; p < match.num_pages; ++p) {
       for (uint32_t g = 0; g < num_groups(); ++g) {
-        Page& page = pages_.Get(match.pages[p][g]);
+        if (!match.pages[p][g]) continue;
+        Page& page = pages_.Get(*match.pages[p][g]);
         pages_.Ref(page);
         pages_.Touch(page);
         sequence->tables[g].Append({.page = page.id(),
@@ -262,7 +311,7 @@ absl::StatusOr<OpenResult> ModelHostImpl::Open(const Tenant& tenant,
                                     .first_row = p * page_tokens()});
       }
     }
-    const uint64_t base = match.pages.size() * page_tokens();
+    const uint64_t base = match.num_pages * page_tokens();
     if (!match.partial.empty() && !match.is_partial_tail) {
       // Leading rows of a full page: referenced now, copied when the first row behind them is
       // written.
@@ -300,7 +349,7 @@ absl::StatusOr<OpenResult> ModelHostImpl::Open(const Tenant& tenant,
         if (is_copied) {
           const PageTable& table = sequence->tables[g];
           Page& copy = pages_.CreateTail(
-              g, tenant.name, grants[g].frame, static_cast<uint32_t>(match.pages.size()),
+              g, tenant.name, grants[g].frame, static_cast<uint32_t>(match.num_pages),
               table.empty() ? std::nullopt : std::optional(table.back().page));
           copy.SetRows(static_cast<uint32_t>(reuse.partial_rows));
           sequence->tables[g].Append({.page = copy.id(),

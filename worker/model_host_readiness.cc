@@ -102,7 +102,7 @@ absl::Status ModelHostImpl::WatchLocked(const Tenant& tenant, SequenceId id, Mon
       Truncate(*sequence, resident);
       ++counters_.prefixes_lost;
       sequence->shortened_because =
-          absl::StrCat("the store did not answer: ", before, " tokens became ", resident);
+          absl::StrCat("the store did not answer: ", before, " tokens became ", sequence->length());
       continue;
     } else if (absl::IsInvalidArgument(status)) {
       // Larger than the pool: it can never be resident as a whole.

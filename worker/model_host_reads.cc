@@ -92,6 +92,9 @@ absl::StatusOr<std::shared_ptr<const ModelHost::PinnedRows>> ModelHostImpl::PinR
       return absl::InvalidArgumentError(absl::StrCat(
           "rows [", begin, ", ", last, ") are not within the ", sequence->length(), " committed"));
     }
+    if (const uint64_t gap = sequence->tables[group].FirstGap(begin, last); gap < last) {
+      return RowsReclaimed(absl::StrCat("read rows [", begin, ", ", last, ")"), {group, gap});
+    }
     std::vector<Extent> extents = sequence->tables[group].Cover(begin, last);
     Need need = NeedOf(extents);
     Acquired got;
@@ -156,15 +159,25 @@ absl::StatusOr<AttendOutput> ModelHostImpl::Attend(const Tenant& tenant, const A
                          extent.first_slot, extent.count, static_cast<uint64_t>(run.first_position),
                          extent.shift});
     };
-    // Keys behind the last query are masked: they are not even read.
+    // Keys behind the last query, and those that no query's window reaches, are not even read.
     const auto rows_seen = [&]() { return sequence->RowAt(static_cast<int64_t>(last)); };
+    const auto first_seen = [&]() {
+      return sequence->MaskedRows(traits_[query.group], static_cast<int64_t>(query.first_position));
+    };
+    const auto check_held = [&](uint64_t end) -> absl::Status {
+      const uint64_t gap = sequence->tables[query.group].FirstGap(first_seen(), end);
+      if (first_seen() >= end || gap == end) return absl::OkStatus();
+      return RowsReclaimed(absl::StrCat("attend from position ", query.first_position),
+                           {query.group, gap});
+    };
     if (query.pending_id == 0) {
       if (last > static_cast<uint64_t>(sequence->end_position())) {
         return absl::InvalidArgumentError(absl::StrCat(
             "attend: queries [", query.first_position, ", ", last,
             ") are not within the committed positions, which end at ", sequence->end_position()));
       }
-      Need need = NeedOf(sequence->tables[query.group].Cover(0, rows_seen()));
+      PT_RETURN_IF_ERROR(check_held(rows_seen()));
+      Need need = NeedOf(sequence->tables[query.group].Cover(first_seen(), rows_seen()));
       Acquired got;
       const absl::Status status = Acquire(tenant.name, need, deadline, &got);
       if (!status.ok()) {
@@ -173,7 +186,7 @@ absl::StatusOr<AttendOutput> ModelHostImpl::Attend(const Tenant& tenant, const A
         }
         return status;
       }
-      for (const PositionedRun& run : sequence->Runs(query.group, 0, rows_seen())) {
+      for (const PositionedRun& run : sequence->Runs(query.group, first_seen(), rows_seen())) {
         // An edit may have come while this call waited for frames. (NeedOf sorts.)
         if (!std::binary_search(got.pinned.begin(), got.pinned.end(), run.extent.page)) {
           ReleaseAcquired(got);
@@ -219,8 +232,10 @@ absl::StatusOr<AttendOutput> ModelHostImpl::Attend(const Tenant& tenant, const A
           absl::StrCat("attend: first_position = ", query.first_position, " is in front of the ",
                        "draft tree, which begins at ", first_pending));
     }
-    for (const PositionedRun& run :
-         sequence->Runs(query.group, 0, is_tree ? sequence->num_rows() : rows_seen())) {
+    const uint64_t end_seen = is_tree ? sequence->num_rows() : rows_seen();
+    // Of a draft tree the first query's position is that of the write: the least of all.
+    PT_RETURN_IF_ERROR(check_held(end_seen));
+    for (const PositionedRun& run : sequence->Runs(query.group, first_seen(), end_seen)) {
       pinned.push_back(run.extent.page);
       add(run);
     }
@@ -316,6 +331,9 @@ absl::StatusOr<ForkResult> ModelHostImpl::Fork(const Tenant& tenant, const Seque
       if (length > from->length()) {
         return absl::InvalidArgumentError(
             absl::StrCat("fork: length ", length, " > ", from->length(), " of the source"));
+      }
+      if (const auto lacked = from->LackedAt(traits_, length)) {
+        return RowsReclaimed(absl::StrCat("fork at ", length), *lacked);
       }
       // A tail still being appended to is copied; everything full is shared.
       const auto plan_of = [&]() {

@@ -21,9 +21,11 @@ absl::Status PrefixLost(absl::string_view what) {
   return WithReason(absl::FailedPreconditionError(absl::StrCat("save: ", what)), "PREFIX_LOST");
 }
 
-// Full-attention groups hold every row. Rows of edited sequences may still have to be turned;
+// Every group holds what the next token can attend to, all rows or those in its window, at both
+// lengths. Rows of edited sequences may still have to be turned;
 // canonical ones stand where they were computed.
-absl::Status CheckWholeRows(const SessionState& state, std::span<const GroupTraits> traits) {
+absl::Status CheckWholeRows(const SessionState& state, uint64_t length,
+                            std::span<const GroupTraits> traits) {
   for (size_t g = 0; g < state.groups.size(); ++g) {
     for (const SavedExtent& extent : state.groups[g]) {
       if (extent.shift == 0) continue;
@@ -43,16 +45,34 @@ absl::Status CheckWholeRows(const SessionState& state, std::span<const GroupTrai
                                             state.positions[row], ", in front of the canonical ",
                                             "length ", state.canonical_length));
   }
+  // Laid out as a sequence of pages that are all the same, to ask what it lacks.
+  SequenceRows rows;
+  rows.tokens = state.tokens;
+  rows.positions = state.positions;
+  rows.tables.resize(state.groups.size());
   for (size_t g = 0; g < state.groups.size(); ++g) {
-    uint64_t rows = 0;
     for (const SavedExtent& extent : state.groups[g]) {
-      if (extent.first_row != rows) break;
-      rows = extent.end_row();
+      if (extent.count == 0 || extent.first_row < rows.tables[g].num_rows()) {
+        return absl::DataLossError(absl::StrCat("load: layer group ", g, " has ", extent.count,
+                                                " rows from row ", extent.first_row,
+                                                " on, out of order"));
+      }
+      rows.tables[g].Append({.page = PageId(1),
+                             .first_slot = extent.first_slot,
+                             .count = extent.count,
+                             .first_row = extent.first_row});
     }
-    if (rows != state.length()) {
-      return absl::DataLossError(
-          absl::StrCat("load: layer group ", g, " lacks row ", rows, " of ", state.length()));
+    if (!rows.tables[g].empty() && rows.tables[g].num_rows() != state.length()) {
+      return absl::DataLossError(absl::StrCat("load: layer group ", g, " ends at row ",
+                                              rows.tables[g].num_rows(), " of ", state.length()));
     }
+  }
+  if (const auto lacked = rows.LackedAt(traits, state.length())) {
+    return absl::DataLossError(absl::StrCat("load: layer group ", lacked->group, " lacks row ",
+                                            lacked->row, " of ", state.length()));
+  }
+  if (const auto lacked = rows.LackedAt(traits, length)) {
+    return RowsReclaimed(absl::StrCat("load the first ", length, " rows"), *lacked);
   }
   return absl::OkStatus();
 }
@@ -391,6 +411,9 @@ absl::StatusOr<std::unique_ptr<StateSnapshot>> ModelHostImpl::Snapshot(
     return absl::InvalidArgumentError(absl::StrCat(
         "save: keep_tokens = ", rows, " is above the sequence's length ", sequence->length()));
   }
+  if (const auto lacked = sequence->LackedAt(traits_, rows)) {
+    return RowsReclaimed(absl::StrCat("save the first ", rows, " rows"), *lacked);
+  }
   auto snapshot = std::make_unique<SnapshotImpl>(this, tenant);
   snapshot->Take(*sequence, rows);
   return snapshot;
@@ -467,7 +490,7 @@ absl::StatusOr<uint64_t> ModelHostImpl::CheckSaved(const SessionState& state,
     return absl::DataLossError(absl::StrCat("load: the saved state has ", state.groups.size(),
                                             " layer groups, the model ", num_groups()));
   }
-  PT_RETURN_IF_ERROR(CheckWholeRows(state, traits_));
+  PT_RETURN_IF_ERROR(CheckWholeRows(state, length, traits_));
   PT_RETURN_IF_ERROR(ValidateTokens(state.tokens, state.inputs, 0));
   return length;
 }

@@ -724,6 +724,10 @@ absl::StatusOr<CommitResult> ModelHostImpl::CommitRows(const Tenant& tenant,
     sequence->AppendTokens(added, at_positions);
     sequence->inputs = std::move(all_inputs);
     sequence->keys = std::move(keys);
+    for (PageId id : sequence->DropMasked(traits_)) {
+      pages_.Unref(pages_.Get(id));
+      ++counters_.pages_reclaimed;
+    }
     SyncTails(*sequence, sequence->root, page_tokens(), pages_);
     sequence->was_appended = true;
     ++sequence->revision;

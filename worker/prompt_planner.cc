@@ -90,10 +90,19 @@ absl::StatusOr<PromptPlan> PromptPlanner::Plan(const Tenant& tenant, ModelHost* 
     const Usable usable = UsableOf(session->state, prompt);
     candidate.usable_tokens = usable.tokens;
     candidate.why_not_more = usable.why;
+    absl::StatusOr<PrefixReuse> saved = plan.reuse;
+    if (usable.tokens > plan.reuse.reused_tokens) {
+      saved = host->LookupSaved(tenant, session->state, pages, usable.tokens);
+      if (GetReason(saved.status()) == error_reason::kRowsReclaimed) {
+        candidate.usable_tokens = 0;
+        candidate.why_not_more = std::string(saved.status().message());
+      } else {
+        PT_RETURN_IF_ERROR(saved.status());
+      }
+    }
     plan.candidates.push_back(std::move(candidate));
-    if (usable.tokens <= plan.reuse.reused_tokens) continue;
-    PT_ASSIGN_OR_RETURN(plan.reuse,
-                        host->LookupSaved(tenant, session->state, pages, usable.tokens));
+    if (!saved.ok() || usable.tokens <= plan.reuse.reused_tokens) continue;
+    plan.reuse = *std::move(saved);
     Describe(prompt, name, usable, &plan.reuse);
     plan.session = name;
     plan.session_version = session->version;
@@ -114,10 +123,13 @@ absl::StatusOr<OpenResult> PromptPlanner::Open(const Tenant& tenant, ModelHost* 
     if (session.ok() && session->version == session_version &&
         session->state.model_digest == host->model().digest()) {
       const Usable usable = UsableOf(session->state, prompt);
-      PT_ASSIGN_OR_RETURN(OpenResult result,
-                          host->OpenSaved(tenant, session->state, pages, usable.tokens));
-      Describe(prompt, session_name, usable, &result.reuse);
-      return result;
+      absl::StatusOr<OpenResult> result =
+          host->OpenSaved(tenant, session->state, pages, usable.tokens);
+      // A window gave up what that prefix would need: the plan did not count on it.
+      if (GetReason(result.status()) != error_reason::kRowsReclaimed) {
+        if (result.ok()) Describe(prompt, session_name, usable, &result->reuse);
+        return result;
+      }
     }
   }
   return host->Open(tenant, prompt.tokens, prompt.inputs, prompt.options);

@@ -52,6 +52,8 @@ constexpr CounterName kCounters[] = {
      "Rows that edits gave another position"},
     {&HostCounters::rows_compacted, "pagetide_worker_rows_compacted_total",
      "Rows that compaction moved to other pages"},
+    {&HostCounters::pages_reclaimed, "pagetide_worker_pages_reclaimed_total",
+     "References to pages behind a window that sequences gave up"},
 };
 
 }  // namespace

@@ -10,11 +10,13 @@
 #include <string>
 #include <vector>
 
+#include "base/status_macros.h"
 #include "clients/cpp/client.h"
 #include "decoder/decoder.h"
 #include "decoder/pagetide_kv_backend.h"
 #include "kernels/paged_attention.h"
 #include "kvstore/memory_page_store.h"
+#include "rpc/status_mapping.h"
 #include "services/worker_role.h"
 #include "tests/support/process.h"
 #include "tests/support/worker_client.h"
@@ -150,6 +152,93 @@ class EditedKvBackend final : public KvBackend {
   size_t committed_ = 0;
 };
 
+// A draft tree in a PageTide sequence: one reservation, of which a path is accepted afterwards.
+class DraftTreeBackend final : public KvBackend {
+ public:
+  DraftTreeBackend(const DecoderConfig& config, Sequence* sequence)
+      : config_(config), sequence_(sequence) {}
+
+  // Of the tokens of the next append: the index of the one before, -1 for the last committed one.
+  void SetParents(std::vector<int32_t> parents) { parents_ = std::move(parents); }
+
+  int64_t length() const override { return static_cast<int64_t>(sequence_->length()); }
+  int64_t next_position() const override { return static_cast<int64_t>(sequence_->end_position()); }
+  int64_t position_of(int64_t index) const override {
+    int64_t depth = 0;
+    for (int32_t at = parents_[index]; at >= 0; at = parents_[at]) ++depth;
+    return next_position() + depth;
+  }
+  absl::Status BeginAppend(std::span<const uint32_t> tokens) override {
+    testing::TestContext context;
+    v1::ReserveSlotsRequest request;
+    auto* item = request.add_items();
+    *item->mutable_sequence() = Ref();
+    item->set_num_tokens(static_cast<uint32_t>(tokens.size()));
+    item->mutable_parents()->Add(parents_.begin(), parents_.end());
+    request.set_pin_prefix(true);
+    v1::ReserveSlotsResponse response;
+    PT_RETURN_IF_ERROR(FromGrpcStatus(
+        sequence_->worker().sequences()->ReserveSlots(&context, request, &response)));
+    slot_ = response.slots(0);
+    return absl::OkStatus();
+  }
+  absl::Status AppendRows(int, std::span<const std::byte> k,
+                          std::span<const std::byte> v) override {
+    k_.assign(reinterpret_cast<const char*>(k.data()), k.size());
+    v_.assign(reinterpret_cast<const char*>(v.data()), v.size());
+    return absl::OkStatus();
+  }
+  absl::Status Attend(int layer, std::span<const float> queries, std::span<float> out) override {
+    testing::TestContext context;
+    v1::AttendRequest request;
+    request.set_sequence_id(sequence_->id());
+    request.set_epoch(sequence_->state().epoch());
+    request.set_reservation_id(slot_.reservation_id());
+    request.set_layer(static_cast<uint32_t>(layer));
+    request.set_num_queries(slot_.num_tokens());
+    request.set_query_heads(static_cast<uint32_t>(config_.num_q_heads));
+    request.set_first_position(slot_.first_position());
+    request.set_queries(queries.data(), queries.size_bytes());
+    request.set_k_rows(k_);
+    request.set_v_rows(v_);
+    v1::AttendResponse response;
+    PT_RETURN_IF_ERROR(
+        FromGrpcStatus(sequence_->worker().sequences()->Attend(&context, request, &response)));
+    if (response.outputs().size() != out.size_bytes()) return absl::InternalError("short answer");
+    std::memcpy(out.data(), response.outputs().data(), out.size_bytes());
+    return absl::OkStatus();
+  }
+  absl::Status Commit() override { return absl::OkStatus(); }  // Accept does
+  void Abort() override {}
+
+  absl::Status Accept(const std::vector<uint32_t>& indices, const std::vector<uint32_t>& tokens) {
+    testing::TestContext context;
+    v1::AcceptRequest request;
+    *request.mutable_item()->mutable_sequence() = Ref();
+    request.mutable_item()->set_reservation_id(slot_.reservation_id());
+    request.mutable_item()->mutable_indices()->Add(indices.begin(), indices.end());
+    request.mutable_item()->mutable_tokens()->Add(tokens.begin(), tokens.end());
+    v1::AcceptResponse response;
+    PT_RETURN_IF_ERROR(
+        FromGrpcStatus(sequence_->worker().sequences()->Accept(&context, request, &response)));
+    return sequence_->Refresh();
+  }
+
+ private:
+  v1::SequenceRef Ref() const {
+    v1::SequenceRef ref;
+    ref.set_sequence_id(sequence_->id());
+    ref.set_epoch(sequence_->state().epoch());
+    return ref;
+  }
+
+  const DecoderConfig config_;
+  Sequence* const sequence_;
+  std::vector<int32_t> parents_;
+  v1::ReserveSlotsResponse::Slot slot_;
+  std::string k_, v_;  // of the layer at hand
+};
+
 class AlgebraLogitsTest : public ::testing::TestWithParam<kernels::KvType> {
  protected:
   void Start(uint32_t page_tokens, uint64_t frames) {
@@ -270,6 +359,77 @@ TEST_P(AlgebraLogitsTest, EndlessGenerationStaysInThePool) {
   std::printf("%ld tokens, %d shifts, at most %lu pages; worst difference by shifts:%s\n",
               static_cast<long>(generated), shifts, static_cast<unsigned long>(most_pages),
               drift.c_str());
+}
+
+// Greedy decoding with a draft that guesses two tokens each, right about every other time, as a
+// tree of seven: the accepted tokens and their logits are those of decoding one by one, bit for
+// bit.
+TEST_P(AlgebraLogitsTest, SpeculativeDecodingWithADraftTreeDecodesWhatPlainDecodingDoes) {
+  Start(16, 64);
+  constexpr size_t kGenerated = 120;
+  const std::vector<uint32_t> prompt = Text(50);
+  // Plain decoding: the logits behind the prompt and behind each token.
+  std::vector<std::vector<float>> expected;
+  std::vector<uint32_t> reference;
+  auto logits = decoder_->Forward(prompt, *plain_);
+  ASSERT_TRUE(logits.ok()) << logits.status();
+  while (reference.size() < kGenerated + 8) {
+    reference.push_back(Decoder::Greedy(*logits));
+    logits = decoder_->Forward({&reference.back(), 1}, *plain_);
+    ASSERT_TRUE(logits.ok()) << logits.status();
+    expected.push_back(*logits);
+  }
+  ASSERT_TRUE(decoder_->Forward(prompt, *paged_).ok());
+
+  // 0 is known; 1 and 2 follow it; 3 and 4 follow 1, 5 and 6 follow 2.
+  const std::vector<int32_t> parents = {-1, 0, 0, 1, 1, 2, 2};
+  DraftTreeBackend tree(config_, sequence_.get());
+  tree.SetParents(parents);
+  uint32_t random = 1;
+  const auto guess = [&](uint32_t right) {
+    random = random * 1664525 + 1013904223;
+    return (random >> 16) % 2 == 0 ? right : (right + 1 + (random >> 20) % 250) % 256;
+  };
+  size_t done = 0, passes = 0, not_prefixes = 0;
+  while (done < kGenerated) {
+    std::vector<uint32_t> draft(7);
+    draft[0] = reference[done];
+    for (int i = 1; i < 7; ++i) draft[i] = guess(reference[done + (i < 3 ? 1 : 2)]);
+    auto all = decoder_->Forward(draft, tree, Decoder::LogitsOf::kAllTokens);
+    ASSERT_TRUE(all.ok()) << all.status();
+    ++passes;
+    const auto logits_of = [&](uint32_t i) {
+      return std::span(*all).subspan(i * DecoderConfig::kVocabularySize,
+                                     DecoderConfig::kVocabularySize);
+    };
+    // The path along which the draft guessed what the model says.
+    std::vector<uint32_t> path = {0};
+    for (bool goes_on = true; goes_on;) {
+      goes_on = false;
+      const uint32_t next = Decoder::Greedy(logits_of(path.back()));
+      for (uint32_t i = path.back() + 1; i < draft.size() && !goes_on; ++i) {
+        if (parents[i] != static_cast<int32_t>(path.back()) || draft[i] != next) continue;
+        path.push_back(i);
+        goes_on = true;
+      }
+    }
+    std::vector<uint32_t> tokens;
+    for (uint32_t i : path) {
+      ASSERT_EQ(draft[i], reference[done]) << "token " << done;
+      ASSERT_TRUE(std::ranges::equal(logits_of(i), expected[done])) << "token " << done;
+      tokens.push_back(draft[i]);
+      ++done;
+    }
+    if (path.back() + 1 != path.size()) ++not_prefixes;
+    const absl::Status accepted = tree.Accept(path, tokens);
+    ASSERT_TRUE(accepted.ok()) << accepted;
+    ASSERT_EQ(sequence_->length(), prompt.size() + done);
+    ASSERT_EQ(sequence_->state().canonical_length(), prompt.size() + done);
+  }
+  EXPECT_GT(not_prefixes, 5u);
+  EXPECT_LT(passes * 4, done * 3);
+  std::printf("%zu tokens in %zu passes, %zu paths that are no prefix of the tree\n", done, passes,
+              not_prefixes);
 }
 
 INSTANTIATE_TEST_SUITE_P(Types, AlgebraLogitsTest,

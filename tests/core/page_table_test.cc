@@ -36,6 +36,24 @@ TEST(PageTableTest, StartsEmpty) {
   EXPECT_THAT(table.Cover(0, 10), IsEmpty());
 }
 
+TEST(PageTableTest, GivesUpExtentsInFrontButNeverTheLast) {
+  PageTable table = SixHundredRows();
+  EXPECT_EQ(table.FirstGap(0, 600), 600u);
+  EXPECT_THAT(table.DropFront(255), IsEmpty());
+  EXPECT_THAT(table.DropFront(300), ElementsAre(PageId(1)));
+  EXPECT_EQ(table.num_rows(), 600u);
+  EXPECT_EQ(table.FirstGap(0, 600), 0u);
+  EXPECT_EQ(table.FirstGap(256, 600), 600u);
+  EXPECT_EQ(table.FirstGap(256, 900), 600u);
+  EXPECT_EQ(table.FirstGap(7, 7), 7u);
+  EXPECT_THAT(table.Cover(0, 300), ElementsAre(E(2, 0, 44, 256)));
+  EXPECT_THAT(table.DropFront(10000), ElementsAre(PageId(2)));
+  table.Append(E(4, 0, 5, 700));  // a gap
+  EXPECT_EQ(table.FirstGap(512, 705), 600u);
+  EXPECT_EQ(table.FirstGap(650, 705), 650u);
+  EXPECT_EQ(table.FirstGap(700, 705), 705u);
+}
+
 TEST(PageTableTest, TheLastExtentGrows) {
   PageTable table = SixHundredRows();
   table.mutable_back().count += 12;

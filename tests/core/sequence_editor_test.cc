@@ -494,5 +494,79 @@ TEST(SequenceEditorTest, WhatPartsOfAGroupMayBeCutAndShiftedFollowsFromItsGeomet
   EXPECT_EQ(TraitsOf(group), (GroupTraits{false, false, false}));
 }
 
+bool IsMasked(const GroupTraits& traits, int64_t key, int64_t query) {
+  const int64_t w = traits.window_tokens;
+  switch (traits.window) {
+    case LayerGroupSpec::WindowType::kNone:
+      return false;
+    case LayerGroupSpec::WindowType::kStandard:
+      return query - key >= w;
+    case LayerGroupSpec::WindowType::kChunked:
+      return key < query / w * w;
+    case LayerGroupSpec::WindowType::kSymmetric:
+      return 2 * std::abs(query - key) > w;
+  }
+  return false;
+}
+
+TEST(SequenceWindowTest, TheFirstVisiblePositionIsWhatTheMasksSay) {
+  using WindowType = LayerGroupSpec::WindowType;
+  for (const WindowType type :
+       {WindowType::kNone, WindowType::kStandard, WindowType::kChunked, WindowType::kSymmetric}) {
+    for (uint32_t w = 1; w < 9; ++w) {
+      const GroupTraits traits{.window = type, .window_tokens = w};
+      for (int64_t next = 0; next < 40; ++next) {
+        int64_t first = 0;  // the first key that some query from `next` on sees
+        const auto is_seen = [&](int64_t key) {
+          for (int64_t query = next; query < next + 3 * w; ++query) {
+            if (!IsMasked(traits, key, query)) return true;
+          }
+          return false;
+        };
+        while (first < next && !is_seen(first)) ++first;
+        EXPECT_EQ(traits.FirstVisible(next), first)
+            << static_cast<int>(type) << " " << w << " " << next;
+      }
+    }
+  }
+}
+
+TEST(SequenceWindowTest, RowsBehindAWindowAreGivenUpAndMissedByWhatNeedsThem) {
+  World world(
+      10, {.page_tokens = 2,
+           .groups = {GroupTraits{}, GroupTraits{.window = LayerGroupSpec::WindowType::kStandard,
+                                                 .window_tokens = 4}}});
+  SequenceRows rows = world.Rows(1);
+  EXPECT_EQ(rows.LackedAt(world.setup().groups, 10), std::nullopt);
+  EXPECT_EQ(rows.DropMasked(world.setup().groups).size(), 3u);  // of 0 to 5; 6 is in the page of 7
+  EXPECT_EQ(rows.ExtentOf(0), (PositionExtent{0, 9, 10, true}));
+  EXPECT_EQ(rows.ExtentOf(1), (PositionExtent{6, 9, 4, true}));
+  EXPECT_EQ(rows.LackedAt(world.setup().groups, 10), std::nullopt);
+  EXPECT_EQ(rows.LackedAt(world.setup().groups, 9), std::nullopt);  // sees 6, 7, 8
+  ASSERT_TRUE(rows.LackedAt(world.setup().groups, 8));
+  EXPECT_EQ(rows.LackedAt(world.setup().groups, 8)->group, 1u);
+  EXPECT_EQ(rows.LackedAt(world.setup().groups, 8)->row, 5u);
+  EXPECT_EQ(rows.LackedAt(world.setup().groups, 0), std::nullopt);
+  struct One : SequenceEditor::Sequences {
+    explicit One(const SequenceRows& r) : rows(r) {}
+    const SequenceRows* Find(uint64_t) const override { return &rows; }
+    void ForEach(absl::FunctionRef<void(uint64_t, const SequenceRows&)> fn) const override {
+      fn(1, rows);
+    }
+    const SequenceRows& rows;
+  } one(rows);
+  const auto edit = [&] {
+    return SequenceEditor({2, world.setup().groups, uint64_t{1} << 20}, &one);
+  };
+  EXPECT_TRUE(edit().Rewind(1, 9).ok());
+  EXPECT_TRUE(edit().Rewind(1, 0).ok());
+  EXPECT_EQ(GetReason(edit().Rewind(1, 8).status()), "ROWS_RECLAIMED");
+  EXPECT_EQ(GetReason(edit().RemoveRange(1, {7, -1}).status()), "ROWS_RECLAIMED");
+  EXPECT_TRUE(edit().RemoveRange(1, {0, 3}).ok());
+  // Moved nearer to the end, rows in front of the gap would be seen again.
+  EXPECT_EQ(GetReason(edit().RemoveRange(1, {6, 8}).status()), "");
+  EXPECT_EQ(GetReason(edit().ShiftWindow(1, {.keep = 4, .discard = 4}).status()), "ROWS_RECLAIMED");
+}
+
 }  // namespace
 }  // namespace pagetide

@@ -150,6 +150,7 @@ absl::StatusOr<v1::AppendTokensResponse> WorkerClient::Append(const v1::Sequence
     const GroupGeometry& group = geometry.group(g);
     for (uint32_t layer = 0; open && layer < group.num_layers(); ++layer) {
       for (RowKind kind : {RowKind::kK, RowKind::kV}) {
+        if (group.row_bytes(kind) == 0) continue;  // a latent has no V
         const size_t rows_a_part = std::max<size_t>(1, kPartBytes / group.row_bytes(kind));
         for (size_t at = state.length(); open && at < end; at += rows_a_part) {
           const size_t stop = std::min(end, at + rows_a_part);
