@@ -182,8 +182,10 @@ class RocksdbPageStore final : public PageStore {
   uint64_t PhysicalBytes() const {
     return segments_->TotalBytes() + index_bytes_.load(std::memory_order_relaxed);
   }
+  uint64_t Slack() const;
   uint64_t HighWater() const;
   uint64_t LowWater() const;
+  void MeasureIndex();
   // `opened`: from when the first period counts.
   void RunUpkeep(MonotonicTime opened);
   void RunScrub(MonotonicTime opened);
@@ -213,7 +215,7 @@ class RocksdbPageStore final : public PageStore {
   // Keys: "p" + page key, "m" + manifest name, "r" + record row, "l" + lease name. Never nested.
   KeyedLock keys_;
   Counters counters_;
-  std::atomic<uint64_t> index_bytes_{0};  // relaxed: refreshed by upkeep
+  std::atomic<uint64_t> index_bytes_{0};  // relaxed: a measurement, from MeasureIndex
   std::atomic<bool> full_{false};         // relaxed: for GetStats
   Mutex reclaim_mu_;                      // one reclaim at a time; held during its I/O
 

@@ -9,14 +9,24 @@
 
 namespace pagetide {
 
-// Reclaim starts above the high water and goes down to the low one, so that puts rarely wait. A put
-// needs a segment's room beside its own (for the survivors of reclaim), hence the second terms.
+// What a put leaves free beside its own room: a segment for the survivors of reclaim, and a part of
+// one for the index, which writes new files before it drops the old ones.
+uint64_t RocksdbPageStore::Slack() const {
+  return segment_bytes_ + segment_bytes_ / 4;
+}
+// Reclaim starts above the high water and goes down to the low one, so that puts rarely wait. Puts
+// need their slack, hence the second terms.
 uint64_t RocksdbPageStore::HighWater() const {
   return std::min(options_.capacity_bytes / 16 * 15,
-                  options_.capacity_bytes - segment_bytes_ - segment_bytes_ / 2);
+                  options_.capacity_bytes - Slack() - segment_bytes_ / 2);
 }
 uint64_t RocksdbPageStore::LowWater() const {
-  return std::min(options_.capacity_bytes / 16 * 14, options_.capacity_bytes - 2 * segment_bytes_);
+  return std::min(options_.capacity_bytes / 16 * 14,
+                  options_.capacity_bytes - Slack() - segment_bytes_);
+}
+
+void RocksdbPageStore::MeasureIndex() {
+  index_bytes_.store(db_->PhysicalBytes(), std::memory_order_relaxed);
 }
 
 absl::Status RocksdbPageStore::CheckDiskRoom(absl::string_view what, uint64_t reserve,
@@ -36,6 +46,7 @@ absl::Status RocksdbPageStore::WaitForRoom(uint64_t bytes, Durability level,
     return absl::OkStatus();
   }
   if (PhysicalBytes() + bytes > HighWater()) {
+    MeasureIndex();  // here a few hundred kilobytes count, and upkeep may be long at work
     // In a store that is full what may be lost is dropped at once; a save waits for its room.
     const bool is_dropped = level == Durability::kCache && full_.load(std::memory_order_relaxed);
     const MonotonicTime give_up =
@@ -44,14 +55,14 @@ absl::Status RocksdbPageStore::WaitForRoom(uint64_t bytes, Durability level,
     MutexLock lock(&upkeep_mu_);
     room_wanted_ = true;
     upkeep_wake_.SignalAll();
-    // Room for the survivors of one segment stays free, or reclaim itself could not go on.
+    // The slack stays free, or reclaim itself could not go on.
     const uint64_t seen = reclaims_done_;
-    while (PhysicalBytes() + bytes + segment_bytes_ > options_.capacity_bytes && !stopping_) {
+    while (PhysicalBytes() + bytes + Slack() > options_.capacity_bytes && !stopping_) {
       const absl::Duration left = give_up - options_.clock->MonotonicNow();
       // Two rounds of reclaim that made no room: everything that is left is protected.
       if (left <= absl::ZeroDuration() || reclaims_done_ >= seen + 2) {
         full_.store(true, std::memory_order_relaxed);
-        const uint64_t used = PhysicalBytes() + segment_bytes_;
+        const uint64_t used = PhysicalBytes() + Slack();
         return StoreFullError("put page: capacity", bytes,
                               options_.capacity_bytes > used ? options_.capacity_bytes - used : 0);
       }
@@ -89,7 +100,7 @@ void RocksdbPageStore::RunUpkeep(MonotonicTime opened) {
       stop = stopping_;
       room_wanted_ = false;
     }
-    index_bytes_.store(db_->PhysicalBytes(), std::memory_order_relaxed);
+    MeasureIndex();
     index_.ApplyExpiries();
     if (full_.load(std::memory_order_relaxed) && HasRoomAgain()) {
       full_.store(false, std::memory_order_relaxed);
@@ -247,6 +258,7 @@ absl::StatusOr<uint64_t> RocksdbPageStore::ReclaimTo(uint64_t target) {
   const uint64_t before = segments_->TotalBytes();
   bool may_evict = true;
   for (;;) {
+    MeasureIndex();
     if (PhysicalBytes() <= target) break;
     uint64_t dead = 0;
     const std::shared_ptr<Segment> segment = segments_->MostDead(&dead);
