@@ -109,6 +109,7 @@ function(pagetide_test name)
   if(NOT ARG_LABELS)
     set(ARG_LABELS unit)
   endif()
+  list(GET ARG_LABELS 0 first_label)
   if(NOT ARG_TIMEOUT)
     set(ARG_TIMEOUT 600)
   endif()
@@ -120,5 +121,15 @@ function(pagetide_test name)
   set_target_properties(${name} PROPERTIES RUNTIME_OUTPUT_DIRECTORY "${CMAKE_BINARY_DIR}/tests")
   # Values of parameters may print as addresses, which differ from run to run: NO_PRETTY_VALUES.
   gtest_discover_tests(${name} TEST_PREFIX "${name}." DISCOVERY_TIMEOUT 300 NO_PRETTY_VALUES
-                       PROPERTIES LABELS "${ARG_LABELS}" TIMEOUT ${ARG_TIMEOUT} RUN_SERIAL ${serial})
+                       PROPERTIES LABELS "${first_label}" TIMEOUT ${ARG_TIMEOUT} RUN_SERIAL ${serial})
+  # A list does not survive the discovery's script: all labels are set again behind it.
+  list(LENGTH ARG_LABELS num_labels)
+  if(num_labels GREATER 1)
+    set(labels_file "${CMAKE_CURRENT_BINARY_DIR}/${name}_labels.cmake")
+    file(WRITE "${labels_file}"
+         "foreach(test IN LISTS ${name}_TESTS)\n"
+         "  set_tests_properties(\"\${test}\" PROPERTIES LABELS \"${ARG_LABELS}\")\n"
+         "endforeach()\n")
+    set_property(DIRECTORY APPEND PROPERTY TEST_INCLUDE_FILES "${labels_file}")
+  endif()
 endfunction()
