@@ -82,6 +82,7 @@ class SaveOracle {
     Session& session = sessions_[name];
     session.acked_version = version;
     session.acked = session.intended;
+    session.acked_before[version] = session.acked;
     ++findings_.acked;
   }
   void CountStale(bool refused) {
@@ -114,6 +115,11 @@ class SaveOracle {
       const bool was_in_flight = session.intended_version > session.acked_version;
       if (version < session.acked_version || version > session.intended_version) {
         ++findings_.lost;
+        // Savers go on from what is there, or nothing of the rest of a campaign would be done.
+        const auto before = session.acked_before.find(version);
+        session.acked_version = session.intended_version = version;
+        session.acked = session.intended =
+            before == session.acked_before.end() ? std::vector<uint64_t>() : before->second;
         continue;
       }
       const bool is_acked = version == session.acked_version;
@@ -124,6 +130,7 @@ class SaveOracle {
       }
       session.acked_version = session.intended_version = version;
       session.acked = session.intended = seeds;
+      session.acked_before[version] = session.acked;
     }
   }
   Findings findings() const {
@@ -135,6 +142,7 @@ class SaveOracle {
   struct Session {
     uint64_t acked_version = 0, intended_version = 0;
     std::vector<uint64_t> acked, intended;
+    std::map<uint64_t, std::vector<uint64_t>> acked_before;  // by version
   };
 
   bool HoldsAll(const ManifestRecord& manifest, const std::vector<uint64_t>& seeds,
@@ -405,6 +413,11 @@ bool IsCaught(const std::string& bug, const std::vector<std::string>& failpoints
     if (findings(campaign.oracle.findings()) > 0) return true;
   }
   return false;
+}
+
+TEST(StoreSaveCrashTest, PlantedAcknowledgementBeforeTheBarrierIsCaught) {
+  EXPECT_TRUE(IsCaught("acknowledge_before_barrier", {"manifest.before_acknowledgement"},
+                       [](const SaveOracle::Findings& f) { return f.lost; }));
 }
 
 TEST(StoreSaveCrashTest, PlantedManifestBeforeItsPagesIsCaught) {
