@@ -11,7 +11,9 @@
 #include "base/log.h"
 #include "cli/command.h"
 #include "cli/demo_command.h"
+#include "cli/parking_commands.h"
 #include "cli/replay_command.h"
+#include "cli/retention_commands.h"
 #include "cli/router_commands.h"
 #include "cli/session_commands.h"
 #include "cli/store_commands.h"
@@ -35,6 +37,10 @@ constexpr Command kCommands[] = {
     {"models", AddModelsCommand},
     {"explain", AddExplainCommand},
     {"sessions", AddSessionsCommand},
+    {"pins", AddPinsCommand},
+    {"retain", AddRetainCommand},
+    {"park", AddParkCommand},
+    {"resume", AddResumeCommand},
     {"store", AddStoreCommand},
 };
 

@@ -1,9 +1,7 @@
 #include "cli/session_commands.h"
 
 #include <google/protobuf/util/time_util.h>
-#include <grpcpp/client_context.h>
 
-#include <chrono>
 #include <cstdint>
 #include <memory>
 #include <string>
@@ -15,59 +13,21 @@
 #include "base/byte_size.h"
 #include "base/status_macros.h"
 #include "cli/output.h"
-#include "pagetide/v1/router.grpc.pb.h"
+#include "cli/worker_call.h"
 #include "pagetide/v1/sequence.grpc.pb.h"
 #include "pagetide/v1/session.grpc.pb.h"
 #include "rpc/channel.h"
-#include "rpc/status_mapping.h"
 
 namespace pagetide {
 namespace {
 
-struct SessionFlags {
-  std::string worker;
-  std::string router = "127.0.0.1:7070";
-  bool is_json = false;
-  int timeout_seconds = 30;
+struct SessionFlags : WorkerFlags {
   std::string name;
   std::string prefix;
-  std::string sequence;
   std::vector<std::string> metadata;  // key=value
   int64_t expected_version = -1;      // -1: whatever is there
   int64_t length = -1;                // -1: all
 };
-
-template <typename Stub, typename Method, typename Request, typename Response>
-absl::Status Call(const SessionFlags& flags, Stub& stub, Method method, const Request& request,
-                  Response* response) {
-  grpc::ClientContext context;
-  context.set_deadline(std::chrono::system_clock::now() +
-                       std::chrono::seconds(flags.timeout_seconds));
-  return FromGrpcStatus((stub.*method)(&context, request, response));
-}
-
-// The worker to ask. A sequence is where the router says; sessions are everywhere.
-absl::StatusOr<std::string> FindWorker(const SessionFlags& flags) {
-  if (!flags.worker.empty()) return flags.worker;
-  const auto router = v1::RouterService::NewStub(MakeChannel(flags.router));
-  if (!flags.sequence.empty()) {
-    v1::RouterGetSequenceRequest request;
-    request.set_sequence_id(flags.sequence);
-    v1::RouterGetSequenceResponse response;
-    PT_RETURN_IF_ERROR(
-        Call(flags, *router, &v1::RouterService::Stub::GetSequence, request, &response));
-    return response.sequence().address();
-  }
-  v1::ListWorkersResponse response;
-  PT_RETURN_IF_ERROR(Call(flags, *router, &v1::RouterService::Stub::ListWorkers,
-                          v1::ListWorkersRequest(), &response));
-  for (const v1::WorkerInfo& worker : response.workers()) {
-    if (worker.role() == "worker" && worker.state() == "serving") return worker.address();
-  }
-  return absl::UnavailableError(absl::StrCat("find a worker: router ", flags.router,
-                                             " knows none that serves among ",
-                                             response.workers_size(), " members"));
-}
 
 struct Connection {
   std::shared_ptr<grpc::Channel> channel;
@@ -101,8 +61,8 @@ absl::Status RunList(const SessionFlags& flags, std::ostream& out) {
   v1::ListSessionsResponse all, page;
   do {
     page.Clear();
-    PT_RETURN_IF_ERROR(
-        Call(flags, *worker.sessions, &v1::SessionService::Stub::ListSessions, request, &page));
+    PT_RETURN_IF_ERROR(CallWorker(flags, *worker.sessions, &v1::SessionService::Stub::ListSessions,
+                                  request, &page));
     all.mutable_sessions()->MergeFrom(page.sessions());
     request.set_page_token(page.next_page_token());
   } while (!page.next_page_token().empty());
@@ -118,8 +78,8 @@ absl::Status RunShow(const SessionFlags& flags, std::ostream& out) {
   v1::PeekSessionRequest request;
   request.set_name(flags.name);
   v1::PeekSessionResponse response;
-  PT_RETURN_IF_ERROR(
-      Call(flags, *worker.sessions, &v1::SessionService::Stub::PeekSession, request, &response));
+  PT_RETURN_IF_ERROR(CallWorker(flags, *worker.sessions, &v1::SessionService::Stub::PeekSession,
+                                request, &response));
   if (flags.is_json) return PrintJson(response, out);
   const std::vector<std::string> row = Row(response.session());
   std::vector<std::vector<std::string>> rows = {{"SESSION", response.session().name()}};
@@ -137,7 +97,8 @@ absl::Status RunSave(const SessionFlags& flags, std::ostream& out) {
   get.set_sequence_id(flags.sequence);
   v1::GetSequenceResponse sequence;
   const auto stub = v1::SequenceService::NewStub(worker.channel);
-  PT_RETURN_IF_ERROR(Call(flags, *stub, &v1::SequenceService::Stub::GetSequence, get, &sequence));
+  PT_RETURN_IF_ERROR(
+      CallWorker(flags, *stub, &v1::SequenceService::Stub::GetSequence, get, &sequence));
   v1::SaveSessionRequest request;
   request.set_name(flags.name);
   request.mutable_sequence()->set_sequence_id(flags.sequence);
@@ -152,8 +113,8 @@ absl::Status RunSave(const SessionFlags& flags, std::ostream& out) {
     (*request.mutable_metadata())[entry.substr(0, at)] = entry.substr(at + 1);
   }
   v1::SaveSessionResponse response;
-  PT_RETURN_IF_ERROR(
-      Call(flags, *worker.sessions, &v1::SessionService::Stub::SaveSession, request, &response));
+  PT_RETURN_IF_ERROR(CallWorker(flags, *worker.sessions, &v1::SessionService::Stub::SaveSession,
+                                request, &response));
   if (flags.is_json) return PrintJson(response, out);
   out << "saved " << response.name() << ", version " << response.version() << ": "
       << response.tokens() << " tokens, " << response.pages() << " pages; wrote "
@@ -169,8 +130,8 @@ absl::Status RunLoad(const SessionFlags& flags, std::ostream& out) {
   if (flags.expected_version >= 0) request.set_version(flags.expected_version);
   if (flags.length >= 0) request.set_length(flags.length);
   v1::LoadSessionResponse response;
-  PT_RETURN_IF_ERROR(
-      Call(flags, *worker.sessions, &v1::SessionService::Stub::LoadSession, request, &response));
+  PT_RETURN_IF_ERROR(CallWorker(flags, *worker.sessions, &v1::SessionService::Stub::LoadSession,
+                                request, &response));
   if (flags.is_json) return PrintJson(response, out);
   out << "sequence " << response.state().sequence_id() << " on " << response.state().worker_id()
       << ": " << response.state().length() << " tokens, " << response.restoring_pages()
@@ -184,8 +145,8 @@ absl::Status RunDelete(const SessionFlags& flags, std::ostream& out) {
   request.set_name(flags.name);
   if (flags.expected_version >= 0) request.set_expected_version(flags.expected_version);
   v1::DeleteSessionResponse response;
-  PT_RETURN_IF_ERROR(
-      Call(flags, *worker.sessions, &v1::SessionService::Stub::DeleteSession, request, &response));
+  PT_RETURN_IF_ERROR(CallWorker(flags, *worker.sessions, &v1::SessionService::Stub::DeleteSession,
+                                request, &response));
   if (flags.is_json) return PrintJson(response, out);
   out << "deleted " << flags.name << ", version " << response.deleted_version() << "\n";
   return absl::OkStatus();
@@ -201,15 +162,7 @@ CommandRunner AddSessionsCommand(CLI::App& app) {
   std::vector<std::pair<CLI::App*, Run>> runs;
   const auto add = [&](const char* name, const char* description, Run run) -> CLI::App& {
     CLI::App& command = *sessions.add_subcommand(name, description);
-    auto* worker = command.add_option("--worker", flags->worker,
-                                      "Address of a worker (default: one that the router knows)");
-    command.add_option("--router", flags->router, "Address of a router")
-        ->excludes(worker)
-        ->capture_default_str();
-    command.add_flag("--json", flags->is_json, "Print the answer as JSON");
-    command.add_option("--timeout", flags->timeout_seconds, "Seconds to wait for an answer")
-        ->check(CLI::Range(1, 3600))
-        ->capture_default_str();
+    AddWorkerFlags(command, flags.get());
     runs.emplace_back(&command, run);
     return command;
   };

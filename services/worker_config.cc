@@ -75,6 +75,13 @@ absl::StatusOr<WorkerRole::Options> WorkerOptionsFromConfig(const config::Worker
   }
   options.routers.assign(config.router().begin(), config.router().end());
   if (config.has_io_threads()) options.io_threads = static_cast<int>(config.io_threads());
+  if (config.has_store_lease_ms()) {
+    if (config.store_lease_ms() < 200 || config.store_lease_ms() > 600000) {
+      return absl::InvalidArgumentError(
+          absl::StrCat("store_lease_ms is ", config.store_lease_ms(), ", must be 200 to 600000"));
+    }
+    options.store_lease_ttl = absl::Milliseconds(config.store_lease_ms());
+  }
   PT_RETURN_IF_ERROR(worker.Validate());
   return options;
 }

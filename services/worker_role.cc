@@ -18,10 +18,12 @@
 #include "rpc/metrics.h"
 #include "rpc/model_codec.h"
 #include "worker/cpu_device.h"
+#include "worker/parking.h"
 #include "worker/prefix_service.h"
 #include "worker/prompt_planner.h"
 #include "worker/report_journal.h"
 #include "worker/request_memos.h"
+#include "worker/retention.h"
 #include "worker/router_link.h"
 #include "worker/sequence_edit_service.h"
 #include "worker/sequence_service.h"
@@ -93,10 +95,12 @@ struct WorkerRole::Parts {
   std::atomic<bool> is_draining{false};  // set once; read by the links' heartbeats
   std::unique_ptr<ThreadPoolExecutor> io;
   std::unique_ptr<Worker> worker;
+  std::unique_ptr<Parking> parking;  // the lease's thread calls it
   std::unique_ptr<StoreLeaseKeeper> store_lease;
   std::unique_ptr<WorkerFence> fence;
   std::unique_ptr<LocalPlane> local_plane;
   std::unique_ptr<RequestMemos> memos;
+  std::unique_ptr<Retentions> retentions;
   std::unique_ptr<Sessions> sessions;
   std::unique_ptr<PromptPlanner> planner;
   std::unique_ptr<PrefixServiceImpl> prefix_service;
@@ -135,6 +139,9 @@ absl::StatusOr<std::unique_ptr<WorkerRole>> WorkerRole::Start(Options options, P
     journal->OnSequence(info.id, host.model().digest().ToHex(), info.length);
   };
   ports.on_sequence_closed = [journal](SequenceId id) { journal->OnSequenceClosed(id); };
+  ports.on_sequence_resumed = [journal](const ModelHost& host, const SequenceInfo& info) {
+    journal->OnSequenceResumed(info.id, host.model().digest().ToHex(), info.length);
+  };
   PT_ASSIGN_OR_RETURN(parts->worker, Worker::Create(std::move(options.worker), std::move(ports)));
   Worker* const worker = parts->worker.get();
   if (!options.local_plane.socket_path.empty()) {
@@ -142,24 +149,33 @@ absl::StatusOr<std::unique_ptr<WorkerRole>> WorkerRole::Start(Options options, P
   }
   LocalPlane* const local_plane = parts->local_plane.get();
   parts->memos = std::make_unique<RequestMemos>(RequestMemos::Options(), clock);
-  parts->sequence_edit_service =
-      std::make_unique<SequenceEditServiceImpl>(worker, parts->memos.get());
   parts->admin_service = std::make_unique<WorkerAdminService>(worker, local_plane);
   if (store != nullptr) {
     parts->store_lease = std::make_unique<StoreLeaseKeeper>(
         StoreLeaseKeeper::Options{.name = absl::StrCat("worker/", worker_id),
                                   .incarnation = worker->incarnation(),
-                                  .ttl = options.store_lease_ttl},
+                                  .ttl = options.store_lease_ttl,
+                                  // The parking is there before the keeper starts.
+                                  .on_granted =
+                                      [parts = parts.get(), clock, ttl = options.store_lease_ttl] {
+                                        parts->parking->CheckOwned(clock->MonotonicNow() + ttl / 3);
+                                      }},
         store, clock);
-    parts->store_lease->Start();
     parts->fence = std::make_unique<WorkerFence>(worker_id, worker->incarnation(),
                                                  parts->store_lease.get(), store, clock);
   }
-  parts->sessions = std::make_unique<Sessions>(worker, store, parts->fence.get());
+  parts->parking = std::make_unique<Parking>(Parking::Options{.lease_ttl = options.store_lease_ttl},
+                                             worker, store, parts->fence.get());
+  if (parts->store_lease) parts->store_lease->Start();
+  parts->retentions = std::make_unique<Retentions>(worker, store, parts->fence.get());
+  parts->sequence_edit_service = std::make_unique<SequenceEditServiceImpl>(
+      worker, parts->memos.get(), parts->retentions.get());
+  parts->sessions =
+      std::make_unique<Sessions>(worker, store, parts->fence.get(), parts->parking.get());
   parts->planner = std::make_unique<PromptPlanner>(parts->sessions.get());
   parts->prefix_service = std::make_unique<PrefixServiceImpl>(worker, parts->planner.get());
   parts->sequence_service = std::make_unique<SequenceServiceImpl>(
-      worker, parts->memos.get(), local_plane, parts->planner.get());
+      worker, parts->memos.get(), local_plane, parts->planner.get(), parts->parking.get());
   parts->session_service =
       std::make_unique<SessionServiceImpl>(worker, parts->sessions.get(), parts->memos.get());
   worker->Start();

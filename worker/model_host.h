@@ -55,6 +55,7 @@ struct SequenceHandle {
 
 struct SequenceInfo {
   SequenceId id;
+  uint64_t number = 0;  // by which edits name it; unique in the worker, never used again
   uint64_t epoch = 0;
   uint64_t revision = 0;
   uint64_t length = 0;
@@ -101,6 +102,12 @@ struct OpenResult {
   SequenceInfo info;
   PrefixReuse reuse;
   uint64_t restoring_pages = 0;
+};
+
+// Of a sequence that keeps its name over changes of its owner.
+struct SequenceIdentity {
+  SequenceId id;
+  uint64_t epoch = 0;
 };
 
 struct Readiness {
@@ -285,6 +292,9 @@ class StateSnapshot {
   virtual ~StateSnapshot() = default;
   // Numbers of the save, request and metadata are the caller's to fill in.
   virtual const SessionState& state() const = 0;
+  // From here on PutPages minds only pages that hold rows of [begin, end), of one or more calls;
+  // for the others `Put::pages` has empty entries. Before the first PutPages.
+  virtual void SelectRows(uint64_t begin, uint64_t end) = 0;
   // Puts what the store lacks, at `level`; `missing` names pages that the store said it has lost.
   // FAILED_PRECONDITION (PREFIX_LOST) when a page's bytes are gone everywhere; the store's errors.
   virtual absl::StatusOr<Put> PutPages(std::span<const PageKey> missing, Durability level,
@@ -380,6 +390,10 @@ class ModelHost {
                                                                      SequenceId id) = 0;
   // OK if it is closed already. A pending write is aborted.
   virtual absl::Status Close(const Tenant& tenant, SequenceId id, uint64_t epoch) = 0;
+  // The number of an open sequence, whoever's it is; 0, which none has, if it is not open.
+  virtual uint64_t NumberOf(SequenceId id) const = 0;
+  // Only if it has the expected revision and no write is pending; else as for any change.
+  virtual absl::Status CloseUnchanged(const Tenant& tenant, const SequenceHandle& sequence) = 0;
   virtual absl::StatusOr<ForkResult> Fork(const Tenant& tenant, const SequenceHandle& source,
                                           std::optional<uint64_t> length,
                                           MonotonicTime deadline) = 0;
@@ -478,9 +492,11 @@ class ModelHost {
   // A new sequence over the first `length` tokens of saved state (absent: all). Its pages are known
   // by the record's digests and restored on demand; a prefetch begins. FAILED_PRECONDITION
   // (MODEL_MISMATCH), INVALID_ARGUMENT (length), DATA_LOSS, RESOURCE_EXHAUSTED.
+  // `identity` absent: a new one, of epoch 1; ALREADY_EXISTS if one of that id is open.
   virtual absl::StatusOr<OpenResult> OpenSaved(const Tenant& tenant, const SessionState& state,
                                                std::span<const ManifestPageRef> pages,
-                                               std::optional<uint64_t> length) = 0;
+                                               std::optional<uint64_t> length,
+                                               const std::optional<SequenceIdentity>& identity) = 0;
 
   // What OpenSaved would find where, without opening.
   virtual absl::StatusOr<PrefixReuse> LookupSaved(const Tenant& tenant, const SessionState& state,

@@ -111,7 +111,7 @@ absl::StatusOr<EditResult> ModelHostImpl::Edit(const Tenant& tenant,
 
 absl::StatusOr<RewindResult> ModelHostImpl::Rewind(const Tenant& tenant,
                                                    const SequenceHandle& handle, int64_t length) {
-  const SequenceEdit rewind = RewindEdit{handle.id.number, length};
+  const SequenceEdit rewind = RewindEdit{NumberOf(handle.id), length};
   PT_ASSIGN_OR_RETURN(const EditResult edited, Edit(tenant, {&handle, 1}, {&rewind, 1}));
   RewindResult result;
   result.info = edited.infos.front();
@@ -131,7 +131,7 @@ absl::StatusOr<EditResult> ModelHostImpl::Clear(const Tenant& tenant, const Sequ
         for (const Extent& extent : table.extents()) pages.push_back(extent.page);
       }
     }
-    const SequenceEdit clear = ClearEdit{handle.id.number};
+    const SequenceEdit clear = ClearEdit{NumberOfLocked(handle.id)};
     // Held, so that the marks below find them.
     for (PageId id : pages) pages_.Ref(pages_.Get(id));
     result = EditLocked(tenant, {&handle, 1}, {&clear, 1});

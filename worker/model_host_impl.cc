@@ -149,11 +149,9 @@ absl::Status ModelHostImpl::ValidateTokens(std::span<const uint32_t> tokens,
 
 absl::StatusOr<ModelHostImpl::SequencePtr> ModelHostImpl::FindSequence(const Tenant& tenant,
                                                                        SequenceId id) {
-  if (id.incarnation == options_.incarnation) {
-    const auto it = sequences_.find(id.number);
-    // Another tenant's sequence answers like none.
-    if (it != sequences_.end() && it->second->tenant == tenant.name) return it->second;
-  }
+  const auto it = sequences_.find(NumberOfLocked(id));
+  // Another tenant's sequence answers like none.
+  if (it != sequences_.end() && it->second->tenant == tenant.name) return it->second;
   return SequenceNotFound(id);
 }
 
@@ -203,6 +201,7 @@ absl::StatusOr<ModelHostImpl::Pending*> ModelHostImpl::FindPending(Sequence& seq
 SequenceInfo ModelHostImpl::InfoOf(const Sequence& sequence) const {
   SequenceInfo info;
   info.id = sequence.id;
+  info.number = sequence.number;
   info.epoch = sequence.epoch;
   info.revision = sequence.revision;
   info.length = sequence.length();
@@ -308,7 +307,7 @@ absl::StatusOr<SequenceInfo> ModelHostImpl::Get(const Tenant& tenant, SequenceId
 
 bool ModelHostImpl::Has(SequenceId id) const {
   MutexLock lock(&mu_);
-  return id.incarnation == options_.incarnation && sequences_.contains(id.number);
+  return NumberOfLocked(id) != 0;
 }
 
 std::vector<SequenceInfo> ModelHostImpl::List(const Tenant& tenant, uint64_t after, size_t limit) {
@@ -354,16 +353,53 @@ absl::Status ModelHostImpl::Close(const Tenant& tenant, SequenceId id, uint64_t 
     MutexLock lock(&mu_);
     absl::StatusOr<SequencePtr> found = FindSequence(tenant, id);
     if (!found.ok()) return absl::OkStatus();  // closed before, or never: the same to the caller
-    Sequence& sequence = **found;
-    PT_RETURN_IF_ERROR(CheckHandle(sequence, {id, epoch, std::nullopt}));
-    sequences_.erase(id.number);
-    sequence.closed = true;
-    if (sequence.pending) sequence.pending->aborted = true;
-    Settle(sequence);
-    changed_.SignalAll();  // its calls in line leave
+    PT_RETURN_IF_ERROR(CheckHandle(**found, {id, epoch, std::nullopt}));
+    CloseNow(**found);
   }
   Flush();
   return absl::OkStatus();
+}
+
+absl::Status ModelHostImpl::CloseUnchanged(const Tenant& tenant, const SequenceHandle& handle) {
+  {
+    MutexLock lock(&mu_);
+    PT_ASSIGN_OR_RETURN(const SequencePtr sequence, FindForChange(tenant, handle));
+    CloseNow(*sequence);
+  }
+  Flush();
+  return absl::OkStatus();
+}
+
+uint64_t ModelHostImpl::NumberOf(SequenceId id) const {
+  MutexLock lock(&mu_);
+  return NumberOfLocked(id);
+}
+
+uint64_t ModelHostImpl::NumberOfLocked(SequenceId id) const {
+  if (id.incarnation == options_.incarnation) {
+    return sequences_.contains(id.number) ? id.number : 0;
+  }
+  const auto it = foreign_.find(id);
+  return it == foreign_.end() ? 0 : it->second;
+}
+
+void ModelHostImpl::AddSequence(const SequencePtr& sequence,
+                                const std::optional<SequenceIdentity>& identity) {
+  const bool is_own = !identity || identity->id.incarnation == options_.incarnation;
+  sequence->number = identity && is_own ? identity->id.number : NextNumber();
+  sequence->id = identity ? identity->id : SequenceId{options_.incarnation, sequence->number};
+  if (identity) sequence->epoch = identity->epoch;
+  if (!is_own) foreign_[sequence->id] = sequence->number;
+  sequences_[sequence->number] = sequence;
+}
+
+void ModelHostImpl::CloseNow(Sequence& sequence) {
+  sequences_.erase(sequence.number);
+  foreign_.erase(sequence.id);
+  sequence.closed = true;
+  if (sequence.pending) sequence.pending->aborted = true;
+  Settle(sequence);
+  changed_.SignalAll();  // its calls in line leave
 }
 
 uint64_t ModelHostImpl::ClearCache(bool zero_data) {

@@ -13,6 +13,7 @@
 #include <vector>
 
 #include "absl/container/btree_map.h"
+#include "absl/container/flat_hash_map.h"
 #include "base/mutex.h"
 #include "core/compaction.h"
 #include "core/page_directory.h"
@@ -48,6 +49,8 @@ class ModelHostImpl final : public ModelHost {
   std::vector<SequenceInfo> List(const Tenant&, uint64_t, size_t) override;
   absl::StatusOr<std::vector<BlockTableEntry>> GetBlockTable(const Tenant&, SequenceId) override;
   absl::Status Close(const Tenant&, SequenceId, uint64_t) override;
+  uint64_t NumberOf(SequenceId id) const override;
+  absl::Status CloseUnchanged(const Tenant&, const SequenceHandle&) override;
   absl::StatusOr<ForkResult> Fork(const Tenant&, const SequenceHandle&, std::optional<uint64_t>,
                                   MonotonicTime) override;
   absl::StatusOr<RewindResult> Rewind(const Tenant&, const SequenceHandle&, int64_t) override;
@@ -79,8 +82,8 @@ class ModelHostImpl final : public ModelHost {
   absl::StatusOr<std::unique_ptr<StateSnapshot>> Snapshot(const Tenant&, const SequenceHandle&,
                                                           std::optional<uint64_t>) override;
   absl::StatusOr<OpenResult> OpenSaved(const Tenant&, const SessionState&,
-                                       std::span<const ManifestPageRef>,
-                                       std::optional<uint64_t>) override;
+                                       std::span<const ManifestPageRef>, std::optional<uint64_t>,
+                                       const std::optional<SequenceIdentity>&) override;
   absl::StatusOr<PrefixReuse> LookupSaved(const Tenant&, const SessionState&,
                                           std::span<const ManifestPageRef>,
                                           std::optional<uint64_t>) override;
@@ -145,6 +148,7 @@ class ModelHostImpl final : public ModelHost {
 
   struct Sequence : SequenceRows {
     SequenceId id;
+    uint64_t number = 0;  // in this host; that of the id, unless another incarnation opened it
     std::string tenant;
     uint64_t epoch = 1;
     uint64_t revision = 1;
@@ -237,6 +241,14 @@ class ModelHostImpl final : public ModelHost {
   void DropPending(Sequence& sequence) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
   // Ends a closed sequence or an aborted write as soon as nobody works on it.
   void Settle(Sequence& sequence) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
+  // 0: no sequence of that id is open.
+  uint64_t NumberOfLocked(SequenceId id) const ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
+  // Names a new sequence, or gives it the name that it had elsewhere, and opens it for all.
+  void AddSequence(const SequencePtr& sequence,
+                   const std::optional<SequenceIdentity>& identity = std::nullopt)
+      ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
+  // Ends it, for new calls at once. The caller has a reference of its own.
+  void CloseNow(Sequence& sequence) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
   // Length up to which no page is lost.
   uint64_t ValidLength(const Sequence& sequence) const ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
   // Shortens to ValidLength if it is less, and says so; OK otherwise.
@@ -380,7 +392,9 @@ class ModelHostImpl final : public ModelHost {
   mutable Mutex mu_;
   CondVar changed_;  // anything that a waiting call looks at
   PageDirectory pages_ ABSL_GUARDED_BY(mu_);
-  absl::btree_map<uint64_t, SequencePtr> sequences_ ABSL_GUARDED_BY(mu_);
+  absl::btree_map<uint64_t, SequencePtr> sequences_ ABSL_GUARDED_BY(mu_);  // by number
+  // Numbers of the sequences that another incarnation opened.
+  absl::flat_hash_map<SequenceId, uint64_t> foreign_ ABSL_GUARDED_BY(mu_);
   std::deque<Ticket*> line_ ABSL_GUARDED_BY(mu_);
   std::vector<uint32_t> num_spilling_ ABSL_GUARDED_BY(mu_);  // [group]
   uint64_t jobs_in_flight_ ABSL_GUARDED_BY(mu_) = 0;

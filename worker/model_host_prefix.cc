@@ -379,8 +379,7 @@ absl::StatusOr<OpenResult> ModelHostImpl::Open(const Tenant& tenant,
     for (const PositionedInput& input : inputs) {
       if (input.position < length) sequence->inputs.push_back(input);
     }
-    sequence->id = {options_.incarnation, NextNumber()};
-    sequences_[sequence->id.number] = sequence;
+    AddSequence(sequence);
     counters_.tokens_reused += length;
     result.restoring_pages = Prefetch(*sequence);
     result.info = InfoOf(*sequence);

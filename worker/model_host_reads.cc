@@ -438,8 +438,7 @@ absl::StatusOr<ForkResult> ModelHostImpl::Fork(const Tenant& tenant, const Seque
         counters_.rows_copied += result.copied_rows;
         ReleaseAcquired(got);
       }
-      to->id = {options_.incarnation, NextNumber()};
-      sequences_[to->id.number] = to;
+      AddSequence(to);
       result.info = InfoOf(*to);
       return result;
     }

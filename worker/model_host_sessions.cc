@@ -143,12 +143,26 @@ class ModelHostImpl::SnapshotImpl final : public StateSnapshot {
     put_.bytes_total = state_.bytes_total;
   }
 
+  void SelectRows(uint64_t begin, uint64_t end) override {
+    if (!selects_) put_.bytes_total = 0;
+    selects_ = true;
+    for (const std::vector<SavedExtent>& group : state_.groups) {
+      for (const SavedExtent& extent : group) {
+        Item& item = items_[extent.page];
+        if (extent.first_row >= end || extent.end_row() <= begin || item.is_selected) continue;
+        item.is_selected = true;
+        put_.bytes_total += host_->Geometry(item.group).page_bytes();
+      }
+    }
+  }
+
   absl::StatusOr<Put> PutPages(std::span<const PageKey> missing, Durability level,
                                MonotonicTime deadline) override {
     const absl::flat_hash_set<PageKey> lost(missing.begin(), missing.end());
     std::vector<size_t> todo;
     for (size_t i = 0; i < items_.size(); ++i) {
       Item& item = items_[i];
+      if (selects_ && !item.is_selected) continue;
       const bool is_lost = item.is_done && lost.contains(item.ref.key);
       if (item.is_done && !is_lost) continue;
       PT_ASSIGN_OR_RETURN(item.is_done, Prepare(item, is_lost, deadline));
@@ -175,6 +189,7 @@ class ModelHostImpl::SnapshotImpl final : public StateSnapshot {
     bool is_done = false;    // `ref` names a record that the store has
     // It is the whole page that its depth says of the canonical rows: those tokens are its tokens.
     bool holds_its_tokens = false;
+    bool is_selected = false;
     ManifestPageRef ref;
     std::vector<std::byte> body;  // of a tail, copied out; empty slots are zero
   };
@@ -394,6 +409,7 @@ class ModelHostImpl::SnapshotImpl final : public StateSnapshot {
   const Tenant tenant_;
   SessionState state_;
   std::vector<Item> items_;
+  bool selects_ = false;  // some items only
   Put put_;
 };
 
@@ -525,9 +541,9 @@ absl::StatusOr<PrefixReuse> ModelHostImpl::LookupSaved(const Tenant& tenant,
   return reuse;
 }
 
-absl::StatusOr<OpenResult> ModelHostImpl::OpenSaved(const Tenant& tenant, const SessionState& state,
-                                                    std::span<const ManifestPageRef> pages,
-                                                    std::optional<uint64_t> wanted) {
+absl::StatusOr<OpenResult> ModelHostImpl::OpenSaved(
+    const Tenant& tenant, const SessionState& state, std::span<const ManifestPageRef> pages,
+    std::optional<uint64_t> wanted, const std::optional<SequenceIdentity>& identity) {
   PT_ASSIGN_OR_RETURN(const uint64_t length, CheckSaved(state, wanted));
   auto sequence = std::make_shared<Sequence>();
   sequence->tenant = tenant.name;
@@ -546,6 +562,10 @@ absl::StatusOr<OpenResult> ModelHostImpl::OpenSaved(const Tenant& tenant, const 
                                                                options_.max_open_sequences)),
                      "TOO_MANY_SEQUENCES"),
           absl::Seconds(1));
+    }
+    if (identity && NumberOfLocked(identity->id) != 0) {
+      return absl::AlreadyExistsError(
+          absl::StrCat("load: sequence ", identity->id.ToString(), " is open here"));
     }
     for (uint32_t g = 0; g < num_groups(); ++g) {
       for (const SavedExtent& extent : state.groups[g]) {
@@ -576,8 +596,7 @@ absl::StatusOr<OpenResult> ModelHostImpl::OpenSaved(const Tenant& tenant, const 
     for (const PositionedInput& input : state.inputs) {
       if (input.position < sequence->canonical_rows()) sequence->inputs.push_back(input);
     }
-    sequence->id = {options_.incarnation, NextNumber()};
-    sequences_[sequence->id.number] = sequence;
+    AddSequence(sequence, identity);
     counters_.tokens_reused += length;
     PrefixReuse& reuse = result.reuse;
     reuse = SavedReuse(state, length);

@@ -124,7 +124,7 @@ absl::StatusOr<OpenResult> PromptPlanner::Open(const Tenant& tenant, ModelHost* 
         session->state.model_digest == host->model().digest()) {
       const Usable usable = UsableOf(session->state, prompt);
       absl::StatusOr<OpenResult> result =
-          host->OpenSaved(tenant, session->state, pages, usable.tokens);
+          host->OpenSaved(tenant, session->state, pages, usable.tokens, std::nullopt);
       // A window gave up what that prefix would need: the plan did not count on it.
       if (GetReason(result.status()) != error_reason::kRowsReclaimed) {
         if (result.ok()) Describe(prompt, session_name, usable, &result->reuse);

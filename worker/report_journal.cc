@@ -78,10 +78,23 @@ void ReportJournal::TouchSequence(SequenceId id, SequenceState& state) {
 void ReportJournal::OnSequence(SequenceId id, absl::string_view model_digest, uint64_t length) {
   MutexLock lock(&mu_);
   SequenceState& state = sequences_[id];
-  if (state.is_closed) return;  // ids are never used again: a late report of its length
+  if (state.is_closed) return;  // a late report of its length
   if (state.model_digest != model_digest) state.model_digest = std::string(model_digest);
   state.length = length;
   TouchSequence(id, state);
+}
+
+void ReportJournal::OnSequenceResumed(SequenceId id, absl::string_view model_digest,
+                                      uint64_t length) {
+  {
+    MutexLock lock(&mu_);
+    const auto it = sequences_.find(id);
+    if (it != sequences_.end() && it->second.is_closed) {
+      it->second.is_closed = false;
+      std::erase(closed_, id);
+    }
+  }
+  OnSequence(id, model_digest, length);
 }
 
 void ReportJournal::OnSequenceClosed(SequenceId id) {

@@ -46,6 +46,8 @@ class ReportJournal {
                          uint64_t page_bytes);
   // Opened, or its length changed.
   void OnSequence(SequenceId id, absl::string_view model_digest, uint64_t length);
+  // Open again under the id that it had when it was closed here.
+  void OnSequenceResumed(SequenceId id, absl::string_view model_digest, uint64_t length);
   void OnSequenceClosed(SequenceId id);
 
   // --- readers ---

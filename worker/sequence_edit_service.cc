@@ -44,7 +44,7 @@ WindowShift WindowFromProto(const Proto& proto) {
 struct EditTarget {
   ModelHost* host = nullptr;
   std::vector<SequenceHandle> handles;
-  uint64_t number(size_t i) const { return handles[i].id.number; }
+  uint64_t number(size_t i) const { return host->NumberOf(handles[i].id); }
 };
 
 absl::Status AddSequence(const Worker& worker, absl::string_view field, const v1::SequenceRef& ref,
@@ -88,8 +88,10 @@ absl::StatusOr<SequenceEdit> EditFromProto(const Worker& worker, const v1::Seque
     case v1::SequenceEdit::kCopyRange: {
       const auto& copy = proto.copy_range();
       PT_RETURN_IF_ERROR(AddSequence(worker, "copy_range.from", copy.from(), target));
-      return CopyRangeEdit{
-          target.handles.back().id.number, self, {copy.p0(), copy.p1()}, copy.allow_overlap()};
+      return CopyRangeEdit{target.number(target.handles.size() - 1),
+                           self,
+                           {copy.p0(), copy.p1()},
+                           copy.allow_overlap()};
     }
     case v1::SequenceEdit::kShiftPositions: {
       const auto& shift = proto.shift_positions();

@@ -1,17 +1,22 @@
 // SequenceEditService over a Worker: each call is decoded to edits, made as one transaction of its
-// model's host, and encoded. Thread-safe; the worker and the memos outlive it.
+// model's host, and encoded. Thread-safe; the worker, the memos and the retentions
+// outlive it.
 #ifndef PAGETIDE_WORKER_SEQUENCE_EDIT_SERVICE_H_
 #define PAGETIDE_WORKER_SEQUENCE_EDIT_SERVICE_H_
 
+#include "absl/status/statusor.h"
 #include "pagetide/v1/sequence_edit.grpc.pb.h"
 #include "worker/request_memos.h"
+#include "worker/retention.h"
+#include "worker/service_support.h"
 #include "worker/worker.h"
 
 namespace pagetide {
 
 class SequenceEditServiceImpl final : public v1::SequenceEditService::Service {
  public:
-  SequenceEditServiceImpl(Worker* worker, RequestMemos* memos) : worker_(worker), memos_(memos) {}
+  SequenceEditServiceImpl(Worker* worker, RequestMemos* memos, Retentions* retentions)
+      : worker_(worker), memos_(memos), retentions_(retentions) {}
 
   grpc::Status RemoveRange(grpc::ServerContext* context, const v1::RemoveRangeRequest* request,
                            v1::RemoveRangeResponse* response) override;
@@ -42,9 +47,24 @@ class SequenceEditServiceImpl final : public v1::SequenceEditService::Service {
                                  const v1::GetPositionExtentRequest* request,
                                  v1::GetPositionExtentResponse* response) override;
 
+  // retention_service.cc
+  grpc::Status SetRetention(grpc::ServerContext* context,
+                            const v1::SetRangeRetentionRequest* request,
+                            v1::SetRangeRetentionResponse* response) override;
+  grpc::Status PinRange(grpc::ServerContext* context, const v1::PinRangeRequest* request,
+                        v1::PinRangeResponse* response) override;
+  grpc::Status UnpinRange(grpc::ServerContext* context, const v1::UnpinRangeRequest* request,
+                          v1::UnpinRangeResponse* response) override;
+  grpc::Status ListPins(grpc::ServerContext* context, const v1::ListPinsRequest* request,
+                        v1::ListPinsResponse* response) override;
+
  private:
+  absl::StatusOr<v1::PinRangeResponse> MakePin(const CallContext& call,
+                                               const v1::PinRangeRequest& request);
+
   Worker* const worker_;
   RequestMemos* const memos_;
+  Retentions* const retentions_;
 };
 
 }  // namespace pagetide

@@ -89,8 +89,13 @@ absl::Status NotReserved(uint64_t reservation_id) {
 }  // namespace
 
 SequenceServiceImpl::SequenceServiceImpl(Worker* worker, RequestMemos* memos,
-                                         LocalPlane* local_plane, const PromptPlanner* planner)
-    : worker_(worker), memos_(memos), local_plane_(local_plane), planner_(planner) {
+                                         LocalPlane* local_plane, const PromptPlanner* planner,
+                                         Parking* parking)
+    : worker_(worker),
+      memos_(memos),
+      local_plane_(local_plane),
+      planner_(planner),
+      parking_(parking) {
   // The two bulk methods are handled as raw byte streams. On the wire a stream of one message is
   // the same as one message, so the declared kinds of the methods (and reflection) stay true.
   using Handler =
@@ -722,13 +727,13 @@ grpc::Status SequenceServiceImpl::ListWorkerSequences(grpc::ServerContext* conte
     }
   }
   std::sort(found.begin(), found.end(),
-            [](const auto& a, const auto& b) { return a.first.id.number < b.first.id.number; });
+            [](const auto& a, const auto& b) { return a.first.number < b.first.number; });
   const bool more = found.size() > limit;
   if (more) found.resize(limit);
   for (const auto& [info, host] : found) {
     *response->add_sequences() = StateToProto(*worker_, *host, info);
   }
-  if (more) response->set_next_page_token(absl::StrCat(found.back().first.id.number));
+  if (more) response->set_next_page_token(absl::StrCat(found.back().first.number));
   return grpc::Status::OK;
 }
 
@@ -787,12 +792,21 @@ grpc::Status SequenceServiceImpl::CloseSequence(grpc::ServerContext* context,
   const auto close = [&]() -> absl::Status {
     const absl::StatusOr<SequenceTarget> target = FindSequence(*worker_, request->sequence_id());
     if (absl::IsNotFound(target.status())) {
-      // One of ours that is not open is closed: the call is idempotent.
       PT_ASSIGN_OR_RETURN(const SequenceId id, SequenceId::Parse(request->sequence_id()));
-      return id.incarnation == worker_->incarnation() ? absl::OkStatus() : target.status();
+      // It may be parked, or its close may have ended halfway.
+      PT_ASSIGN_OR_RETURN(const bool was_parked,
+                          parking_->Drop(call.tenant, id, request->epoch(), call.deadline));
+      // One of ours that is not open is closed: the call is idempotent.
+      const bool is_ours = id.incarnation == worker_->incarnation();
+      return was_parked || is_ours ? absl::OkStatus() : target.status();
     }
     PT_RETURN_IF_ERROR(target.status());
+    const bool is_durable = parking_->Owns(target->id);
     PT_RETURN_IF_ERROR(target->host->Close(call.tenant, target->id, request->epoch()));
+    if (is_durable) {
+      PT_RETURN_IF_ERROR(
+          parking_->Drop(call.tenant, target->id, request->epoch(), call.deadline).status());
+    }
     memos_->ForgetSequence(request->sequence_id());
     worker_->NoteClosed(target->id);
     return absl::OkStatus();

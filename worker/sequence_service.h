@@ -2,8 +2,8 @@
 // row bytes are copied once, between the message's slices and the frame, or lent from the frame.
 //
 // Handlers block (for frames, for staged rows, for peers), so they run on gRPC's synchronous
-// threads. Thread-safe. The worker, the memos and the local plane outlive it; destroy it after the
-// server.
+// threads. Thread-safe. The worker, the memos, the local plane and the parking outlive it; destroy
+// it after the server.
 #ifndef PAGETIDE_WORKER_SEQUENCE_SERVICE_H_
 #define PAGETIDE_WORKER_SEQUENCE_SERVICE_H_
 
@@ -14,6 +14,7 @@
 #include "pagetide/v1/sequence.grpc.pb.h"
 #include "worker/lent_frames.h"
 #include "worker/local_plane.h"
+#include "worker/parking.h"
 #include "worker/prompt_planner.h"
 #include "worker/request_memos.h"
 #include "worker/row_wire.h"
@@ -26,7 +27,7 @@ class SequenceServiceImpl final : public v1::SequenceService::Service {
  public:
   // `local_plane` may be null: then no call can name staging.
   SequenceServiceImpl(Worker* worker, RequestMemos* memos, LocalPlane* local_plane,
-                      const PromptPlanner* planner);
+                      const PromptPlanner* planner, Parking* parking);
   // Waits until the transport has given back all frames that ReadRows lent to it.
   ~SequenceServiceImpl() override;
 
@@ -58,6 +59,13 @@ class SequenceServiceImpl final : public v1::SequenceService::Service {
   grpc::Status CloseSequence(grpc::ServerContext* context, const v1::CloseSequenceRequest* request,
                              v1::CloseSequenceResponse* response) override;
 
+  // parking_service.cc
+  grpc::Status ParkSequence(grpc::ServerContext* context, const v1::ParkSequenceRequest* request,
+                            v1::ParkSequenceResponse* response) override;
+  grpc::Status ResumeSequence(grpc::ServerContext* context,
+                              const v1::ResumeSequenceRequest* request,
+                              v1::ResumeSequenceResponse* response) override;
+
  private:
   using RawStream = grpc::ServerReaderWriter<grpc::ByteBuffer, grpc::ByteBuffer>;
 
@@ -73,6 +81,10 @@ class SequenceServiceImpl final : public v1::SequenceService::Service {
   // Rows of one layer and kind, in parts.
   absl::Status ReadLayer(ModelHost* host, const std::shared_ptr<const ModelHost::PinnedRows>& rows,
                          uint32_t group, uint32_t layer, RowKind kind, RawStream* stream);
+  absl::StatusOr<v1::ParkSequenceResponse> Park(const CallContext& call,
+                                                const v1::ParkSequenceRequest& request);
+  absl::StatusOr<v1::ResumeSequenceResponse> Resume(const CallContext& call,
+                                                    const v1::ResumeSequenceRequest& request);
   absl::StatusOr<v1::ReserveSlotsResponse> Reserve(const CallContext& call,
                                                    const v1::ReserveSlotsRequest& request);
   absl::StatusOr<v1::CommitStepResponse::Result> CommitItem(
@@ -89,6 +101,7 @@ class SequenceServiceImpl final : public v1::SequenceService::Service {
   RequestMemos* const memos_;
   LocalPlane* const local_plane_;
   const PromptPlanner* const planner_;
+  Parking* const parking_;
   LentFrames lent_;
 };
 

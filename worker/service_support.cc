@@ -7,6 +7,7 @@
 #include <chrono>
 #include <utility>
 
+#include "absl/strings/ascii.h"
 #include "absl/strings/str_cat.h"
 #include "base/status_macros.h"
 #include "services/tenant.h"
@@ -77,6 +78,14 @@ absl::StatusOr<absl::Duration> DurationFromProto(absl::string_view field,
   return absl::Seconds(duration.seconds()) + absl::Nanoseconds(duration.nanos());
 }
 
+google::protobuf::Timestamp TimestampToProto(absl::Time time) {
+  const int64_t nanos = absl::ToUnixNanos(time);
+  google::protobuf::Timestamp proto;
+  proto.set_seconds(nanos / 1000000000);
+  proto.set_nanos(static_cast<int32_t>(nanos % 1000000000));
+  return proto;
+}
+
 absl::StatusOr<RowKind> RowKindFromProto(absl::string_view field, int kind) {
   switch (kind) {
     case v1::ROW_KIND_K:
@@ -87,6 +96,24 @@ absl::StatusOr<RowKind> RowKindFromProto(absl::string_view field, int kind) {
       return absl::InvalidArgumentError(
           absl::StrCat(field, " is ", kind, ", must be ROW_KIND_K or ROW_KIND_V"));
   }
+}
+
+absl::StatusOr<uint32_t> ListSize(uint32_t page_size, uint32_t otherwise, uint32_t most) {
+  if (page_size > most) {
+    return absl::InvalidArgumentError(absl::StrCat("page_size is ", page_size, ", at most ", most));
+  }
+  return page_size == 0 ? otherwise : page_size;
+}
+
+absl::Status ValidateNamePrefix(absl::string_view prefix) {
+  const bool is_ok =
+      prefix.size() <= 128 && std::all_of(prefix.begin(), prefix.end(), [](char c) {
+        return absl::ascii_isdigit(c) || absl::ascii_islower(c) || c == '.' || c == '_' || c == '-';
+      });
+  if (is_ok) return absl::OkStatus();
+  return absl::InvalidArgumentError(
+      absl::StrCat("name_prefix has ", prefix.size(),
+                   " characters and is not at most 128 of a-z, 0-9, '.', '_', '-'"));
 }
 
 v1::SequenceState StateToProto(const Worker& worker, const ModelHost& host,

@@ -6,6 +6,7 @@
 #include <google/protobuf/duration.pb.h>
 #include <google/protobuf/message_lite.h>
 #include <google/protobuf/repeated_field.h>
+#include <google/protobuf/timestamp.pb.h>
 #include <grpcpp/server_context.h>
 
 #include <span>
@@ -56,7 +57,13 @@ absl::StatusOr<std::vector<PositionedInput>> InputsFromProto(
 // INVALID_ARGUMENT names `field` unless the duration is valid and not negative.
 absl::StatusOr<absl::Duration> DurationFromProto(absl::string_view field,
                                                  const google::protobuf::Duration& duration);
+google::protobuf::Timestamp TimestampToProto(absl::Time time);
 absl::StatusOr<RowKind> RowKindFromProto(absl::string_view field, int kind);
+
+// How many entries to list; 0 wants the default. INVALID_ARGUMENT (page_size) above `most`.
+absl::StatusOr<uint32_t> ListSize(uint32_t page_size, uint32_t otherwise, uint32_t most);
+// INVALID_ARGUMENT (name_prefix) unless a name may begin so.
+absl::Status ValidateNamePrefix(absl::string_view prefix);
 
 v1::SequenceState StateToProto(const Worker& worker, const ModelHost& host,
                                const SequenceInfo& info);

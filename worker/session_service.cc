@@ -3,7 +3,6 @@
 #include <algorithm>
 #include <utility>
 
-#include "absl/strings/ascii.h"
 #include "absl/strings/str_cat.h"
 #include "base/status_macros.h"
 #include "rpc/status_mapping.h"
@@ -41,18 +40,12 @@ v1::SaveSessionResponse ToProto(const std::string& name, const SaveAnswer& answe
   return proto;
 }
 
-void SetTimestamp(absl::Time time, google::protobuf::Timestamp* out) {
-  const int64_t nanos = absl::ToUnixNanos(time);
-  out->set_seconds(nanos / 1000000000);
-  out->set_nanos(static_cast<int32_t>(nanos % 1000000000));
-}
-
 v1::CheckpointInfo ToProto(const CheckpointInfo& info) {
   v1::CheckpointInfo proto;
   proto.set_checkpoint_id(info.id);
   proto.set_length(info.length);
   proto.set_pages(info.num_pages);
-  SetTimestamp(info.created_at, proto.mutable_created_at());
+  *proto.mutable_created_at() = TimestampToProto(info.created_at);
   return proto;
 }
 
@@ -65,7 +58,7 @@ v1::SessionInfo ToProto(const ListedSession& session) {
   proto.set_bytes(session.summary.bytes_total);
   proto.set_model_digest(session.summary.model_digest.ToHex());
   proto.set_canonical_length(session.summary.canonical_length);
-  SetTimestamp(session.saved_at, proto.mutable_saved_at());
+  *proto.mutable_saved_at() = TimestampToProto(session.saved_at);
   return proto;
 }
 
@@ -87,17 +80,6 @@ void AddTokens(const SessionState& state, uint64_t length, Response* response) {
     proto->set_position(input.position);
     proto->set_digest(input.digest.ToBytes());
   }
-}
-
-absl::Status ValidateNamePrefix(absl::string_view prefix) {
-  const bool is_ok =
-      prefix.size() <= 128 && std::all_of(prefix.begin(), prefix.end(), [](char c) {
-        return absl::ascii_isdigit(c) || absl::ascii_islower(c) || c == '.' || c == '_' || c == '-';
-      });
-  if (is_ok) return absl::OkStatus();
-  return absl::InvalidArgumentError(
-      absl::StrCat("name_prefix has ", prefix.size(),
-                   " characters and is not at most 128 of a-z, 0-9, '.', '_', '-'"));
 }
 
 }  // namespace
@@ -189,15 +171,12 @@ grpc::Status SessionServiceImpl::ListSessions(grpc::ServerContext* context,
                                               v1::ListSessionsResponse* response) {
   const CallContext call = MakeCallContext(*context, *worker_);
   const auto list = [&]() -> absl::Status {
-    if (request->page_size() > kMaxListSize) {
-      return absl::InvalidArgumentError(
-          absl::StrCat("page_size is ", request->page_size(), ", at most ", kMaxListSize));
-    }
+    PT_ASSIGN_OR_RETURN(const uint32_t limit,
+                        ListSize(request->page_size(), kDefaultListSize, kMaxListSize));
     PT_RETURN_IF_ERROR(ValidateNamePrefix(request->name_prefix()));
     if (!request->page_token().empty()) {
       PT_RETURN_IF_ERROR(ValidateName("page_token", request->page_token()));
     }
-    const uint32_t limit = request->page_size() == 0 ? kDefaultListSize : request->page_size();
     PT_ASSIGN_OR_RETURN(std::vector<ListedSession> sessions,
                         sessions_->List(call.tenant, request->name_prefix(), request->page_token(),
                                         limit + 1, call.deadline));

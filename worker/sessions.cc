@@ -50,10 +50,11 @@ SaveAnswer AnswerOf(const SessionState& state, uint64_t version, uint64_t num_pa
 
 }  // namespace
 
-Sessions::Sessions(Worker* worker, PageStore* store, WorkerFence* fence)
+Sessions::Sessions(Worker* worker, PageStore* store, WorkerFence* fence, Parking* parking)
     : worker_(worker),
       store_(store),
       fence_(fence),
+      parking_(parking),
       bytes_written_(worker->metrics().GetCounter("pagetide_session_written_bytes_total",
                                                   "Page bytes that saves sent to the store")),
       bytes_total_(worker->metrics().GetCounter(
@@ -165,6 +166,7 @@ absl::StatusOr<PutManifestResult> Sessions::PutState(StateSnapshot& snapshot,
 
 absl::StatusOr<SaveAnswer> Sessions::Save(const Tenant& tenant, ModelHost* host,
                                           const SaveRequest& request, MonotonicTime deadline) {
+  WriteFence fence;
   const auto save = [&]() -> absl::StatusOr<SaveAnswer> {
     PT_RETURN_IF_ERROR(CheckStore());
     PT_RETURN_IF_ERROR(ValidateName("name", request.name));
@@ -173,7 +175,8 @@ absl::StatusOr<SaveAnswer> Sessions::Save(const Tenant& tenant, ModelHost* host,
       return absl::InvalidArgumentError("level is CACHE, a save must be PROCESS or LOCAL");
     }
     // First of all: what is written below belongs to this ownership period.
-    PT_ASSIGN_OR_RETURN(const WriteFence fence, fence_->Get(deadline));
+    PT_ASSIGN_OR_RETURN(fence, parking_ == nullptr ? fence_->Get(deadline)
+                                                   : parking_->FenceOf(request.sequence, deadline));
     PT_ASSIGN_OR_RETURN(const std::unique_ptr<StateSnapshot> snapshot,
                         host->Snapshot(tenant, request.sequence, request.keep_tokens));
     ManifestRecord manifest;
@@ -198,6 +201,9 @@ absl::StatusOr<SaveAnswer> Sessions::Save(const Tenant& tenant, ModelHost* host,
   };
   absl::StatusOr<SaveAnswer> answer = save();
   Count("save", answer.status());
+  if (parking_ != nullptr && GetReason(answer.status()) == error_reason::kStaleEpoch) {
+    parking_->NoteStale(fence);
+  }
   if (answer.ok()) {
     bytes_written_->Add(static_cast<double>(answer->bytes_written));
     bytes_total_->Add(static_cast<double>(answer->bytes_total));
@@ -236,8 +242,8 @@ absl::StatusOr<LoadedSession> Sessions::Load(const Tenant& tenant, absl::string_
     PT_RETURN_IF_ERROR(CheckModel(loaded.session.state, model_digest, deadline));
     PT_ASSIGN_OR_RETURN(loaded.host,
                         worker_->HostOfModel(loaded.session.state.model_digest.ToHex(), deadline));
-    PT_ASSIGN_OR_RETURN(loaded.open,
-                        loaded.host->OpenSaved(tenant, loaded.session.state, pages, length));
+    PT_ASSIGN_OR_RETURN(loaded.open, loaded.host->OpenSaved(tenant, loaded.session.state, pages,
+                                                            length, std::nullopt));
     return loaded;
   };
   absl::StatusOr<LoadedSession> loaded = load();

@@ -18,6 +18,7 @@
 #include "base/mutex.h"
 #include "core/page_store.h"
 #include "core/session_state.h"
+#include "worker/parking.h"
 #include "worker/worker.h"
 #include "worker/worker_fence.h"
 
@@ -70,7 +71,8 @@ struct LoadedSession {
 class Sessions {
  public:
   // `store` may be null: then every call is FAILED_PRECONDITION (NO_STORE).
-  Sessions(Worker* worker, PageStore* store, WorkerFence* fence);
+  // `parking` may be null: then no sequence has an owner of its own.
+  Sessions(Worker* worker, PageStore* store, WorkerFence* fence, Parking* parking = nullptr);
 
   // See SessionService.SaveSession for what holds when it answers, and for the errors.
   absl::StatusOr<SaveAnswer> Save(const Tenant& tenant, ModelHost* host, const SaveRequest& request,
@@ -117,6 +119,7 @@ class Sessions {
   Worker* const worker_;
   PageStore* const store_;
   WorkerFence* const fence_;
+  Parking* const parking_;
   Counter* const bytes_written_;
   Counter* const bytes_total_;
 

@@ -2,6 +2,7 @@
 
 #include <pthread.h>
 
+#include <algorithm>
 #include <utility>
 
 #include "base/log.h"
@@ -68,6 +69,7 @@ absl::Duration StoreLeaseKeeper::Acquire(MonotonicTime sent) {
   if (lease.ok()) {
     Held(*lease, sent);
     LogInfo("worker", "holds store lease ", options_.name, ", epoch ", lease->epoch);
+    if (options_.on_granted) options_.on_granted();
     return options_.ttl / 3;
   }
   MutexLock lock(&mu_);
@@ -96,7 +98,7 @@ void StoreLeaseKeeper::Held(const StoreLease& lease, MonotonicTime sent) {
   MutexLock lock(&mu_);
   lease_ = lease;
   epoch_ = lease.epoch;
-  valid_until_ = sent + options_.ttl - options_.margin;
+  valid_until_ = sent + options_.ttl - std::min(options_.margin, options_.ttl / 4);
   was_held_ = true;
   held_by_other_ = false;
   last_error_ = absl::OkStatus();

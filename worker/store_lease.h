@@ -8,6 +8,7 @@
 #define PAGETIDE_WORKER_STORE_LEASE_H_
 
 #include <cstdint>
+#include <functional>
 #include <optional>
 #include <string>
 #include <thread>
@@ -27,7 +28,11 @@ class StoreLeaseKeeper {
     uint64_t incarnation = 0;
     absl::Duration ttl = absl::Seconds(5);
     // Taken off what is left, for the drift of two clocks and the time to act on the answer.
+    // At most a quarter of ttl is taken.
     absl::Duration margin = absl::Milliseconds(500);
+    // After each grant (not renewal), by the thread that renews: to be quick, a third of ttl at
+    // most. May be null.
+    std::function<void()> on_granted;
   };
   enum class State {
     kAcquiring,  // not held yet; the store has not answered or could not be reached

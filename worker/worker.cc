@@ -234,6 +234,10 @@ void Worker::NoteClosed(SequenceId id) const {
   if (ports_.on_sequence_closed) ports_.on_sequence_closed(id);
 }
 
+void Worker::NoteResumed(const ModelHost& host, const SequenceInfo& info) const {
+  if (ports_.on_sequence_resumed) ports_.on_sequence_resumed(host, info);
+}
+
 Tenant Worker::TenantNamed(absl::string_view name) const {
   return Tenant{std::string(name), DeriveTenantSalt(options_.deployment_secret, name)};
 }

@@ -69,6 +69,8 @@ class Worker {
     std::function<void(ModelHost&)> on_host;  // once a host, before its first use
     std::function<void(const ModelHost&, const SequenceInfo&)> on_sequence;  // opened or changed
     std::function<void(SequenceId)> on_sequence_closed;
+    // One that may have been open here before, and closed.
+    std::function<void(const ModelHost&, const SequenceInfo&)> on_sequence_resumed;
   };
 
   static absl::StatusOr<std::unique_ptr<Worker>> Create(Options options, Ports ports);
@@ -98,6 +100,7 @@ class Worker {
   // The services tell what they did to a sequence, for those who report it to routers.
   void NoteSequence(const ModelHost& host, const SequenceInfo& info) const;
   void NoteClosed(SequenceId id) const;
+  void NoteResumed(const ModelHost& host, const SequenceInfo& info) const;
 
   Tenant TenantNamed(absl::string_view name) const;
   const std::string& id() const { return options_.id; }

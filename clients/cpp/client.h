@@ -104,6 +104,15 @@ class Client {
   absl::StatusOr<uint64_t> DeleteSession(absl::string_view name,
                                          std::optional<uint64_t> expected_version = std::nullopt);
 
+  // Opens a parked sequence under its id, or one of a worker that died, as it was parked last. On
+  // the worker of a client without a router, else on one that serves.
+  absl::StatusOr<std::unique_ptr<Sequence>> Resume(std::shared_ptr<const Model> model,
+                                                   absl::string_view sequence_id);
+  // Lets the store evict what Sequence::Pin kept. NOT_FOUND (PIN_NOT_FOUND).
+  absl::Status Unpin(absl::string_view name);
+  // All pins whose names begin with `prefix`, in order.
+  absl::StatusOr<std::vector<v1::PinInfo>> ListPins(absl::string_view prefix = "");
+
   // Workers as the router knows them. FAILED_PRECONDITION without a router.
   absl::StatusOr<std::vector<v1::WorkerInfo>> ListWorkers();
   // The connection to a worker, made or found. local_socket may be empty.

@@ -77,6 +77,20 @@ struct SaveOptions {
   std::optional<uint64_t> keep_tokens;  // the first so many only
 };
 
+// How long tokens [begin, end) are worth keeping in the store; end absent: the committed length.
+struct RetentionOptions {
+  uint64_t begin = 0;
+  std::optional<uint64_t> end;
+  std::optional<uint32_t> priority;   // 0 to 100, absent: 50
+  std::optional<absl::Duration> ttl;  // absent: for ever
+};
+
+struct PinOptions {
+  uint64_t begin = 0;
+  std::optional<uint64_t> end;
+  std::optional<absl::Duration> ttl;  // absent: until Client::Unpin
+};
+
 class BatchStep;
 class InPlaceRows;
 class PendingAppend;
@@ -139,6 +153,14 @@ class Sequence {
   // have is written. May be called while the sequence goes on.
   absl::StatusOr<v1::SaveSessionResponse> Save(absl::string_view name,
                                                const SaveOptions& options = {});
+  // Replaces priority and time to live, in the store, of the pages under these ranges (1 to 64).
+  absl::StatusOr<v1::SetRangeRetentionResponse> SetRetention(
+      std::span<const RetentionOptions> ranges);
+  // Keeps the pages under a range in the store, under a name; durable when it returns.
+  absl::StatusOr<v1::PinRangeResponse> Pin(absl::string_view name, const PinOptions& options = {});
+  // Makes the sequence durable under its id. It stays open if keep_open; else it is closed here,
+  // and Client::Resume takes it up again on any worker.
+  absl::StatusOr<v1::ParkSequenceResponse> Park(bool keep_open = false);
   // Remembers the sequence as it is; ends with it. Returns the checkpoint's id.
   absl::StatusOr<uint64_t> CreateCheckpoint();
   // Makes it that again, whatever was rewound or appended since.

@@ -83,6 +83,25 @@ TEST(ReportJournalTest, AClosedSequenceStaysClosed) {
   EXPECT_TRUE(changes[0].is_closed);
 }
 
+TEST(ReportJournalTest, AResumedSequenceIsOpenAgainUnderItsId) {
+  ReportJournal journal({.max_closed_sequences = 1});
+  uint64_t position = 0;
+  journal.ReadSequences(&position);
+  journal.OnSequence({1, 1}, "m", 5);
+  journal.OnSequenceClosed({1, 1});
+  journal.OnSequenceResumed({1, 1}, "m", 5);
+  // Not forgotten with those that are closed.
+  for (uint64_t n = 2; n < 5; ++n) {
+    journal.OnSequence({1, n}, "m", 1);
+    journal.OnSequenceClosed({1, n});
+  }
+  const auto sequences = journal.ReadSequences(&position).changes;
+  ASSERT_FALSE(sequences.empty());
+  EXPECT_EQ(sequences[0].id, (SequenceId{1, 1}));
+  EXPECT_FALSE(sequences[0].is_closed);
+  EXPECT_EQ(sequences[0].length, 5u);
+}
+
 // Readers at their own pace always end up with the set and the sequences of the writer.
 TEST(ReportJournalTest, ReadersConvergeToTheWritersState) {
   using Copy = std::tuple<PrefixHint, uint32_t, Tier>;

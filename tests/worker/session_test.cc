@@ -139,7 +139,7 @@ TEST(SessionTest, WhatIsAppendedDuringASaveIsNotPartOfIt) {
   SessionState state = (*snapshot)->state();
   EXPECT_EQ(state.tokens, tokens);
   SessionWorker b(&store, {.id = "b", .incarnation = 2});
-  auto opened = b.host()->OpenSaved(b.tenant(), state, put->pages, std::nullopt);
+  auto opened = b.host()->OpenSaved(b.tenant(), state, put->pages, std::nullopt, std::nullopt);
   ASSERT_TRUE(opened.ok()) << opened.status();
   EXPECT_EQ(*b.engine->WrongRows(opened->info.id, tokens), 0u);
 }

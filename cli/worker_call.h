@@ -1,0 +1,47 @@
+// What subcommands that talk to one worker share: which worker, for how long, and in what form the
+// answer is printed.
+#ifndef PAGETIDE_CLI_WORKER_CALL_H_
+#define PAGETIDE_CLI_WORKER_CALL_H_
+
+#include <google/protobuf/duration.pb.h>
+#include <grpcpp/client_context.h>
+
+#include <CLI/CLI.hpp>
+#include <chrono>
+#include <string>
+
+#include "absl/status/status.h"
+#include "absl/status/statusor.h"
+#include "rpc/status_mapping.h"
+
+namespace pagetide {
+
+struct WorkerFlags {
+  std::string worker;  // address; empty: the router is asked
+  std::string router = "127.0.0.1:7070";
+  bool is_json = false;
+  int timeout_seconds = 30;
+  std::string sequence;  // id; empty: any worker will do
+};
+
+// --worker, --router, --json and --timeout. `flags` outlives the command.
+void AddWorkerFlags(CLI::App& command, WorkerFlags* flags);
+
+// Address of the worker to ask. A sequence is where the router says; saved state is everywhere.
+absl::StatusOr<std::string> FindWorker(const WorkerFlags& flags);
+
+// "90s", "15m", "24h". INVALID_ARGUMENT names --ttl.
+absl::Status ParseTtl(const std::string& text, google::protobuf::Duration* ttl);
+
+template <typename Stub, typename Method, typename Request, typename Response>
+absl::Status CallWorker(const WorkerFlags& flags, Stub& stub, Method method, const Request& request,
+                        Response* response) {
+  grpc::ClientContext context;
+  context.set_deadline(std::chrono::system_clock::now() +
+                       std::chrono::seconds(flags.timeout_seconds));
+  return FromGrpcStatus((stub.*method)(&context, request, response));
+}
+
+}  // namespace pagetide
+
+#endif  // PAGETIDE_CLI_WORKER_CALL_H_
