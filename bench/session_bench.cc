@@ -139,7 +139,8 @@ RunResult RunOnce(const fs::path& dir, uint64_t num_bytes) {
                      {absl::StrCat("--data-dir=", (dir / "store").string()), listen});
   const std::string store_flag = absl::StrCat("--store=", store.Value("grpc"));
   BenchProcess router(SiblingPath("pagetide-router"), {store_flag, listen});
-  const std::string pool = absl::StrCat("--pool-bytes=", num_bytes + 16 * kPageBytes);
+  // So many that nothing is spilled in the background before it is saved.
+  const std::string pool = absl::StrCat("--pool-bytes=", num_bytes / 4 * 5 + 16 * kPageBytes);
   const auto worker_args = [&](const char* id) {
     return std::vector<std::string>{absl::StrCat("--worker-id=", id), store_flag, pool, listen,
                                     "--write-through=false"};
