@@ -1,0 +1,1 @@
+// The one source of a target whose only product is its precompiled header.
