@@ -6,12 +6,17 @@ option(PAGETIDE_WITH_GRPC "Build the services (off: base, core, kvstore, kernels
 option(PAGETIDE_WITH_CUDA "Build the CUDA device; fails where the toolkit is not" OFF)
 option(PAGETIDE_BUILD_TESTS "Build the tests" ON)
 option(PAGETIDE_FUZZ "Build tests/fuzz with libFuzzer, all code instrumented (clang only)" OFF)
+option(PAGETIDE_PRECOMPILE "Use precompiled headers (GCC only; cmake/Precompiled.cmake)" OFF)
 set(PAGETIDE_SANITIZE "" CACHE STRING "Comma list for -fsanitize= (address,undefined or thread)")
 
 find_program(CCACHE_PROGRAM ccache)
 if(CCACHE_PROGRAM AND NOT CMAKE_CXX_COMPILER_LAUNCHER)
   set(CMAKE_C_COMPILER_LAUNCHER "${CCACHE_PROGRAM}")
   set(CMAKE_CXX_COMPILER_LAUNCHER "${CCACHE_PROGRAM}")
+  if(PAGETIDE_PRECOMPILE)
+    # ccache keeps objects made with precompiled headers only if it need not ask when these were made.
+    set(CMAKE_CXX_COMPILER_LAUNCHER env CCACHE_SLOPPINESS=pch_defines,time_macros "${CCACHE_PROGRAM}")
+  endif()
 endif()
 find_program(LLD_PROGRAM NAMES ld.lld ld.lld-14)
 if(LLD_PROGRAM AND CMAKE_CXX_COMPILER_ID STREQUAL "GNU")

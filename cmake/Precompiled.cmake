@@ -1,10 +1,9 @@
 # Precompiled headers, for whole builds on small machines (the presets dev, release, asan and tsan turn them on): the headers of gRPC, of
 # PageTide's protocol and of GoogleTest are parsed once for all files instead of once a file, a third of all compile time.
 #
-# Included last: pagetide_precompile() runs when every target is known, and picks for each the header that fits what it links.
+# Included last (its option stands in PageTide.cmake): pagetide_precompile() runs when every target is known, and picks for each the header that fits what it links.
 # GCC uses a precompiled header only for files that are compiled with the very flags it was made with, and reads the plain
 # headers otherwise: targets with code generation of their own (kernels, decoder) get none.
-option(PAGETIDE_PRECOMPILE "Use precompiled headers (GCC only)" OFF)
 
 # Sets OUT to TRUE if TARGET links NEEDLE, directly or through other targets of this build.
 function(pagetide_links target needle out)

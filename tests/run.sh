@@ -69,9 +69,6 @@ stage_full() {
   run_tests build "$@"
 }
 
-# ccache takes objects made with precompiled headers only if it may trust these.
-export CCACHE_SLOPPINESS=${CCACHE_SLOPPINESS:-pch_defines,time_macros}
-
 mode=all
 while [ $# -gt 0 ]; do
   case "$1" in
