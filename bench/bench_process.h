@@ -23,7 +23,7 @@ class BenchProcess {
   // Value of `key` in the ready line; exits when there is none.
   const std::string& Value(const std::string& key) const;
   pid_t pid() const { return pid_; }
-  // User and system time of the threads that live now.
+  // User and system time of all its threads since its start.
   double CpuSeconds() const;
 
  private:

@@ -24,7 +24,7 @@ enum Operation : uint32_t { kRead = 1, kWrite = 2 };
 
 struct Header {
   uint32_t operation = 0;
-  uint32_t reserved = 0;
+  uint32_t index = 0;      // of a request: its bytes begin at index × num_bytes of the memory
   uint64_t num_bytes = 0;  // of the request, or of the part that follows
 };
 
@@ -143,11 +143,12 @@ Address Parse(const std::string& text) {
 void Serve(int fd, std::span<std::byte> memory, const SocketTuning& tuning) {
   Header request;
   while (ReceiveAll(fd, &request, sizeof(request))) {
-    if (request.num_bytes > memory.size()) break;
+    if (request.num_bytes == 0 || request.index >= memory.size() / request.num_bytes) break;
+    const auto bytes = memory.subspan(request.index * request.num_bytes, request.num_bytes);
     if (request.operation == kRead) {
-      SendParts(fd, memory.first(request.num_bytes), tuning.part_bytes);
+      SendParts(fd, bytes, tuning.part_bytes);
     } else {
-      if (!ReceiveParts(fd, request.num_bytes, memory.first(request.num_bytes))) break;
+      if (!ReceiveParts(fd, request.num_bytes, bytes)) break;
       SendHeader(fd, request);
     }
   }
@@ -205,7 +206,7 @@ void SocketClient::Read(uint64_t num_requests, uint64_t num_bytes, uint64_t in_f
   uint64_t asked = 0;
   for (uint64_t done = 0; done < num_requests; ++done) {
     for (; asked < std::min(num_requests, done + in_flight); ++asked) {
-      SendHeader(fd_, {.operation = kRead, .num_bytes = num_bytes});
+      SendHeader(fd_, {kRead, static_cast<uint32_t>(asked), num_bytes});
     }
     if (!ReceiveParts(fd_, num_bytes, to)) Die("read");
   }
@@ -213,11 +214,12 @@ void SocketClient::Read(uint64_t num_requests, uint64_t num_bytes, uint64_t in_f
 
 void SocketClient::Write(uint64_t num_requests, std::span<const std::byte> from,
                          uint64_t in_flight) {
+  const uint64_t num_bytes = from.size() / num_requests;
   uint64_t sent = 0;
   for (uint64_t done = 0; done < num_requests; ++done) {
     for (; sent < std::min(num_requests, done + in_flight); ++sent) {
-      SendHeader(fd_, {.operation = kWrite, .num_bytes = from.size()});
-      SendParts(fd_, from, tuning_.part_bytes);
+      SendHeader(fd_, {kWrite, static_cast<uint32_t>(sent), num_bytes});
+      SendParts(fd_, from.subspan(sent * num_bytes, num_bytes), tuning_.part_bytes);
     }
     Header answer;
     if (!ReceiveAll(fd_, &answer, sizeof(answer))) Die("write");

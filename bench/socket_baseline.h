@@ -35,12 +35,12 @@ class SocketClient {
   SocketClient(const SocketClient&) = delete;
   SocketClient& operator=(const SocketClient&) = delete;
 
-  // `num_requests` requests of `num_bytes` each, at most `in_flight` of them unanswered at a time.
-  // Received parts overwrite each other in `to` (at least one part), unless it has room for a whole
-  // request. Bytes [0, num_bytes) of the server's memory are what is read.
+  // The first num_requests × num_bytes bytes of the server's memory, num_bytes a request, at most
+  // `in_flight` requests unanswered at a time. Received parts overwrite each other in `to` (at
+  // least one part).
   void Read(uint64_t num_requests, uint64_t num_bytes, uint64_t in_flight, std::span<std::byte> to);
-  // Sends the whole of `from` `num_requests` times; the server keeps it at the start of its memory
-  // and answers each when it has all of it.
+  // Sends `from` in num_requests requests of equal size to the start of the server's memory; the
+  // server answers each when it has all of it.
   void Write(uint64_t num_requests, std::span<const std::byte> from, uint64_t in_flight);
 
  private:

@@ -16,16 +16,12 @@
 #include <string>
 #include <vector>
 
-#include "base/clock.h"
 #include "bench/bench_process.h"
+#include "bench/seconds_now.h"
 #include "bench/socket_baseline.h"
 
 namespace pagetide::bench {
 namespace {
-
-double Now() {
-  return absl::ToDoubleSeconds(Clock::Real()->MonotonicNow().since_boot);
-}
 
 struct Flags {
   std::string serve;
@@ -72,13 +68,13 @@ int Main(const Flags& flags) {
   std::vector<std::byte> all(flags.num_bytes, std::byte{1});
   for (int run = 0; run <= flags.runs; ++run) {
     for (Case& c : cases) {
-      const double began = Now();
+      const double began = SecondsNow();
       c.client->Read(1, flags.num_bytes, 1, part);
-      const double middle = Now();
+      const double middle = SecondsNow();
       c.client->Write(1, all, 1);
       if (run == 0) continue;  // warms up
       c.read.push_back(static_cast<double>(flags.num_bytes) / (middle - began) / 1e9);
-      c.write.push_back(static_cast<double>(flags.num_bytes) / (Now() - middle) / 1e9);
+      c.write.push_back(static_cast<double>(flags.num_bytes) / (SecondsNow() - middle) / 1e9);
     }
   }
   for (Case& c : cases) {

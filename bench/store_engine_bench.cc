@@ -33,6 +33,7 @@
 
 #include "absl/strings/str_format.h"
 #include "base/checksum.h"
+#include "bench/seconds_now.h"
 
 namespace pagetide {
 namespace {
@@ -40,10 +41,6 @@ namespace {
 namespace fs = std::filesystem;
 constexpr size_t kPageBytes = 2 << 20;
 constexpr size_t kSegmentBytes = 32 << 20;
-
-double Now() {
-  return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();
-}
 
 double CpuSeconds() {
   rusage u{};
@@ -307,7 +304,7 @@ void Churn(const std::string& kind, const std::string& dir, uint64_t capacity) {
   const uint64_t fit = capacity / kPageBytes;
   const uint64_t written0 = BytesWritten();
   const double cpu0 = CpuSeconds();
-  const double t0 = Now();
+  const double t0 = SecondsNow();
   uint64_t peak = 0;
   {
     std::unique_ptr<Engine> engine = Make(kind, dir, capacity);
@@ -317,7 +314,7 @@ void Churn(const std::string& kind, const std::string& dir, uint64_t capacity) {
       if (i % 8 == 7) peak = std::max(peak, PhysicalBytes(dir));
     }
     engine->MakeDurable();
-    const double seconds = Now() - t0;
+    const double seconds = SecondsNow() - t0;
     const uint64_t at_end = PhysicalBytes(dir);
     std::this_thread::sleep_for(std::chrono::seconds(2));  // what idle background work still frees
     uint64_t pinned_ok = 0;
@@ -344,7 +341,7 @@ void PutGet(const std::string& kind, const std::string& dir, int run) {
   for (const int sync_every : {1, 8, 0}) {
     fs::remove_all(dir);
     std::unique_ptr<Engine> engine = Make(kind, dir, 0);
-    const double t0 = Now();
+    const double t0 = SecondsNow();
     for (uint64_t i = 0; i < kPages; ++i) {
       FillPage(i, &page);
       engine->Put(i, page, false);
@@ -352,7 +349,7 @@ void PutGet(const std::string& kind, const std::string& dir, int run) {
         engine->MakeDurable();
     }
     std::printf("{\"case\":\"put\",\"engine\":\"%s\",\"run\":%d,\"sync_every\":%d,\"gb_s\":%.2f}\n",
-                kind.c_str(), run, sync_every, gb / (Now() - t0));
+                kind.c_str(), run, sync_every, gb / (SecondsNow() - t0));
     engine->MakeDurable();
   }
   for (const bool verify : {true, false}) {
@@ -361,13 +358,13 @@ void PutGet(const std::string& kind, const std::string& dir, int run) {
     for (const bool cold : {true, false}) {
       if (cold) DropFromPageCache(dir);
       const double cpu0 = CpuSeconds();
-      const double t0 = Now();
+      const double t0 = SecondsNow();
       for (uint64_t i = 0; i < kPages; ++i) Check(engine->Get(i, &page), "get");
       std::printf(
           "{\"case\":\"get\",\"engine\":\"%s\",\"run\":%d,\"cache\":\"%s\",\"engine_crc\":%s,"
           "\"gb_s\":%.2f,\"cpu_s_per_gb\":%.2f}\n",
           kind.c_str(), run, cold ? "cold" : "hot", verify && kind != "segments" ? "true" : "false",
-          gb / (Now() - t0), (CpuSeconds() - cpu0) / gb);
+          gb / (SecondsNow() - t0), (CpuSeconds() - cpu0) / gb);
     }
   }
   std::fflush(stdout);
@@ -396,11 +393,11 @@ void Restart(const std::string& kind, const std::string& dir, uint64_t bytes) {
   Check(std::system(command.c_str()) == 0, "writer");
   DropFromPageCache(dir);
   std::string page(kPageBytes, '\0');
-  const double t0 = Now();
+  const double t0 = SecondsNow();
   std::unique_ptr<Engine> engine = Make(kind, dir, 0);
   Check(engine->Get(0, &page), "get after restart");
   std::printf("{\"case\":\"restart\",\"engine\":\"%s\",\"bytes\":%lu,\"seconds\":%.3f}\n",
-              kind.c_str(), bytes, Now() - t0);
+              kind.c_str(), bytes, SecondsNow() - t0);
   std::fflush(stdout);
   engine.reset();
   fs::remove_all(dir);

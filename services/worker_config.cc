@@ -59,6 +59,7 @@ absl::StatusOr<WorkerRole::Options> WorkerOptionsFromConfig(const config::Worker
     worker.host.spill_low_watermark = config.spill_low_watermark();
   }
   worker.host.unsafe_skip_verify = config.unsafe_skip_verify();
+  options.device.reserve_memory = config.reserve_memory();
   PT_ASSIGN_OR_RETURN(worker.deployment_secret,
                       LoadDeploymentSecret(config.deployment_secret_file()));
 

@@ -80,6 +80,7 @@ int main(int argc, char** argv) {
        {"insecure", "Serve without TLS on addresses that are not loopback"},
        {"io_threads", "Threads that spill and restore (default 4)"},
        {"drain_seconds", "How long a stop waits for running calls (default 30)"},
+       {"reserve_memory", "Take the pool's memory when a model is loaded (default false)"},
        {"unsafe_skip_verify", "Tests only: do not compare checksums on restore"}});
   CLI11_PARSE(app, argc, argv);
   const absl::Status status = pagetide::Run(config_path, flags, &termination);

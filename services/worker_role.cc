@@ -87,6 +87,7 @@ void Journal(const std::vector<ResidencyChange>& changes, ReportJournal* journal
 
 // Members are destroyed in reverse order: first what calls, last what is called.
 struct WorkerRole::Parts {
+  explicit Parts(const CpuDevice::Options& device_options) : device(device_options) {}
   std::string metrics_host;
   std::string advertise;
   CpuDevice device;
@@ -114,7 +115,7 @@ struct WorkerRole::Parts {
 
 absl::StatusOr<std::unique_ptr<WorkerRole>> WorkerRole::Start(Options options, PageStore* store,
                                                               Clock* clock) {
-  auto parts = std::make_unique<Parts>();
+  auto parts = std::make_unique<Parts>(options.device);
   if (options.worker.incarnation == 0) options.worker.incarnation = RandomIncarnation();
   if (options.io_threads < 1 || options.io_threads > 256) {
     return absl::InvalidArgumentError(

@@ -16,6 +16,7 @@
 #include "base/clock.h"
 #include "core/page_store.h"
 #include "rpc/server.h"
+#include "worker/cpu_device.h"
 #include "worker/local_plane.h"
 #include "worker/worker.h"
 
@@ -28,6 +29,8 @@ class WorkerRole {
     RpcServer::Options server;
     // Address that routers hand to clients; empty: the first that was bound.
     std::string advertise;
+    // Of the pools that frames lie in.
+    CpuDevice::Options device;
     // No local data plane when local_plane.socket_path is empty.
     LocalPlane::Options local_plane;
     // Addresses of routers to attach to.

@@ -270,6 +270,8 @@ class CpuPool final : public DevicePool {
         0) {
       return ErrnoError("seal", size_bytes_, errno);
     }
+    // Maps what was reserved here and now; kernels before 5.14 do it page by page, on first use.
+    if (options.reserve_memory) (void)madvise(base_, size_bytes_, MADV_POPULATE_WRITE);
     // Advice: kernels without it still give a correct pool.
     if (options.huge_pages) (void)madvise(base_, size_bytes_, MADV_HUGEPAGE);
     // Children of fork would share the frames for writing.

@@ -14,6 +14,7 @@
 #include <vector>
 
 #include "absl/strings/str_cat.h"
+#include "base/byte_size.h"
 #include "base/mutex.h"
 #include "base/status_macros.h"
 #include "kvstore/remote_page_store.h"
@@ -402,6 +403,38 @@ TEST_F(WorkerProcessTest, TerminationWaitsForARunningAppend) {
   appender.join();
   ASSERT_TRUE(code.ok()) << code.status();
   EXPECT_EQ(*code, 0);
+}
+
+// Memory of the process that it shares with files and other processes: the pools, above all.
+uint64_t SharedResidentBytes(pid_t pid) {
+  std::ifstream status(absl::StrCat("/proc/", pid, "/status"));
+  for (std::string line; std::getline(status, line);) {
+    if (line.rfind("RssShmem:", 0) == 0) return std::stoull(line.substr(9)) * kKiB;
+  }
+  ADD_FAILURE() << "no RssShmem of process " << pid;
+  return 0;
+}
+
+TEST_F(WorkerProcessTest, AReservedPoolIsResidentBeforeItsFirstRow) {
+  constexpr uint64_t kPoolBytes = 64 * kMiB;
+  RegisterInStoreDir();
+  for (const bool reserve : {true, false}) {
+    auto worker = ChildProcess::Start(
+        {.program = "pagetide-worker",
+         .args = {"--store-dir", store_dir(), absl::StrCat("--pool-bytes=", kPoolBytes),
+                  reserve ? "--reserve-memory=true" : "--reserve-memory=false"}});
+    ASSERT_TRUE(worker.ok()) << worker.status();
+    WorkerClient client((*worker)->Address("grpc"), model_);
+    ASSERT_TRUE(client.Open(TestTokens(1, 5)).ok());  // loads the model
+    const uint64_t resident = SharedResidentBytes((*worker)->pid());
+    if (reserve) {
+      EXPECT_GE(resident, kPoolBytes * 9 / 10);
+    } else {
+      EXPECT_LE(resident, kPoolBytes / 10);
+    }
+    auto code = (*worker)->Terminate();
+    ASSERT_TRUE(code.ok()) << code.status();
+  }
 }
 
 std::string RunToFailure(std::vector<std::string> args) {
