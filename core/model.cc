@@ -44,6 +44,8 @@ Model::Model(ModelSpec spec, PageGeometry geometry)
   for (uint32_t i = 0; i < geometry_.num_groups(); ++i) {
     whole.AppendField(geometry_.group(i).fingerprint().view());
   }
+  // Only where it is set: models registered before the field keep their digests.
+  if (spec_.batch_invariant) whole.AppendField("batch_invariant");
   digest_ = whole.Finish();
 }
 

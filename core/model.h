@@ -19,6 +19,8 @@ struct ModelSpec {
   GeometrySpec geometry;
   uint32_t vocabulary_size = 0;  // 0: any 32-bit token id
   std::string numerics_id;       // part of the identity when not empty
+  // Equal tokens give equal bits, whatever the batch: pages that fill may give way to equal ones.
+  bool batch_invariant = false;
 };
 
 // Names of models, sessions and workers: ^[a-z0-9]([a-z0-9._-]{0,126}[a-z0-9])?$.
@@ -32,7 +34,8 @@ class Model {
 
   const ModelSpec& spec() const { return spec_; }
   const PageGeometry& geometry() const { return geometry_; }
-  // SHA-256 of identity and geometry, without the name: two names of one thing share pages.
+  // SHA-256 of identity, geometry and batch invariance, without the name: two names of one thing
+  // share pages.
   const Digest& digest() const { return digest_; }
   // SHA-256 of weights, tokenizer, adapters and numerics: the root of prefix keys. The geometry
   // enters the page key instead, so that shards of one model agree on prefix keys.

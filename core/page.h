@@ -85,6 +85,9 @@ class Page {
   void SetFull(uint32_t rows, const Checksum128& checksum);
   void SetKey(const PrefixKey& prefix, const PrefixKey& parent_prefix, const PageKey& store_key);
 
+  // The page in front of it gave way to another that holds the same rows.
+  void SetParent(PageId parent) { parent_ = parent; }
+
   // Its bytes must not outlive its last owner.
   void SetScrub() { is_scrub_ = true; }
 

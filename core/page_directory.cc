@@ -118,6 +118,14 @@ void PageDirectory::Unpin(Page& page) {
   UpdateEvictable(page);
 }
 
+void PageDirectory::SetParent(Page& page, PageId parent) {
+  page.SetParent(parent);
+  if (!page.has_frame()) return;
+  groups_[page.group()].policy->OnErase(page.id());
+  groups_[page.group()].policy->OnInsert(page.id(), parent);
+  UpdateEvictable(page);
+}
+
 void PageDirectory::UpdateEvictable(const Page& page) {
   groups_[page.group()].policy->SetEvictable(
       page.id(), page.pins() == 0 && page.state() == PageState::kResident);

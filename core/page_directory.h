@@ -84,6 +84,8 @@ class PageDirectory {
   void Pin(Page& page);
   void Unpin(Page& page);
   void Touch(Page& page) { groups_[page.group()].policy->OnTouch(page.id()); }
+  // The page in front of it is another one from here on. It counts as used just now.
+  void SetParent(Page& page, PageId parent);
 
   // --- transitions, kept in step with frames, index and eviction order ---
   void BeginSpill(Page& page);

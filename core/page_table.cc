@@ -26,6 +26,16 @@ uint32_t PageTable::NumExtentsOf(PageId page) const {
                     [page](const Extent& extent) { return extent.page == page; }));
 }
 
+uint32_t PageTable::ReplacePage(PageId from, PageId to) {
+  uint32_t changed = 0;
+  for (Extent& extent : extents_) {
+    if (extent.page != from) continue;
+    extent.page = to;
+    ++changed;
+  }
+  return changed;
+}
+
 std::vector<PageId> PageTable::Truncate(uint64_t rows) {
   auto first_gone =
       std::partition_point(extents_.begin(), extents_.end(),

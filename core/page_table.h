@@ -38,6 +38,9 @@ class PageTable {
   // One past the last row.
   uint64_t num_rows() const { return extents_.empty() ? 0 : extents_.back().end_row(); }
   uint32_t NumExtentsOf(PageId page) const;
+  // Puts `to`, which holds the same rows in the same slots, in the place of `from`. Returns how
+  // many extents changed.
+  uint32_t ReplacePage(PageId from, PageId to);
 
   // Cuts to the first `rows` rows. Returns the pages whose extents went, in order; the last extent
   // that stays may become shorter.

@@ -103,6 +103,17 @@ void AppendExtent(const Extent& extent, PageTable& table, PageDirectory& pages) 
   if (table.Append(extent)) pages.Ref(pages.Get(extent.page));
 }
 
+void SwitchPage(PageId own, Page& known, std::optional<PageId> child, PageTable& table,
+                PageDirectory& pages) {
+  const uint32_t num_extents = table.ReplacePage(own, known.id());
+  for (uint32_t i = 0; i < num_extents; ++i) {
+    pages.Ref(known);
+    pages.Unref(pages.Get(own));
+  }
+  pages.Touch(known);
+  if (child) pages.SetParent(pages.Get(*child), known.id());
+}
+
 DroppedPages AdoptRows(std::vector<RowsChange> changes, PageDirectory& pages) {
   for (const RowsChange& change : changes) {
     for (const PageTable& table : change.next.tables) {

@@ -8,6 +8,7 @@
 #define PAGETIDE_CORE_SEQUENCE_PAGES_H_
 
 #include <cstdint>
+#include <optional>
 #include <vector>
 
 #include "core/page_directory.h"
@@ -52,6 +53,11 @@ void SyncTails(const SequenceRows& rows, const PrefixKey& root, uint32_t page_to
 
 // Appends and takes a reference if the table holds one extent more.
 void AppendExtent(const Extent& extent, PageTable& table, PageDirectory& pages);
+
+// Puts the full page `known`, which holds the same rows, in the place of `own`, and drops `own`. A
+// page that was made to follow `own` follows `known`: `child`, if there is one.
+void SwitchPage(PageId own, Page& known, std::optional<PageId> child, PageTable& table,
+                PageDirectory& pages);
 
 struct DroppedPages {
   uint64_t freed = 0;   // forgotten: nobody could find them again

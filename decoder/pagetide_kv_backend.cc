@@ -22,6 +22,7 @@ absl::Status NotOpen(absl::string_view action) {
 ModelSpec ModelSpecOf(const Decoder& decoder, absl::string_view name, uint32_t page_tokens) {
   const DecoderConfig& config = decoder.config();
   ModelSpec spec;
+  spec.batch_invariant = true;  // a fixed order of summation
   spec.name = std::string(name);
   spec.weights_digest = decoder.weights_digest();
   spec.tokenizer_digest = Sha256Of("bytes 0..255, 256 begins a sequence");

@@ -176,6 +176,7 @@ absl::StatusOr<ModelSpec> ModelSpecFromProto(const v1::ModelSpec& proto) {
   }
   spec.numerics_id = proto.numerics_id();
   spec.vocabulary_size = proto.vocabulary_size();
+  spec.batch_invariant = proto.batch_invariant();
   const v1::Geometry& geometry = proto.geometry();
   spec.geometry.page_tokens = ValueOr(geometry.page_tokens(), spec.geometry.page_tokens);
   for (int i = 0; i < geometry.groups_size(); ++i) {
@@ -202,6 +203,7 @@ v1::ModelSpec ToProto(const ModelSpec& spec) {
   }
   proto.set_vocabulary_size(spec.vocabulary_size);
   proto.set_numerics_id(spec.numerics_id);
+  proto.set_batch_invariant(spec.batch_invariant);
   v1::Geometry& geometry = *proto.mutable_geometry();
   geometry.set_page_tokens(spec.geometry.page_tokens);
   for (const LayerGroupSpec& group : spec.geometry.groups) {

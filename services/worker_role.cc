@@ -174,7 +174,8 @@ absl::StatusOr<std::unique_ptr<WorkerRole>> WorkerRole::Start(Options options, P
   parts->sessions =
       std::make_unique<Sessions>(worker, store, parts->fence.get(), parts->parking.get());
   parts->planner = std::make_unique<PromptPlanner>(parts->sessions.get());
-  parts->prefix_service = std::make_unique<PrefixServiceImpl>(worker, parts->planner.get());
+  parts->prefix_service =
+      std::make_unique<PrefixServiceImpl>(worker, parts->memos.get(), parts->planner.get());
   parts->sequence_service = std::make_unique<SequenceServiceImpl>(
       worker, parts->memos.get(), local_plane, parts->planner.get(), parts->parking.get());
   parts->session_service =

@@ -104,6 +104,33 @@ struct OpenResult {
   uint64_t restoring_pages = 0;
 };
 
+// The tokens that a prefill is about to compute, at a boundary of its chunks.
+struct ExtendRequest {
+  uint64_t expected_length = 0;  // of the sequence
+  std::span<const uint32_t> tokens;
+  std::span<const PositionedInput> inputs;
+  bool allow_full_reuse = false;
+  // > 0: claim the first page that nobody has committed, for so long.
+  absl::Duration claim = absl::ZeroDuration();
+  // > 0: wait at most so long for a page that another sequence has claimed.
+  absl::Duration wait = absl::ZeroDuration();
+};
+
+// Values equal the proto enum ClaimState.
+enum class ClaimState : uint8_t {
+  kNone = 1,     // not asked for, or there is no further full page to claim
+  kGranted = 2,  // the caller computes it; others may wait
+  kHeld = 3,     // another sequence computes it
+};
+
+struct ExtendResult {
+  SequenceInfo info;
+  uint64_t extended_tokens = 0;
+  uint64_t restoring_pages = 0;
+  ClaimState claim = ClaimState::kNone;
+  absl::Duration claim_left = absl::ZeroDuration();  // of the claim, whoever holds it
+};
+
 // Of a sequence that keeps its name over changes of its owner.
 struct SequenceIdentity {
   SequenceId id;
@@ -255,6 +282,10 @@ struct HostCounters {
   uint64_t tokens_appended = 0;
   uint64_t pages_created = 0;
   uint64_t pages_filled = 0;
+  uint64_t pages_deduplicated = 0;  // that filled and gave way to an equal resident one
+  uint64_t tokens_extended = 0;     // by ExtendMatch
+  uint64_t claims_granted = 0;
+  uint64_t claims_waited_for = 0;
   uint64_t acquire_waits = 0;
   uint64_t acquire_timeouts = 0;
   uint64_t prefixes_lost = 0;
@@ -343,6 +374,9 @@ class ModelHost {
     uint64_t max_open_sequences = 100000;
     uint64_t max_sequence_tokens = uint64_t{1} << 22;
     uint64_t max_waiting_calls = 4096;
+    // Calls that need no frame, as all their pages are resident, may pass one that waits for
+    // frames, so often: they pin pages that it may be waiting for.
+    uint32_t max_overtakes = 64;
     // Tests only: do not compare checksums on restore.
     bool unsafe_skip_verify = false;
     absl::Status Validate() const;
@@ -371,6 +405,14 @@ class ModelHost {
   virtual absl::StatusOr<OpenResult> Open(const Tenant& tenant, std::span<const uint32_t> tokens,
                                           std::span<const PositionedInput> inputs,
                                           const PromptOptions& options) = 0;
+  // Takes over pages that others have committed since the sequence was opened, for the tokens that
+  // come next; rows of its own in the first of those pages are dropped for them. Does not wait for
+  // restores. FAILED_PRECONDITION (LENGTH_MISMATCH; NOT_CANONICAL: nothing of it can be found),
+  // INVALID_ARGUMENT (tokens).
+  virtual absl::StatusOr<ExtendResult> ExtendMatch(const Tenant& tenant,
+                                                   const SequenceHandle& sequence,
+                                                   const ExtendRequest& request,
+                                                   MonotonicTime deadline) = 0;
   // Tells `watcher` how much of a sequence is resident: at once, whenever that changed, and last
   // with `done`. When nothing of it is on its way, waits in line for the frames like a call that
   // reads it all, and keeps its place to the deadline. A restore that failed shortens a sequence

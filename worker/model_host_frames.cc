@@ -129,6 +129,22 @@ absl::StatusOr<bool> ModelHostImpl::Progress(Ticket& ticket) {
   return done;
 }
 
+bool ModelHostImpl::MayOvertake(const Ticket& ticket) {
+  if (line_.front()->num_overtaken >= options_.max_overtakes) return false;
+  const Need& need = *ticket.need;
+  const auto is_there = [this](PageId id, bool is_write) {
+    mu_.AssertHeld();
+    const Page* page = pages_.Find(id);
+    if (page == nullptr) return false;
+    return is_write ? page->state() == PageState::kResident : page->is_readable();
+  };
+  return std::all_of(need.fresh.begin(), need.fresh.end(), [](uint32_t n) { return n == 0; }) &&
+         std::all_of(need.pages.begin(), need.pages.end(),
+                     [&](PageId id) { return is_there(id, false); }) &&
+         std::all_of(need.writable.begin(), need.writable.end(),
+                     [&](PageId id) { return is_there(id, true); });
+}
+
 absl::Status ModelHostImpl::Acquire(const std::string& tenant, const Need& need,
                                     MonotonicTime deadline, Acquired* out,
                                     std::optional<absl::FunctionRef<bool()>> keep_waiting) {
@@ -146,11 +162,25 @@ absl::Status ModelHostImpl::Acquire(const std::string& tenant, const Need& need,
           {{"needed", absl::StrCat(needed[g])}, {"frames", absl::StrCat(num_frames_)}});
     }
   }
-  if (line_.size() >= options_.max_waiting_calls) {
+  const auto exhausted = [&](absl::string_view why, absl::Duration delay) {
+    mu_.AssertHeld();
+    uint64_t total_needed = 0, free = 0, evictable = 0;
+    for (uint32_t g = 0; g < num_groups(); ++g) {
+      total_needed += needed[g];
+      free += pages_.frames(g).num_free();
+      evictable += pages_.policy(g).PickVictims(num_frames_, [](PageId) { return true; }).size();
+    }
     return WithRetryDelay(WithReason(absl::ResourceExhaustedError(absl::StrCat(
-                                         "acquire frames: ", line_.size(), " calls wait already")),
-                                     error_reason::kPoolExhausted),
-                          absl::Milliseconds(100));
+                                         "acquire frames: ", why, "needed ", total_needed,
+                                         ", free ", free, ", evictable ", evictable)),
+                                     error_reason::kPoolExhausted,
+                                     {{"needed", absl::StrCat(total_needed)},
+                                      {"free", absl::StrCat(free)},
+                                      {"evictable", absl::StrCat(evictable)}}),
+                          delay);
+  };
+  if (line_.size() >= options_.max_waiting_calls) {
+    return exhausted(absl::StrCat(line_.size(), " calls wait already; "), absl::Milliseconds(100));
   }
   Ticket ticket;
   ticket.need = &need;
@@ -163,7 +193,7 @@ absl::Status ModelHostImpl::Acquire(const std::string& tenant, const Need& need,
   bool waited = false;
   absl::Status status;
   while (status.ok()) {
-    if (!granted && line_.front() == &ticket) {
+    if (!granted && (line_.front() == &ticket || MayOvertake(ticket))) {
       absl::StatusOr<bool> done = Progress(ticket);
       if (!done.ok()) {
         status = done.status();
@@ -171,7 +201,8 @@ absl::Status ModelHostImpl::Acquire(const std::string& tenant, const Need& need,
       }
       if (*done) {
         granted = true;
-        line_.pop_front();
+        if (line_.front() != &ticket) ++line_.front()->num_overtaken;
+        line_.erase(std::find(line_.begin(), line_.end(), &ticket));
         changed_.SignalAll();
       }
     }
@@ -203,20 +234,7 @@ absl::Status ModelHostImpl::Acquire(const std::string& tenant, const Need& need,
         status = absl::DeadlineExceededError("restore pages: the deadline passed");
         break;
       }
-      uint64_t total_needed = 0, free = 0, evictable = 0;
-      for (uint32_t g = 0; g < num_groups(); ++g) {
-        total_needed += needed[g];
-        free += pages_.frames(g).num_free();
-        evictable += pages_.policy(g).PickVictims(num_frames_, [](PageId) { return true; }).size();
-      }
-      status = WithRetryDelay(WithReason(absl::ResourceExhaustedError(absl::StrCat(
-                                             "acquire frames: needed ", total_needed, ", free ",
-                                             free, ", evictable ", evictable)),
-                                         error_reason::kPoolExhausted,
-                                         {{"needed", absl::StrCat(total_needed)},
-                                          {"free", absl::StrCat(free)},
-                                          {"evictable", absl::StrCat(evictable)}}),
-                              absl::Milliseconds(50));
+      status = exhausted("", absl::Milliseconds(50));
       break;
     }
     if (!waited) {

@@ -397,6 +397,7 @@ void ModelHostImpl::CloseNow(Sequence& sequence) {
   sequences_.erase(sequence.number);
   foreign_.erase(sequence.id);
   sequence.closed = true;
+  claims_.ReleaseHolder(sequence.number);
   if (sequence.pending) sequence.pending->aborted = true;
   Settle(sequence);
   changed_.SignalAll();  // its calls in line leave

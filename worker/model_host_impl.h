@@ -16,6 +16,7 @@
 #include "absl/container/flat_hash_map.h"
 #include "base/mutex.h"
 #include "core/compaction.h"
+#include "core/compute_claims.h"
 #include "core/page_directory.h"
 #include "core/page_table.h"
 #include "core/sequence_editor.h"
@@ -43,6 +44,8 @@ class ModelHostImpl final : public ModelHost {
                                            const PromptOptions&) override;
   absl::StatusOr<OpenResult> Open(const Tenant&, std::span<const uint32_t>,
                                   std::span<const PositionedInput>, const PromptOptions&) override;
+  absl::StatusOr<ExtendResult> ExtendMatch(const Tenant&, const SequenceHandle&,
+                                           const ExtendRequest&, MonotonicTime) override;
   absl::Status WatchReadiness(const Tenant&, SequenceId, MonotonicTime, ReadinessWatcher) override;
   absl::StatusOr<SequenceInfo> Get(const Tenant&, SequenceId) override;
   bool Has(SequenceId) const override;
@@ -178,6 +181,7 @@ class ModelHostImpl final : public ModelHost {
     std::string tenant;
     Acquired got;
     bool has_pins = false;
+    uint32_t num_overtaken = 0;  // calls that were served before it, though it was first in line
   };
   struct SpillItem {
     PageId page;
@@ -283,6 +287,8 @@ class ModelHostImpl final : public ModelHost {
                        Acquired* out,
                        std::optional<absl::FunctionRef<bool()>> keep_waiting = std::nullopt)
       ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
+  // Not first in line, but with nothing to wait for.
+  bool MayOvertake(const Ticket& ticket) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
   void ReleaseAcquired(Acquired& acquired) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
   // One step for the head of the line. True when all its frames are assigned.
   absl::StatusOr<bool> Progress(Ticket& ticket) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
@@ -325,6 +331,22 @@ class ModelHostImpl final : public ModelHost {
                                     const std::vector<PrefixKey>& keys,
                                     const PromptOptions& options)
       ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
+
+  // --- racing prefills (model_host_extend.cc) ---
+  // A sequence, the tokens behind it, and the keys of all their full pages.
+  struct LongerPrompt {
+    std::vector<uint32_t> tokens;
+    std::vector<PositionedInput> inputs;
+    std::vector<PrefixKey> keys;
+  };
+  LongerPrompt MakeLonger(const Sequence& sequence, const ExtendRequest& request) const;
+  // Takes over the pages of `match` that lie behind the sequence's full ones. Returns the tokens
+  // that it has more.
+  uint64_t AdoptMatch(Sequence& sequence, const LongerPrompt& longer, const Match& match)
+      ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
+  // Of a wait for another's claim on the page `next`: it came, the claim ended, or the caller did.
+  bool IsOver(const Sequence& sequence, uint64_t revision, const PrefixKey& next,
+              MonotonicTime give_up) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
 
   // --- saved state (model_host_sessions.cc) ---
   // The length to open; the refusals of OpenSaved.
@@ -401,6 +423,8 @@ class ModelHostImpl final : public ModelHost {
   uint64_t running_calls_ ABSL_GUARDED_BY(mu_) = 0;
   MonotonicTime spill_again_at_ ABSL_GUARDED_BY(mu_) = {absl::ZeroDuration()};
   absl::Status last_store_error_ ABSL_GUARDED_BY(mu_);
+  ComputeClaims claims_ ABSL_GUARDED_BY(mu_);
+  uint64_t num_waiting_claims_ ABSL_GUARDED_BY(mu_) = 0;  // calls that wait for another's claim
   HostCounters counters_ ABSL_GUARDED_BY(mu_);
   RateMeter prefill_meter_ ABSL_GUARDED_BY(mu_);
   RateMeter store_meter_ ABSL_GUARDED_BY(mu_);

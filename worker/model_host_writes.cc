@@ -715,7 +715,20 @@ absl::StatusOr<CommitResult> ModelHostImpl::CommitRows(const Tenant& tenant,
               std::make_shared<const std::vector<uint32_t>>(all.begin() + at,
                                                             all.begin() + at + page_tokens()),
               has_inputs(at));
-          if (is_keyed && options_.write_through) write_through.push_back(page.id());
+          claims_.Release(keys[index]);
+          if (is_keyed) {
+            if (options_.write_through) write_through.push_back(page.id());
+            continue;
+          }
+          // Somebody was faster. Of an engine whose bits depend on the batch both pages stay.
+          Page* const known = pages_.FindKeyed(g, keys[index]);
+          if (!model_->spec().batch_invariant || known == nullptr || !known->is_readable())
+            continue;
+          const bool has_child = t + 1 < pending->targets[g].size();
+          SwitchPage(page.id(), *known,
+                     has_child ? std::optional(pending->targets[g][t + 1]) : std::nullopt, table,
+                     pages_);
+          ++counters_.pages_deduplicated;
         } else {
           page.SetRows(slot + count);
         }

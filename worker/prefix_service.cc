@@ -3,11 +3,17 @@
 #include <utility>
 #include <vector>
 
+#include "absl/strings/str_cat.h"
 #include "base/log.h"
 #include "base/status_macros.h"
 #include "rpc/status_mapping.h"
 
 namespace pagetide {
+namespace {
+
+constexpr absl::Duration kMaxClaimTime = absl::Seconds(60);
+
+}  // namespace
 
 grpc::Status PrefixServiceImpl::LookupPrefix(grpc::ServerContext* context,
                                              const v1::LookupPrefixRequest* request,
@@ -63,6 +69,47 @@ grpc::Status PrefixServiceImpl::PlanPrompt(grpc::ServerContext* context,
     return absl::OkStatus();
   };
   return ToGrpcStatus(handle());
+}
+
+absl::StatusOr<v1::ExtendMatchResponse> PrefixServiceImpl::Extend(
+    const CallContext& call, const v1::ExtendMatchRequest& request) {
+  PT_ASSIGN_OR_RETURN(const HandleTarget target, FindSequence(*worker_, request.sequence()));
+  PT_ASSIGN_OR_RETURN(const auto inputs, InputsFromProto(request.inputs()));
+  ExtendRequest extend{.expected_length = request.expected_length(),
+                       .tokens = TokensOf(request.tokens()),
+                       .inputs = inputs,
+                       .allow_full_reuse = request.allow_full_reuse()};
+  PT_ASSIGN_OR_RETURN(extend.claim, DurationFromProto("claim", request.claim()));
+  PT_ASSIGN_OR_RETURN(extend.wait, DurationFromProto("wait", request.wait()));
+  for (const auto& [field, duration] :
+       {std::pair("claim", extend.claim), std::pair("wait", extend.wait)}) {
+    if (duration <= kMaxClaimTime) continue;
+    return absl::InvalidArgumentError(absl::StrCat(field, " is ", absl::FormatDuration(duration),
+                                                   ", must be at most ",
+                                                   absl::FormatDuration(kMaxClaimTime)));
+  }
+  PT_ASSIGN_OR_RETURN(const ExtendResult result,
+                      target.host->ExtendMatch(call.tenant, target.handle, extend, call.deadline));
+  worker_->NoteSequence(*target.host, result.info);
+  v1::ExtendMatchResponse response;
+  *response.mutable_state() = StateToProto(*worker_, *target.host, result.info);
+  response.set_extended_tokens(result.extended_tokens);
+  response.set_restoring_pages(result.restoring_pages);
+  response.set_claim(static_cast<v1::ClaimState>(result.claim));
+  *response.mutable_claim_left() = DurationToProto(result.claim_left);
+  return response;
+}
+
+grpc::Status PrefixServiceImpl::ExtendMatch(grpc::ServerContext* context,
+                                            const v1::ExtendMatchRequest* request,
+                                            v1::ExtendMatchResponse* response) {
+  const CallContext call = MakeCallContext(*context, *worker_);
+  auto answer = memos_->OncePerSequence<v1::ExtendMatchResponse>(
+      request->sequence().sequence_id(), request->request_id(), DigestOfMessage(*request),
+      call.deadline, [&] { return Extend(call, *request); });
+  if (!answer.ok()) return ToGrpcStatus(answer.status());
+  *response = *std::move(answer);
+  return grpc::Status::OK;
 }
 
 absl::StatusOr<std::string> PrefixServiceImpl::LeasePrefix(const CallContext& call, ModelHost* host,

@@ -217,7 +217,11 @@ absl::StatusOr<v1::AppendTokensResponse> SequenceServiceImpl::Append(const CallC
   stream->SendInitialMetadata();
   const auto receive = [&]() -> absl::StatusOr<CommitResult> {
     AppendMessage message;
+    // One message at a time: the frames are there, so rows go straight from the transport's slices
+    // to their place, whatever the number of layers.
+    ByteGauge::Hold staged(&worker_->staged_rows());
     while (stream->Read(message.buffer())) {
+      staged.Set(message.buffer()->Length());
       PT_RETURN_IF_ERROR(message.Decode());
       if (message.is_header()) {
         return absl::InvalidArgumentError("an append has a second header");

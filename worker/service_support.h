@@ -57,6 +57,7 @@ absl::StatusOr<std::vector<PositionedInput>> InputsFromProto(
 // INVALID_ARGUMENT names `field` unless the duration is valid and not negative.
 absl::StatusOr<absl::Duration> DurationFromProto(absl::string_view field,
                                                  const google::protobuf::Duration& duration);
+google::protobuf::Duration DurationToProto(absl::Duration duration);
 google::protobuf::Timestamp TimestampToProto(absl::Time time);
 absl::StatusOr<RowKind> RowKindFromProto(absl::string_view field, int kind);
 

@@ -78,7 +78,7 @@ void Worker::TickLoop() {
     leases_.Expire();
     const std::vector<ModelHost*> hosts = Hosts();
     for (ModelHost* host : hosts) host->Tick();
-    metrics_.Update(hosts, leases_.size());
+    metrics_.Update(staged_rows_, hosts, leases_.size());
     const MonotonicTime next = ports_.clock->MonotonicNow() + options_.tick_period;
     MutexLock lock(&mu_);
     while (!stopping_) {

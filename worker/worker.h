@@ -30,6 +30,7 @@
 #include "core/model.h"
 #include "core/page_store.h"
 #include "core/sequence_id.h"
+#include "worker/byte_gauge.h"
 #include "worker/model_host.h"
 #include "worker/pin_leases.h"
 #include "worker/worker_metrics.h"
@@ -106,6 +107,8 @@ class Worker {
   const std::string& id() const { return options_.id; }
   uint64_t incarnation() const { return options_.incarnation; }
   PinLeases& leases() { return leases_; }
+  // Row messages of appends between the transport and their frames.
+  ByteGauge& staged_rows() { return staged_rows_; }
   Clock& clock() const { return *ports_.clock; }
   Metrics& metrics() const { return *ports_.metrics; }
 
@@ -124,6 +127,7 @@ class Worker {
   const std::shared_ptr<std::atomic<uint64_t>> numbers_ =
       std::make_shared<std::atomic<uint64_t>>(0);
   PinLeases leases_;
+  ByteGauge staged_rows_;
   WorkerMetrics metrics_;  // owned by the upkeep thread
   std::thread ticker_;
 

@@ -37,6 +37,14 @@ constexpr CounterName kCounters[] = {
      "Tokens committed by appends and steps"},
     {&HostCounters::pages_created, "pagetide_worker_pages_created_total", "Pages newly allocated"},
     {&HostCounters::pages_filled, "pagetide_worker_pages_filled_total", "Pages that became full"},
+    {&HostCounters::pages_deduplicated, "pagetide_worker_pages_deduplicated_total",
+     "Pages that became full and gave way to an equal page that was resident already"},
+    {&HostCounters::tokens_extended, "pagetide_worker_tokens_extended_total",
+     "Tokens that ExtendMatch took over from pages that others committed since the open"},
+    {&HostCounters::claims_granted, "pagetide_worker_compute_claims_total",
+     "Claims to compute a page that were granted"},
+    {&HostCounters::claims_waited_for, "pagetide_worker_compute_claim_waits_total",
+     "Calls that waited for a page that another sequence had claimed to compute"},
     {&HostCounters::acquire_waits, "pagetide_worker_frame_waits_total",
      "Calls that waited for frames"},
     {&HostCounters::acquire_timeouts, "pagetide_worker_frame_wait_timeouts_total",
@@ -58,7 +66,8 @@ constexpr CounterName kCounters[] = {
 
 }  // namespace
 
-void WorkerMetrics::Update(const std::vector<ModelHost*>& hosts, size_t open_leases) {
+void WorkerMetrics::Update(const ByteGauge& staged_rows, const std::vector<ModelHost*>& hosts,
+                           size_t open_leases) {
   HostCounters total;
   uint64_t open_sequences = 0;
   uint64_t running_calls = 0;
@@ -97,6 +106,14 @@ void WorkerMetrics::Update(const std::vector<ModelHost*>& hosts, size_t open_lea
       ->Set(static_cast<double>(open_sequences));
   metrics_->GetGauge("pagetide_worker_running_calls", "Calls at work in the hosts")
       ->Set(static_cast<double>(running_calls));
+  metrics_
+      ->GetGauge("pagetide_worker_append_staging_bytes",
+                 "Bytes of row messages that have arrived and are not yet in frames")
+      ->Set(static_cast<double>(staged_rows.now()));
+  metrics_
+      ->GetGauge("pagetide_worker_append_staging_peak_bytes",
+                 "The most that pagetide_worker_append_staging_bytes ever was")
+      ->Set(static_cast<double>(staged_rows.peak()));
   metrics_->GetGauge("pagetide_worker_pin_leases", "Open pin leases")
       ->Set(static_cast<double>(open_leases));
   metrics_

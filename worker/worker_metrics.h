@@ -8,6 +8,7 @@
 
 #include "base/digest.h"
 #include "base/metrics.h"
+#include "worker/byte_gauge.h"
 #include "worker/model_host.h"
 
 namespace pagetide {
@@ -18,7 +19,8 @@ class WorkerMetrics {
   explicit WorkerMetrics(Metrics* metrics) : metrics_(metrics) {}
 
   // Call it every tick: counters move by what hosts counted since the last call.
-  void Update(const std::vector<ModelHost*>& hosts, size_t open_leases);
+  void Update(const ByteGauge& staged_rows, const std::vector<ModelHost*>& hosts,
+              size_t open_leases);
 
  private:
   Metrics* const metrics_;

@@ -33,6 +33,7 @@ Model MakeTestModel(const TestModelOptions& options) {
   spec.weights_digest = Sha256Of(absl::StrCat("weights of ", options.name));
   spec.tokenizer_digest = Sha256Of("tokenizer");
   spec.vocabulary_size = options.vocabulary_size;
+  spec.batch_invariant = options.batch_invariant;
   spec.geometry.page_tokens = options.page_tokens;
   LayerGroupSpec group;
   group.k_type = group.v_type = DataType::kF32;

@@ -29,6 +29,7 @@ struct TestModelOptions {
   uint32_t kv_heads = 2;
   uint32_t dim = 8;
   uint32_t vocabulary_size = 0;
+  bool batch_invariant = false;
 };
 Model MakeTestModel(const TestModelOptions& options = {});
 // Writes the record that RegisterModel would write.

@@ -30,9 +30,11 @@ inline std::vector<uint32_t> Concat(std::vector<uint32_t> a, const std::vector<u
   return a;
 }
 
-inline std::shared_ptr<const Model> TestModel(uint32_t page_tokens, int num_groups = 1) {
+inline std::shared_ptr<const Model> TestModel(uint32_t page_tokens, int num_groups = 1,
+                                              bool batch_invariant = false) {
   ModelSpec spec;
   spec.name = "test";
+  spec.batch_invariant = batch_invariant;
   spec.geometry.page_tokens = page_tokens;
   for (int g = 0; g < num_groups; ++g) {
     LayerGroupSpec group;
@@ -57,11 +59,13 @@ class HostUnderTest {
     bool no_store = false;
     uint64_t incarnation = 7;
     int io_threads = 2;
+    bool batch_invariant = false;
+    uint32_t max_overtakes = 64;
     // A host of somebody else's, over TestModel(page_tokens, num_groups); null: one of its own.
     ModelHost* existing = nullptr;
   };
   explicit HostUnderTest(const Setup& setup)
-      : model(TestModel(setup.page_tokens, setup.num_groups)),
+      : model(TestModel(setup.page_tokens, setup.num_groups, setup.batch_invariant)),
         store(setup.no_store           ? nullptr
               : setup.store != nullptr ? setup.store
                                        : &own_store),
@@ -70,6 +74,7 @@ class HostUnderTest {
     options.pool_bytes = setup.num_frames * model->geometry().bytes_per_page_of_tokens();
     options.incarnation = setup.incarnation;
     options.write_through = setup.write_through;
+    options.max_overtakes = setup.max_overtakes;
     options.store_backoff = absl::Milliseconds(20);
     host = setup.existing;
     if (host != nullptr) return;

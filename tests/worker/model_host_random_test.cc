@@ -36,9 +36,14 @@ std::vector<uint32_t> RandomPrompt(std::mt19937_64& rng, uint32_t max_blocks) {
   return tokens;
 }
 
-TEST(ModelHostRandomTest, EveryRowIsAlwaysWhatItsTokensSay) {
+// With a model that drops pages that fill twice, and with one that keeps them.
+class RandomCalls : public ::testing::TestWithParam<bool> {};
+INSTANTIATE_TEST_SUITE_P(Numerics, RandomCalls, ::testing::Bool());
+
+TEST_P(RandomCalls, EveryRowIsAlwaysWhatItsTokensSay) {
   std::mt19937_64 rng(Seed());
-  HostUnderTest t({.page_tokens = 8, .num_groups = 2, .num_frames = 20});
+  HostUnderTest t(
+      {.page_tokens = 8, .num_groups = 2, .num_frames = 20, .batch_invariant = GetParam()});
   std::map<uint64_t, std::pair<SequenceInfo, std::vector<uint32_t>>> open;
   uint64_t num_reused = 0, num_checked = 0;
   const auto pick = [&]() { return std::next(open.begin(), rng() % open.size()); };
@@ -56,6 +61,14 @@ TEST(ModelHostRandomTest, EveryRowIsAlwaysWhatItsTokensSay) {
       if (tokens.size() > 100) continue;
       const uint32_t n = 1 + rng() % 12;
       for (uint32_t i = 0; i < n; ++i) tokens.push_back(rng() % 3 * 100 + i);
+      if (rng() % 2 == 0) {
+        auto longer = t.host->ExtendMatch(
+            t.tenant, {info.id, info.epoch, std::nullopt},
+            {.expected_length = info.length, .tokens = std::span(tokens).subspan(info.length)},
+            t.Soon());
+        ASSERT_TRUE(longer.ok()) << step << ": " << longer.status();
+        info = longer->info;
+      }
       auto next = rng() % 2 == 0 ? t.Append(info, tokens) : t.Step(info, tokens);
       ASSERT_TRUE(next.ok()) << step << ": " << next.status();
       info = *next;
@@ -105,6 +118,11 @@ TEST(ModelHostRandomTest, EveryRowIsAlwaysWhatItsTokensSay) {
   EXPECT_GT(num_checked, 300u);
   EXPECT_GT(counters.pages_restored, 300u);
   EXPECT_GT(counters.rows_copied, 300u);
+  EXPECT_GT(counters.tokens_extended, 100u);
+  if (GetParam())
+    EXPECT_GT(counters.pages_deduplicated, 30u);
+  else
+    EXPECT_EQ(counters.pages_deduplicated, 0u);
 }
 
 TEST(ModelHostRandomTest, TwoHundredSequencesEightThreadsSixteenFrames) {
