@@ -74,7 +74,9 @@ Digest Fingerprint(const LayerGroupSpec& g, const ShardSpec& shard, uint32_t pag
   Sha256 hash;
   hash.AppendField("pagetide.component.v1").AppendU32(page_tokens);
   hash.AppendU32(static_cast<uint32_t>(g.kind)).AppendU32(static_cast<uint32_t>(g.window_type));
-  hash.AppendU32(g.window_tokens).AppendU64(g.layers.size());
+  hash.AppendU32(g.window_tokens);
+  if (g.window_type == LayerGroupSpec::WindowType::kRing) hash.AppendU32(g.keep_tokens);
+  hash.AppendU64(g.layers.size());
   for (uint32_t layer : g.layers) hash.AppendU32(layer);
   hash.AppendU32(static_cast<uint32_t>(g.k_type)).AppendU32(static_cast<uint32_t>(g.v_type));
   hash.AppendU32(static_cast<uint32_t>(g.scale)).AppendField(g.scale_digest);
@@ -148,7 +150,15 @@ absl::StatusOr<PageGeometry> PageGeometry::Create(GeometrySpec spec) {
         return absl::InvalidArgumentError(
             absl::StrCat(at, ": a window group needs window_type and window_tokens > 0"));
       }
-    } else if (g.window_type != LayerGroupSpec::WindowType::kNone || g.window_tokens != 0) {
+      const bool is_ring = g.window_type == LayerGroupSpec::WindowType::kRing;
+      if (is_ring ? g.keep_tokens >= g.window_tokens : g.keep_tokens != 0) {
+        return absl::InvalidArgumentError(absl::StrCat(
+            at, ".keep_tokens = ", g.keep_tokens,
+            is_ring ? " is not below window_tokens = " : " on a window that is no ring, of ",
+            g.window_tokens));
+      }
+    } else if (g.window_type != LayerGroupSpec::WindowType::kNone || g.window_tokens != 0 ||
+               g.keep_tokens != 0) {
       return absl::InvalidArgumentError(absl::StrCat(at, ": window fields on another kind"));
     }
     if (g.kind == Kind::kRecurrent || g.kind == Kind::kOpaque) {

@@ -59,12 +59,19 @@ struct RopeSpec {
 
 struct LayerGroupSpec {
   enum class Kind : uint8_t { kFull = 1, kWindow = 2, kRecurrent = 3, kOpaque = 4 };
-  enum class WindowType : uint8_t { kNone = 0, kStandard = 1, kChunked = 2, kSymmetric = 3 };
+  enum class WindowType : uint8_t {
+    kNone = 0,
+    kStandard = 1,
+    kChunked = 2,
+    kSymmetric = 3,
+    kRing = 4,  // window_tokens rows: the first keep_tokens stay, the newest are a ring
+  };
   enum class ScaleKind : uint8_t { kNone = 0, kPerLayer = 1, kPerTokenAndHead = 2 };
   enum class Basis : uint8_t { kPlain = 0, kHadamard = 1 };
   Kind kind = Kind::kFull;
   WindowType window_type = WindowType::kNone;
   uint32_t window_tokens = 0;
+  uint32_t keep_tokens = 0;      // kRing: positions below it are always seen
   std::vector<uint32_t> layers;  // numbers in the model, ascending
   DataType k_type = DataType::kF16;
   DataType v_type = DataType::kF16;
@@ -74,7 +81,7 @@ struct LayerGroupSpec {
   uint32_t k_dim = 0;
   uint32_t v_dim = 0;             // 0: latent (MLA) cache, no V
   uint32_t packed_row_bytes = 0;  // > 0: opaque rows, K only
-  uint64_t opaque_bytes = 0;      // kRecurrent, kOpaque: bytes a page
+  uint64_t opaque_bytes = 0;      // kRecurrent: bytes of the state; kOpaque: bytes a page
   RopeSpec rope;
   Basis basis = Basis::kPlain;
   friend bool operator==(const LayerGroupSpec&, const LayerGroupSpec&) = default;
@@ -95,7 +102,8 @@ struct GeometrySpec {
   friend bool operator==(const GeometrySpec&, const GeometrySpec&) = default;
 };
 
-enum class RowKind : uint8_t { kK = 1, kV = 2 };
+// kPage: bytes of a page of a group without rows.
+enum class RowKind : uint8_t { kK = 1, kV = 2, kPage = 3 };
 
 // The arithmetic of one layer group.
 class GroupGeometry {
@@ -103,14 +111,15 @@ class GroupGeometry {
   const LayerGroupSpec& spec() const { return spec_; }
   uint32_t page_tokens() const { return page_tokens_; }
   uint32_t num_layers() const { return static_cast<uint32_t>(spec_.layers.size()); }
-  // False for recurrent and opaque groups, whose pages are one run of bytes.
+  // False for recurrent and opaque groups, whose pages are one run of bytes, written and read
+  // whole.
   bool has_rows() const { return has_rows_; }
   // Rows can be attended to by our kernels: plain K/V of a full or window group.
   bool can_attend() const { return has_rows_ && spec_.packed_row_bytes == 0; }
   uint32_t k_row_bytes() const { return k_row_bytes_; }
   uint32_t v_row_bytes() const { return v_row_bytes_; }
   uint32_t row_bytes(RowKind kind) const {
-    return kind == RowKind::kK ? k_row_bytes_ : v_row_bytes_;
+    return kind == RowKind::kK ? k_row_bytes_ : kind == RowKind::kV ? v_row_bytes_ : 0;
   }
   uint64_t layer_bytes() const { return layer_bytes_; }
   uint64_t page_bytes() const { return page_bytes_; }

@@ -85,6 +85,8 @@ class Page {
   void SetFull(uint32_t rows, const Checksum128& checksum);
   void SetKey(const PrefixKey& prefix, const PrefixKey& parent_prefix, const PageKey& store_key);
 
+  // Which page of its sequence it is, of one that was made before that was known.
+  void SetDepth(uint32_t depth) { depth_ = depth; }
   // The page in front of it gave way to another that holds the same rows.
   void SetParent(PageId parent) { parent_ = parent; }
 

@@ -229,7 +229,7 @@ void PageDirectory::BeginWrite(Page& page) {
 void PageDirectory::SetTailTokens(Page& page, const PrefixKey& parent_prefix,
                                   std::vector<uint32_t> tokens, bool has_inputs) {
   PrefixIndex& index = groups_[page.group()].index;
-  if (tokens.size() < 2) {
+  if (tokens.size() < 2 || groups_[page.group()].is_whole) {
     index.Erase(page.id());
     return;
   }

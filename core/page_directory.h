@@ -40,6 +40,9 @@ class PageDirectory {
   // prompts can match part of them.
   PageDirectory(uint32_t num_groups, uint32_t num_frames, size_t max_known_stored);
 
+  // Pages of this group are whole: nobody can use some of their rows. Before its first page.
+  void SetWhole(uint32_t group) { groups_[group].is_whole = true; }
+
   // --- frames ---
   std::optional<FramePool::Grant> AllocateFrame(uint32_t group, absl::string_view tenant) {
     return groups_[group].frames.Allocate(tenant);
@@ -129,6 +132,7 @@ class PageDirectory {
     FramePool frames;
     PrefixIndex index;
     std::unique_ptr<EvictionPolicy> policy;
+    bool is_whole = false;
   };
 
   Page& Add(Page page);

@@ -49,13 +49,23 @@ std::vector<PageId> PageTable::Truncate(uint64_t rows) {
   return gone;
 }
 
-std::vector<PageId> PageTable::DropFront(uint64_t row) {
+std::vector<PageId> PageTable::DropWithin(uint64_t begin, uint64_t end) {
   std::vector<PageId> gone;
-  size_t n = 0;
-  while (n + 1 < extents_.size() && extents_[n].end_row() <= row)
-    gone.push_back(extents_[n++].page);
-  extents_.erase(extents_.begin(), extents_.begin() + static_cast<std::ptrdiff_t>(n));
+  if (extents_.empty()) return gone;
+  const auto first =
+      std::partition_point(extents_.begin(), extents_.end() - 1,
+                           [begin](const Extent& extent) { return extent.first_row < begin; });
+  auto last = first;
+  while (last != extents_.end() - 1 && last->end_row() <= end) gone.push_back((last++)->page);
+  extents_.erase(first, last);
   return gone;
+}
+
+bool PageTable::HasEnd(uint64_t row) const {
+  const auto it =
+      std::partition_point(extents_.begin(), extents_.end(),
+                           [row](const Extent& extent) { return extent.end_row() < row; });
+  return it != extents_.end() && it->end_row() == row;
 }
 
 uint64_t PageTable::FirstGap(uint64_t begin, uint64_t end) const {

@@ -45,9 +45,12 @@ class PageTable {
   // Cuts to the first `rows` rows. Returns the pages whose extents went, in order; the last extent
   // that stays may become shorter.
   std::vector<PageId> Truncate(uint64_t rows);
-  // Drops extents that lie in front of `row` as a whole, but never the last one: rows behind it go
-  // on in its page. Returns their pages, in order.
-  std::vector<PageId> DropFront(uint64_t row);
+  // Drops extents that lie within rows [begin, end) as a whole, but never the last one: rows behind
+  // it go on in its page. Returns their pages, in order.
+  std::vector<PageId> DropWithin(uint64_t begin, uint64_t end);
+  std::vector<PageId> DropFront(uint64_t row) { return DropWithin(0, row); }
+  // An extent ends in front of `row`.
+  bool HasEnd(uint64_t row) const;
   // Of rows [begin, end), the first that is not held; `end` when all are.
   uint64_t FirstGap(uint64_t begin, uint64_t end) const;
   // The extents of rows [begin, end), cut to that range and to the rows there are; none is empty.

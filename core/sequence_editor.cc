@@ -46,7 +46,7 @@ absl::Status SequenceEditor::Put(uint64_t sequence, std::span<const RowPiece> pi
   // Built before it replaces what the pieces may come from.
   SequenceRows rows = Assemble(options_.groups, options_.page_tokens, pieces);
   if (const auto lacked = rows.LackedAt(options_.groups, rows.num_rows())) {
-    return RowsReclaimed("edit", *lacked);
+    return RowsLacking("edit", *lacked);
   }
   changed_.insert_or_assign(sequence, std::move(rows));
   return absl::OkStatus();
@@ -67,15 +67,42 @@ absl::StatusOr<SequenceEditor::RowRange> SequenceEditor::RowsIn(const SequenceRo
 absl::Status SequenceEditor::CheckCut(const SequenceRows& rows, uint64_t begin,
                                       uint64_t end) const {
   if (begin == end || (begin == 0 && end == rows.num_rows())) return absl::OkStatus();
-  for (size_t g = 0; g < options_.groups.size(); ++g) {
-    if (options_.groups[g].can_cut) continue;
-    return WithReason(
-        absl::FailedPreconditionError(
-            absl::StrCat("cut rows [", begin, ", ", end, ") of ", rows.num_rows(), ": layer group ",
-                         g, " holds a state of the whole sequence, which cannot be cut")),
-        error_reason::kCannotCut, {{"group", absl::StrCat(g)}});
+  for (uint32_t g = 0; g < options_.groups.size(); ++g) {
+    if (!options_.groups[g].is_whole) continue;
+    // What is kept whole can end where one of its pages does.
+    const bool is_end = end == rows.num_rows();
+    if (is_end && !rows.LackedIn(g, options_.groups[g], begin)) continue;
+    return CannotCut(absl::StrCat("cut rows [", begin, ", ", end, ") of ", rows.num_rows()), g);
   }
   return absl::OkStatus();
+}
+
+absl::Status SequenceEditor::CheckCopy(const SequenceRows& from, RowRange range,
+                                       const SequenceRows& to) const {
+  if (range.begin == range.end) return absl::OkStatus();
+  for (uint32_t g = 0; g < options_.groups.size(); ++g) {
+    if (!options_.groups[g].is_whole) continue;
+    if (range.begin == 0 && to.num_rows() == 0 &&
+        !from.LackedIn(g, options_.groups[g], range.end)) {
+      continue;
+    }
+    return CannotCut(absl::StrCat("copy rows [", range.begin, ", ", range.end, ") of ",
+                                  from.num_rows(), " to a sequence of ", to.num_rows(), " rows"),
+                     g);
+  }
+  return absl::OkStatus();
+}
+
+absl::Status SequenceEditor::CannotCut(absl::string_view what, uint32_t group) const {
+  const bool is_state = options_.groups[group].is_state;
+  return WithReason(
+      absl::FailedPreconditionError(absl::StrCat(
+          what, ": layer group ", group, " holds ",
+          is_state
+              ? "a state of the whole sequence, which cannot be cut; checkpoints are the points "
+                "to come back to"
+              : "pages in the engine's own layout, which are whole or not at all")),
+      error_reason::kCannotCut, {{"group", absl::StrCat(group)}});
 }
 
 absl::Status SequenceEditor::CheckShift() const {
@@ -134,9 +161,7 @@ absl::StatusOr<EditOutcome> SequenceEditor::CopyRange(uint64_t from, uint64_t to
   const SequenceRows& source = Rows(from);
   const SequenceRows& target = Rows(to);
   PT_ASSIGN_OR_RETURN(const RowRange copied, RowsIn(source, range));
-  if (copied.begin > 0 || copied.end < source.num_rows() || target.num_rows() > 0) {
-    PT_RETURN_IF_ERROR(CheckCut(source, copied.begin, copied.end));
-  }
+  PT_RETURN_IF_ERROR(CheckCopy(source, copied, target));
   EditOutcome outcome;
   outcome.copied_rows = copied.end - copied.begin;
   if (outcome.copied_rows == 0) return outcome;

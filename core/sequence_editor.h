@@ -159,6 +159,8 @@ class SequenceEditor {
   };
   absl::StatusOr<RowRange> RowsIn(const SequenceRows& rows, PositionRange range) const;
   absl::Status CheckCut(const SequenceRows& rows, uint64_t begin, uint64_t end) const;
+  absl::Status CheckCopy(const SequenceRows& from, RowRange range, const SequenceRows& to) const;
+  absl::Status CannotCut(absl::string_view what, uint32_t group) const;
   absl::Status CheckShift() const;
   // Rows of `other` that lie in the same slots as rows [range) of `rows`; ascending, disjoint.
   std::vector<RowRange> SharedRows(const SequenceRows& rows, RowRange range,

@@ -23,6 +23,7 @@ struct TailPlan {
     kNewPage,  // the last page has no room, or there is none
     kInPlace,  // into `page`, from slot `rows` on
     kCopy,     // the rows of `copies` go to a new page first; the new ones follow at slot `rows`
+    kWhole,    // to new pages, the first with what the last page, of `rows` rows, holds now
   };
   struct SlotRun {
     uint32_t from_slot = 0;  // in `page`

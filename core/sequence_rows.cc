@@ -33,7 +33,6 @@ GroupTraits TraitsOf(const LayerGroupSpec& group) {
   const bool has_rows =
       group.kind == LayerGroupSpec::Kind::kFull || group.kind == LayerGroupSpec::Kind::kWindow;
   GroupTraits traits;
-  traits.can_cut = has_rows;
   traits.rotates = has_rows && group.rope.style != RopeSpec::Style::kNone;
   // Packed rows hide their K; K in another basis or with several position components does not
   // rotate pair by pair.
@@ -43,11 +42,15 @@ GroupTraits TraitsOf(const LayerGroupSpec& group) {
   if (group.kind == LayerGroupSpec::Kind::kWindow) {
     traits.window = group.window_type;
     traits.window_tokens = group.window_tokens;
+    traits.keep_tokens = group.keep_tokens;
   }
+  traits.is_whole = !has_rows;
+  traits.is_state = group.kind == LayerGroupSpec::Kind::kRecurrent;
   return traits;
 }
 
 int64_t GroupTraits::FirstVisible(int64_t next) const {
+  if (is_state) return std::max<int64_t>(0, next - 1);
   const int64_t window_size = window_tokens;
   switch (window) {
     case LayerGroupSpec::WindowType::kNone:
@@ -58,11 +61,22 @@ int64_t GroupTraits::FirstVisible(int64_t next) const {
       return next / window_size * window_size;
     case LayerGroupSpec::WindowType::kSymmetric:  // masked when |next - position| > window / 2
       return std::max<int64_t>(0, next - window_size / 2);
+    case LayerGroupSpec::WindowType::kRing:  // a standard window over what is not kept for good
+      return std::max<int64_t>(0, next - (window_size - keep_tokens) + 1);
   }
   return 0;
 }
 
-absl::Status RowsReclaimed(absl::string_view what, const LackedRow& lacked) {
+absl::Status RowsLacking(absl::string_view what, const LackedRow& lacked) {
+  if (lacked.is_inside) {
+    return WithReason(
+        absl::FailedPreconditionError(absl::StrCat(what, ": layer group ", lacked.group,
+                                                   " cannot be cut behind row ", lacked.row,
+                                                   ", which is inside a page or a state that is "
+                                                   "kept whole; only checkpoints hold others")),
+        error_reason::kCannotCut,
+        {{"group", absl::StrCat(lacked.group)}, {"row", absl::StrCat(lacked.row)}});
+  }
   return WithReason(absl::FailedPreconditionError(absl::StrCat(
                         what, ": layer group ", lacked.group, " gave up row ", lacked.row,
                         ", which was behind its window, and would need it again")),
@@ -70,12 +84,22 @@ absl::Status RowsReclaimed(absl::string_view what, const LackedRow& lacked) {
                     {{"group", absl::StrCat(lacked.group)}, {"row", absl::StrCat(lacked.row)}});
 }
 
+std::optional<LackedRow> SequenceRows::LackedIn(uint32_t group, const GroupTraits& traits,
+                                                uint64_t rows) const {
+  if (rows == 0) return std::nullopt;
+  const PageTable& table = tables[group];
+  if (traits.is_whole && !table.HasEnd(rows)) return LackedRow{group, rows - 1, true};
+  const uint64_t kept = std::min(KeptRows(traits), rows);
+  if (const uint64_t gap = table.FirstGap(0, kept); gap < kept) return LackedRow{group, gap};
+  const uint64_t masked = std::min(MaskedRows(traits, position(rows - 1) + 1), rows);
+  if (const uint64_t gap = table.FirstGap(masked, rows); gap < rows) return LackedRow{group, gap};
+  return std::nullopt;
+}
+
 std::optional<LackedRow> SequenceRows::LackedAt(std::span<const GroupTraits> groups,
                                                 uint64_t rows) const {
-  const int64_t next = rows == 0 ? 0 : position(rows - 1) + 1;
   for (uint32_t g = 0; g < tables.size(); ++g) {
-    const uint64_t gap = tables[g].FirstGap(std::min(MaskedRows(groups[g], next), rows), rows);
-    if (gap < rows) return LackedRow{g, gap};
+    if (const auto lacked = LackedIn(g, groups[g], rows)) return lacked;
   }
   return std::nullopt;
 }
@@ -83,8 +107,9 @@ std::optional<LackedRow> SequenceRows::LackedAt(std::span<const GroupTraits> gro
 std::vector<PageId> SequenceRows::DropMasked(std::span<const GroupTraits> groups) {
   std::vector<PageId> gone;
   for (uint32_t g = 0; g < tables.size(); ++g) {
-    if (groups[g].window == LayerGroupSpec::WindowType::kNone) continue;
-    const std::vector<PageId> pages = tables[g].DropFront(MaskedRows(groups[g], end_position()));
+    if (!groups[g].forgets()) continue;
+    const std::vector<PageId> pages =
+        tables[g].DropWithin(KeptRows(groups[g]), MaskedRows(groups[g], end_position()));
     gone.insert(gone.end(), pages.begin(), pages.end());
   }
   return gone;

@@ -30,13 +30,20 @@ inline constexpr int64_t kMaxPosition = std::numeric_limits<int32_t>::max();
 
 // What the algebra must know of a layer group.
 struct GroupTraits {
-  bool can_cut = true;    // rows can be taken out of the middle
   bool can_shift = true;  // rows can be given another position
   bool rotates = true;    // K depends on the position: a move leaves a pending shift
   // Which rows a query sees; kNone: all in front of it.
   LayerGroupSpec::WindowType window = LayerGroupSpec::WindowType::kNone;
   uint32_t window_tokens = 0;
-  // The first position that a query at `next`, or at any position behind it, can attend to.
+  int64_t keep_tokens = 0;  // kRing: positions below it are seen by every query
+  // Pages are written and kept whole: their rows cannot be told apart.
+  bool is_whole = false;
+  // Of whole pages only the last is kept: the state behind the last row.
+  bool is_state = false;
+  // Later tokens do not need all rows.
+  bool forgets() const { return is_state || window != LayerGroupSpec::WindowType::kNone; }
+  // The first position, but for those kept for good, that a query at `next`, or at any position
+  // behind it, can attend to.
   int64_t FirstVisible(int64_t next) const;
   friend bool operator==(const GroupTraits&, const GroupTraits&) = default;
 };
@@ -58,12 +65,14 @@ struct PositionedRun {
   friend bool operator==(const PositionedRun&, const PositionedRun&) = default;
 };
 
-// A row that a layer group gave up and would need.
+// A row that a layer group would need and does not have, or not without those behind it.
 struct LackedRow {
   uint32_t group = 0;
   uint64_t row = 0;
+  bool is_inside = false;  // of a page or a state that cannot be cut there
 };
-absl::Status RowsReclaimed(absl::string_view what, const LackedRow& lacked);
+// FAILED_PRECONDITION: ROWS_RECLAIMED, or CANNOT_CUT for what is inside.
+absl::Status RowsLacking(absl::string_view what, const LackedRow& lacked);
 
 struct SequenceRows {
   static constexpr uint64_t kAllRows = std::numeric_limits<uint64_t>::max();
@@ -86,13 +95,17 @@ struct SequenceRows {
   // The first row at `at` or behind it; num_rows() when there is none.
   uint64_t RowAt(int64_t at) const;
   PositionExtent ExtentOf(uint32_t group) const;
-  // Leading rows that a query at `next` or behind it cannot attend to.
+  // Leading rows that stay, whatever the next position.
+  uint64_t KeptRows(const GroupTraits& traits) const { return RowAt(traits.keep_tokens); }
+  // Rows in front of this one, but for kept ones, are behind the window of a query at `next`.
   uint64_t MaskedRows(const GroupTraits& traits, int64_t next) const {
     return RowAt(traits.FirstVisible(next));
   }
   // What the next token could attend to and a group does not hold, if only the first `rows` rows
   // were there.
   std::optional<LackedRow> LackedAt(std::span<const GroupTraits> groups, uint64_t rows) const;
+  // The same of one group.
+  std::optional<LackedRow> LackedIn(uint32_t group, const GroupTraits& traits, uint64_t rows) const;
   // Gives up extents that no later token can attend to. Returns their pages, one for each extent.
   std::vector<PageId> DropMasked(std::span<const GroupTraits> groups);
   // Rows [begin, end) of a group, cut where positions or slots do not carry on.

@@ -72,6 +72,8 @@ bool IsMasked(const LayerGroupSpec& spec, uint64_t p, uint64_t last) {
       return p < last / spec.window_tokens * spec.window_tokens;
     case LayerGroupSpec::WindowType::kSymmetric:
       return last - p > spec.window_tokens / 2;
+    case LayerGroupSpec::WindowType::kRing:
+      return p >= spec.keep_tokens && last - p >= spec.window_tokens - spec.keep_tokens;
     case LayerGroupSpec::WindowType::kNone:
       return false;
   }

@@ -42,6 +42,7 @@ enum class AttentionMask : uint8_t {
   kWindowStandard,   // causal and p1 - p0 < window
   kWindowChunked,    // causal and p0 >= floor(p1 / window) * window
   kWindowSymmetric,  // |p1 - p0| <= window / 2
+  kWindowRing,       // causal and (p1 - p0 < window or p0 < keep)
 };
 
 struct AttentionShape {
@@ -56,6 +57,7 @@ struct AttentionShape {
   float scale;  // scores are multiplied by this, usually 1 / sqrt(k_dim)
   AttentionMask mask;
   int64_t window;  // positions; used by the window masks only, >= 1
+  int64_t keep;    // positions; used by kWindowRing only, >= 0
 };
 
 struct AttentionArgs {

@@ -32,6 +32,7 @@ Visible VisibleTo(const AttentionShape& shape, int64_t p) {
     case AttentionMask::kCausal:
       return {kLowest, p};
     case AttentionMask::kWindowStandard:
+    case AttentionMask::kWindowRing:  // and what is kept: KeptBefore
       return {p - shape.window + 1, p};
     case AttentionMask::kWindowChunked: {
       const int64_t remainder = ((p % shape.window) + shape.window) % shape.window;
@@ -41,6 +42,12 @@ Visible VisibleTo(const AttentionShape& shape, int64_t p) {
       return {p - shape.window / 2, p + shape.window / 2};
   }
   return {kLowest, p};
+}
+
+// Positions below it are seen by a query at `p`, whatever its window.
+int64_t KeptBefore(const AttentionShape& shape, int64_t p) {
+  constexpr int64_t kLowest = std::numeric_limits<int64_t>::min();
+  return shape.mask == AttentionMask::kWindowRing ? std::min(shape.keep, p + 1) : kLowest;
 }
 
 int64_t BlockStart(int64_t position) {
@@ -160,10 +167,29 @@ PAGETIDE_ALWAYS_INLINE void AccumulateValues(const float* weight, int begin, int
   for (int t = 0; t < kWidth; ++t) Store8(acc + t * kLanes, sum[t]);
 }
 
-// Adds the visible slots [begin, end) of the loaded block to one query head's state.
-PAGETIDE_ALWAYS_INLINE void UpdateHead(const AttentionShape& shape, const float* q, int begin,
-                                       int end, Scratch& s, float* maximum, float* sum,
-                                       float* acc) {
+PAGETIDE_ALWAYS_INLINE void AccumulateBlock(const float* weight, int begin, int end,
+                                            const Scratch& s, float factor, float* acc) {
+  int d = 0;
+  for (; d + 4 * kLanes <= s.v_padded; d += 4 * kLanes) {
+    AccumulateValues<4>(weight, begin, end, s.v.data() + d, s.v_padded, factor, acc + d);
+  }
+  for (; d < s.v_padded; d += kLanes) {
+    AccumulateValues<1>(weight, begin, end, s.v.data() + d, s.v_padded, factor, acc + d);
+  }
+}
+
+// Slots [begin, hole_begin) and [hole_end, end) of a block.
+struct VisibleSlots {
+  int begin;
+  int hole_begin;
+  int hole_end;
+  int end;
+};
+
+// Adds the visible slots of the loaded block to one query head's state.
+PAGETIDE_ALWAYS_INLINE void UpdateHead(const AttentionShape& shape, const float* q,
+                                       const VisibleSlots& slots, Scratch& s, float* maximum,
+                                       float* sum, float* acc) {
   Float8 score[kVectors];
   for (int t = 0; t < kVectors; ++t) score[t] = Broadcast8(0.0f);
   const float* k = s.k.data();
@@ -176,8 +202,9 @@ PAGETIDE_ALWAYS_INLINE void UpdateHead(const AttentionShape& shape, const float*
   for (int t = 0; t < kVectors; ++t) {
     Store8(weight + t * kLanes, score[t] * scale + Load8(s.hole + t * kLanes));
   }
-  for (int i = 0; i < begin; ++i) weight[i] = kMinusInfinity;
-  for (int i = end; i < kBlock; ++i) weight[i] = kMinusInfinity;
+  for (int i = 0; i < slots.begin; ++i) weight[i] = kMinusInfinity;
+  for (int i = slots.hole_begin; i < slots.hole_end; ++i) weight[i] = kMinusInfinity;
+  for (int i = slots.end; i < kBlock; ++i) weight[i] = kMinusInfinity;
 
   Float8 highest = Load8(weight);
   for (int t = 1; t < kVectors; ++t) {
@@ -202,13 +229,26 @@ PAGETIDE_ALWAYS_INLINE void UpdateHead(const AttentionShape& shape, const float*
   *sum = *sum * factor + SumLanes(lane_sum);
   *maximum = new_maximum;
 
-  int d = 0;
-  for (; d + 4 * kLanes <= s.v_padded; d += 4 * kLanes) {
-    AccumulateValues<4>(weight, begin, end, s.v.data() + d, s.v_padded, factor, acc + d);
+  AccumulateBlock(weight, slots.begin, slots.hole_begin, s, factor, acc);
+  // Rows in the hole are not touched: what nobody sees may hold anything.
+  if (slots.hole_end < slots.end) {
+    AccumulateBlock(weight, slots.hole_end, slots.end, s, 1.0f, acc);
   }
-  for (; d < s.v_padded; d += kLanes) {
-    AccumulateValues<1>(weight, begin, end, s.v.data() + d, s.v_padded, factor, acc + d);
-  }
+}
+
+// What a query at `p` sees of the block that begins at position `start`; empty when end is 0.
+VisibleSlots SlotsOf(const AttentionShape& shape, int64_t p, int64_t start) {
+  const auto slot = [start](int64_t position) {
+    return static_cast<int>(std::clamp<int64_t>(position, start, start + kBlock) - start);
+  };
+  const Visible visible = VisibleTo(shape, p);
+  const int begin = slot(visible.first);
+  const int end = slot(visible.last + 1);
+  const int kept = slot(KeptBefore(shape, p));
+  if (begin >= end) return {0, kept, kept, kept};
+  if (kept >= begin) return {0, end, end, end};
+  if (kept == 0) return {begin, end, end, end};
+  return {0, kept, begin, end};
 }
 
 PAGETIDE_ALWAYS_INLINE void AttendTile(const AttentionArgs& args, int kv_head, int64_t first_query,
@@ -220,10 +260,12 @@ PAGETIDE_ALWAYS_INLINE void AttendTile(const AttentionArgs& args, int kv_head, i
 
   // Blocks that no query of the tile sees are not loaded.
   Visible any = VisibleTo(shape, args.q_positions[first_query]);
+  int64_t kept = KeptBefore(shape, args.q_positions[first_query]);
   for (int64_t i = first_query + 1; i < end_query; ++i) {
     const Visible one = VisibleTo(shape, args.q_positions[i]);
     any.first = std::min(any.first, one.first);
     any.last = std::max(any.last, one.last);
+    kept = std::max(kept, KeptBefore(shape, args.q_positions[i]));
   }
 
   BlockCursor cursor(args);
@@ -232,18 +274,15 @@ PAGETIDE_ALWAYS_INLINE void AttendTile(const AttentionArgs& args, int kv_head, i
   const char* v_rows[kBlock];
   while (cursor.Next(&start, k_rows, v_rows)) {
     if (start > any.last) break;  // positions never decrease
-    if (start + kBlock - 1 < any.first) continue;
+    if (start + kBlock - 1 < any.first && start >= kept) continue;
     LoadBlock(shape, kv_head, k_rows, v_rows, s);
     for (int64_t i = first_query; i < end_query; ++i) {
-      const Visible visible = VisibleTo(shape, args.q_positions[i]);
-      if (visible.last < start || visible.first >= start + kBlock) continue;
-      const int begin = static_cast<int>(std::max<int64_t>(visible.first, start) - start);
-      const int end =
-          static_cast<int>(std::min<int64_t>(visible.last, start + kBlock - 1) - start) + 1;
+      const VisibleSlots slots = SlotsOf(shape, args.q_positions[i], start);
+      if (slots.end == 0) continue;
       for (int h = 0; h < s.group; ++h) {
         const size_t state = static_cast<size_t>(i - first_query) * s.group + h;
         const int64_t q_head = static_cast<int64_t>(kv_head) * s.group + h;
-        UpdateHead(shape, args.q + (i * shape.num_q_heads + q_head) * shape.k_dim, begin, end, s,
+        UpdateHead(shape, args.q + (i * shape.num_q_heads + q_head) * shape.k_dim, slots, s,
                    &s.maximum[state], &s.sum[state], &s.acc[state * s.v_padded]);
       }
     }
@@ -303,6 +342,7 @@ const char* CheckAttentionArgs(const AttentionArgs& args) {
     return "v_row_bytes is less than the heads of one V row";
   }
   if (shape.mask != AttentionMask::kCausal && shape.window < 1) return "window must be at least 1";
+  if (shape.mask == AttentionMask::kWindowRing && shape.keep < 0) return "keep must be at least 0";
   if (args.num_queries < 0 || args.num_runs < 0)
     return "num_queries and num_runs must not be negative";
   int64_t previous = std::numeric_limits<int64_t>::min();

@@ -81,8 +81,9 @@ absl::StatusOr<LayerGroupSpec> GroupFromProto(const v1::LayerGroup& proto, int i
   PT_ASSIGN_OR_RETURN(group.kind,
                       EnumFromProto<LayerGroupSpec::Kind>(field("kind"), proto.kind(), 1, 4));
   PT_ASSIGN_OR_RETURN(group.window_type, EnumFromProto<LayerGroupSpec::WindowType>(
-                                             field("window_type"), proto.window_type(), 0, 3));
+                                             field("window_type"), proto.window_type(), 0, 4));
   group.window_tokens = proto.window_tokens();
+  group.keep_tokens = proto.keep_tokens();
   group.layers.assign(proto.layers().begin(), proto.layers().end());
   group.packed_row_bytes = proto.packed_row_bytes();
   group.opaque_bytes = proto.opaque_bytes();
@@ -138,6 +139,7 @@ v1::LayerGroup GroupToProto(const LayerGroupSpec& group) {
   proto.set_kind(static_cast<v1::LayerGroup::Kind>(group.kind));
   proto.set_window_type(static_cast<v1::LayerGroup::WindowType>(group.window_type));
   proto.set_window_tokens(group.window_tokens);
+  proto.set_keep_tokens(group.keep_tokens);
   proto.mutable_layers()->Add(group.layers.begin(), group.layers.end());
   proto.set_k_type(static_cast<v1::DataType>(group.k_type));
   proto.set_v_type(static_cast<v1::DataType>(group.v_type));

@@ -50,6 +50,8 @@ kernels::AttentionMask MaskOf(const LayerGroupSpec& spec) {
       return kernels::AttentionMask::kWindowChunked;
     case LayerGroupSpec::WindowType::kSymmetric:
       return kernels::AttentionMask::kWindowSymmetric;
+    case LayerGroupSpec::WindowType::kRing:
+      return kernels::AttentionMask::kWindowRing;
   }
   return kernels::AttentionMask::kCausal;
 }
@@ -109,7 +111,8 @@ absl::StatusOr<kernels::AttentionShape> ShapeOf(const AttentionCall& call) {
   shape.v_row_bytes = spec.v_dim == 0 ? group.k_row_bytes() : group.v_row_bytes();
   shape.scale = call.scale != 0 ? call.scale : 1.0f / std::sqrt(static_cast<float>(spec.k_dim));
   shape.mask = MaskOf(spec);
-  shape.window = spec.window_tokens;
+  shape.window = int64_t{spec.window_tokens} - spec.keep_tokens;
+  shape.keep = spec.keep_tokens;
   return shape;
 }
 

@@ -15,6 +15,7 @@
 #include <atomic>
 #include <cstdint>
 #include <functional>
+#include <limits>
 #include <memory>
 #include <optional>
 #include <span>
@@ -168,6 +169,11 @@ struct RowRun {
   RowKind kind = RowKind::kK;
   uint32_t first_token = 0;  // relative to the pending write
   uint32_t num_tokens = 0;
+  // Of kPage only, where layers and tokens mean nothing: which page of the write (of an opaque
+  // group the first is the one that holds the first new token, from its first token on; a state is
+  // page 0), and from which byte on.
+  uint32_t page = 0;
+  uint64_t page_offset = 0;
 };
 
 // Fills `dst` with the source's bytes from `offset` on. Called once or more a run, in order.
@@ -479,7 +485,7 @@ class ModelHost {
   virtual absl::StatusOr<uint64_t> FindAppend(const Tenant& tenant, SequenceId id,
                                               absl::string_view append_id) = 0;
   // INVALID_ARGUMENT when the run lies outside the pending write or `num_bytes` is not what it
-  // needs.
+  // needs; of a page any number of its bytes, in order.
   virtual absl::Status WriteRows(const Tenant& tenant, SequenceId id, uint64_t pending_id,
                                  const RowRun& run, uint64_t num_bytes, RowSource source) = 0;
   // All rows of [0, n) must have arrived (FAILED_PRECONDITION, ROWS_MISSING, naming the first
@@ -520,7 +526,9 @@ class ModelHost {
     };
     virtual std::vector<Run> Runs(uint32_t layer, RowKind kind) const = 0;
   };
-  // Token range [begin, end) of a group; end 0 = the length.
+  // Token range [begin, end) of a group; end 0 = the length. begin kHeldRows: from the first that
+  // the group holds. Of pages that are whole all that hold rows of it, of a state the state.
+  static constexpr uint64_t kHeldRows = std::numeric_limits<uint64_t>::max();
   virtual absl::StatusOr<std::shared_ptr<const PinnedRows>> PinRows(const Tenant& tenant,
                                                                     SequenceId id, uint32_t group,
                                                                     uint64_t begin, uint64_t end,

@@ -56,6 +56,7 @@ absl::StatusOr<CompactResult> ModelHostImpl::CompactOnce(const Tenant& tenant,
   need.fresh.assign(num_groups(), 0);
   uint64_t left = max_rows;
   for (uint32_t g = 0; g < num_groups() && left > 0; ++g) {
+    if (traits_[g].is_whole) continue;  // never in pieces
     runs[g] = PlanCompaction(sequence->tables[g],
                              {page_tokens(), sequence->canonical_rows(), left, apply_shifts});
     need.fresh[g] = static_cast<uint32_t>(runs[g].size());

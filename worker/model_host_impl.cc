@@ -57,13 +57,6 @@ absl::StatusOr<std::unique_ptr<ModelHost>> ModelHost::Create(Options options,
                                                              Executor* io, Clock* clock) {
   PT_RETURN_IF_ERROR(options.Validate());
   const PageGeometry& geometry = model->geometry();
-  for (uint32_t g = 0; g < geometry.num_groups(); ++g) {
-    if (!geometry.group(g).has_rows()) {
-      return absl::InvalidArgumentError(absl::StrCat(
-          "model ", model->spec().name, ": groups[", g,
-          "] is a recurrent or opaque group; this worker serves groups of K and V rows"));
-    }
-  }
   const uint64_t unit = geometry.bytes_per_page_of_tokens();
   const uint64_t num_frames = options.pool_bytes / unit;
   if (num_frames == 0) {
@@ -83,11 +76,15 @@ absl::StatusOr<std::unique_ptr<ModelHost>> ModelHost::Create(Options options,
   if (!options.numbers) options.numbers = std::make_shared<std::atomic<uint64_t>>(0);
   for (uint32_t g = 0; g < geometry.num_groups(); ++g) {
     const LayerGroupSpec& group = geometry.group(g).spec();
+    const std::string what =
+        geometry.group(g).has_rows()
+            ? absl::StrCat("K ", DataTypeName(group.k_type), ", V ", DataTypeName(group.v_type))
+        : group.kind == LayerGroupSpec::Kind::kRecurrent ? "a state of the engine's own layout"
+                                                         : "pages of the engine's own layout";
     LogInfo("worker", "pool of model ", model->spec().name, " group ", g, ": ", num_frames,
             " frames x ", FormatByteSize(geometry.group(g).page_bytes()), " = ",
             FormatByteSize(num_frames * geometry.group(g).page_bytes()), ", ", group.layers.size(),
-            " layers, K ", DataTypeName(group.k_type), ", V ", DataTypeName(group.v_type), ", ",
-            geometry.page_tokens(), " tokens a page, on ", device->name());
+            " layers, ", what, ", ", geometry.page_tokens(), " tokens a page, on ", device->name());
   }
   return std::unique_ptr<ModelHost>(
       new ModelHostImpl(std::move(options), std::move(model), std::move(pool),
@@ -111,6 +108,7 @@ ModelHostImpl::ModelHostImpl(Options options, std::shared_ptr<const Model> model
   for (uint32_t g = 0; g < num_groups(); ++g) {
     group_base_.push_back(base);
     base += (uint64_t{num_frames} + 1) * Geometry(g).page_bytes();
+    if (traits_[g].is_whole) pages_.SetWhole(g);
   }
 }
 

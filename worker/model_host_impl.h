@@ -135,6 +135,8 @@ class ModelHostImpl final : public ModelHost {
     std::vector<std::vector<FillingChecksum>> checksums;
     // [group][layer][K, V]: rows arrived, counted from the first.
     std::vector<std::vector<std::array<uint32_t, 2>>> arrived;
+    // [group][target]: leading bytes arrived, of groups whose pages are whole; else empty.
+    std::vector<std::vector<uint64_t>> page_bytes_arrived;
     uint64_t pages_created = 0;
     MonotonicTime began;
     MonotonicTime expires = MonotonicTime::InfiniteFuture();
@@ -214,11 +216,18 @@ class ModelHostImpl final : public ModelHost {
   };
   UsablePages FindUsablePages(const std::vector<PrefixKey>& keys, uint64_t max_pages)
       ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
-  // The first page of tokens that a group needs if `num_pages` are used.
+  // The first page of tokens that a group needs if `num_pages` are used, but for those it keeps.
   uint64_t FirstNeededPage(uint32_t group, uint64_t num_pages) const {
     return static_cast<uint64_t>(
                traits_[group].FirstVisible(static_cast<int64_t>(num_pages * page_tokens()))) /
            page_tokens();
+  }
+  // Leading pages of tokens that a group needs for every length behind them.
+  uint64_t KeptPages(uint32_t group) const {
+    return model_->geometry().PagesFor(static_cast<uint64_t>(traits_[group].keep_tokens));
+  }
+  bool IsNeeded(uint32_t group, uint64_t page, uint64_t num_pages) const {
+    return page < KeptPages(group) || page >= FirstNeededPage(group, num_pages);
   }
   bool IsKnown(uint32_t group, const PrefixKey& key) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
 
@@ -396,6 +405,21 @@ class ModelHostImpl final : public ModelHost {
                                           std::span<const uint32_t> tokens);
   static absl::Status CheckPath(const Pending& pending, std::span<const uint32_t> indices,
                                 size_t num_tokens);
+  // What a write of `num_tokens` behind `length` rows becomes in a group: an extent for each
+  // target.
+  std::vector<Extent> ExtentsOfWrite(uint32_t group, const Pending& pending,
+                                     uint32_t num_tokens) const;
+  // The last of `extents` fills its page.
+  bool IsFull(const Extent& extent) const { return extent.end_slot() == page_tokens(); }
+  // FAILED_PRECONDITION (ROWS_MISSING) names what of the first `num_tokens` has not arrived.
+  absl::Status CheckArrived(const Pending& pending, uint32_t num_rows, uint32_t num_tokens) const;
+  // A run of kPage: where its bytes go in the pool, and into which target.
+  struct PageRun {
+    uint64_t offset = 0;
+    uint32_t target = 0;
+  };
+  absl::StatusOr<PageRun> FindPageRun(const Pending& pending, const RowRun& run,
+                                      uint64_t num_bytes) const ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
   // Byte offset in the pool of a row of a pending write.
   uint64_t RowOffsetIn(const Pending& pending, const std::vector<FrameId>& frames, uint32_t group,
                        uint32_t layer, RowKind kind, uint32_t index) const;

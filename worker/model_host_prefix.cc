@@ -49,20 +49,26 @@ bool ModelHostImpl::IsKnown(uint32_t group, const PrefixKey& key) {
 ModelHostImpl::UsablePages ModelHostImpl::FindUsablePages(const std::vector<PrefixKey>& keys,
                                                           uint64_t max_pages) {
   UsablePages usable;
-  // Full-attention groups need all pages in front.
+  // Groups that forget nothing need all pages in front.
   uint64_t longest = max_pages;
   for (uint32_t g = 0; g < num_groups(); ++g) {
-    if (traits_[g].window != LayerGroupSpec::WindowType::kNone) continue;
+    if (traits_[g].forgets()) continue;
     uint64_t p = 0;
     while (p < longest && IsKnown(g, keys[p])) ++p;
     longest = p;
   }
-  // A window group needs the last of them. A page that it lacks is needed for every length from
-  // there to here: the next that may do ends in front of it.
+  // A group that forgets needs the last of them, a state group the very last, and what a ring
+  // keeps. A page that it lacks is needed for every length from there to here: the next that may do
+  // ends in front of it.
   usable.num_pages = longest;
   for (uint32_t g = 0; g < num_groups();) {
-    uint64_t p = FirstNeededPage(g, usable.num_pages);
-    while (p < usable.num_pages && IsKnown(g, keys[p])) ++p;
+    const uint64_t kept = std::min(KeptPages(g), usable.num_pages);
+    uint64_t p = 0;
+    while (p < kept && IsKnown(g, keys[p])) ++p;
+    if (p == kept) {
+      p = std::max(kept, FirstNeededPage(g, usable.num_pages));
+      while (p < usable.num_pages && IsKnown(g, keys[p])) ++p;
+    }
     if (p == usable.num_pages) {
       ++g;
       continue;
@@ -115,7 +121,7 @@ absl::StatusOr<ModelHostImpl::Match> ModelHostImpl::MatchPrompt(
         for (uint32_t g = 0; g < num_groups(); ++g) {
           const LookupResult& result = page_results[g];
           if (result.present && result.body_bytes == Geometry(g).page_bytes()) continue;
-          if (traits_[g].window != LayerGroupSpec::WindowType::kNone || IsKnown(g, keys[p])) {
+          if (traits_[g].forgets() || IsKnown(g, keys[p])) {
             continue;
           }
           if (result.quarantined) cause = ReuseLimit::kQuarantined;
@@ -144,7 +150,7 @@ absl::StatusOr<ModelHostImpl::Match> ModelHostImpl::MatchPrompt(
   UsablePages usable = FindUsablePages(keys, max_pages);
   const auto is_stored_only = [&](uint64_t p, uint64_t num_pages) {
     for (uint32_t g = 0; g < num_groups(); ++g) {
-      if (p < FirstNeededPage(g, num_pages)) continue;
+      if (!IsNeeded(g, p, num_pages)) continue;
       mu_.AssertHeld();
       if (pages_.FindKeyed(g, keys[p])->state() == PageState::kStored) return true;
     }
@@ -159,7 +165,7 @@ absl::StatusOr<ModelHostImpl::Match> ModelHostImpl::MatchPrompt(
     ++store_pages;
     first_stored = p;
     for (uint32_t g = 0; g < num_groups(); ++g) {
-      if (p < FirstNeededPage(g, usable.num_pages)) continue;
+      if (!IsNeeded(g, p, usable.num_pages)) continue;
       if (pages_.FindKeyed(g, keys[p])->state() == PageState::kStored) {
         store_bytes += Geometry(g).page_bytes();
       }
@@ -186,7 +192,7 @@ absl::StatusOr<ModelHostImpl::Match> ModelHostImpl::MatchPrompt(
     std::vector<std::optional<PageId>>& ids = match.pages.emplace_back(num_groups());
     bool is_readable = true;
     for (uint32_t g = 0; g < num_groups(); ++g) {
-      if (p < FirstNeededPage(g, usable.num_pages)) continue;
+      if (!IsNeeded(g, p, usable.num_pages)) continue;
       const Page& page = *pages_.FindKeyed(g, keys[p]);
       ids[g] = page.id();
       is_readable = is_readable && page.is_readable();
@@ -209,7 +215,12 @@ absl::StatusOr<ModelHostImpl::Match> ModelHostImpl::MatchPrompt(
     const PrefixKey& parent = reuse.shared_pages == 0 ? root : keys[reuse.shared_pages - 1];
     uint32_t common = page_size;
     bool is_tail = false;
+    std::optional<uint32_t> whole_group;
     for (uint32_t g = 0; g < num_groups() && common > 0; ++g) {
+      if (traits_[g].is_whole) {
+        whole_group = whole_group.value_or(g);
+        continue;
+      }
       const auto found = pages_.index(g).LongestPartial(
           parent, rest.subspan(0, std::min<size_t>(rest.size(), page_size)), [this](PageId id) {
             mu_.AssertHeld();
@@ -233,6 +244,14 @@ absl::StatusOr<ModelHostImpl::Match> ModelHostImpl::MatchPrompt(
           mu_.AssertHeld();
           return pages_.Get(id).is_readable();
         });
+    if (whole_group) {
+      // Others may know rows of the next page; of a page or state that is whole only all helps.
+      if (common >= 2 && !match.partial.empty() && reuse.limit != ReuseLimit::kGroup) {
+        reuse.limit = ReuseLimit::kGroup;
+        reuse.limiting_group = *whole_group;
+      }
+      common = 0;
+    }
     if (common >= 2 && is_tail && !is_copyable) {
       common = 0;
       reuse.limit = ReuseLimit::kNoFrame;

@@ -57,6 +57,12 @@ class ModelHostImpl::PinnedRowsImpl final : public ModelHost::PinnedRows {
     std::vector<Run> runs;
     for (size_t i = 0; i < extents_.size(); ++i) {
       const Extent& extent = extents_[i];
+      if (kind == RowKind::kPage) {
+        if (geometry.has_rows()) continue;
+        runs.push_back({extent.first_row, extent.count, host_->FrameOffset(group_, frames_[i]),
+                        geometry.page_bytes(), 0});
+        continue;
+      }
       runs.push_back({extent.first_row, extent.count,
                       host_->FrameOffset(group_, frames_[i]) +
                           geometry.RowOffset(layer, kind, extent.first_slot),
@@ -87,15 +93,30 @@ absl::StatusOr<std::shared_ptr<const ModelHost::PinnedRows>> ModelHostImpl::PinR
       return absl::InvalidArgumentError(
           absl::StrCat("group = ", group, " is not below ", num_groups()));
     }
-    const uint64_t last = end == 0 ? sequence->length() : end;
+    const PageTable& table = sequence->tables[group];
+    const GroupTraits& traits = traits_[group];
+    uint64_t last = end == 0 ? sequence->length() : end;
+    if (traits.is_state && !table.empty() && last <= sequence->length()) {
+      begin = kHeldRows;  // the state is what there is to read
+      last = sequence->length();
+    }
+    const bool pins_held = begin == kHeldRows;
+    if (pins_held) begin = table.empty() ? last : table.extents().front().first_row;
     if (begin > last || last > sequence->length()) {
       return absl::InvalidArgumentError(absl::StrCat(
           "rows [", begin, ", ", last, ") are not within the ", sequence->length(), " committed"));
     }
-    if (const uint64_t gap = sequence->tables[group].FirstGap(begin, last); gap < last) {
-      return RowsReclaimed(absl::StrCat("read rows [", begin, ", ", last, ")"), {group, gap});
+    if (const uint64_t gap = table.FirstGap(begin, last); gap < last && !pins_held) {
+      return RowsLacking(absl::StrCat("read rows [", begin, ", ", last, ")"), {group, gap});
     }
-    std::vector<Extent> extents = sequence->tables[group].Cover(begin, last);
+    std::vector<Extent> extents = table.Cover(begin, last);
+    if (traits.is_whole) {
+      // Whole pages only: those that hold a row of the range.
+      extents.assign(table.extents().begin(), table.extents().end());
+      std::erase_if(extents, [&](const Extent& extent) {
+        return extent.end_row() <= begin || extent.first_row >= last;
+      });
+    }
     Need need = NeedOf(extents);
     Acquired got;
     const absl::Status status = Acquire(tenant.name, need, deadline, &got);
@@ -164,11 +185,23 @@ absl::StatusOr<AttendOutput> ModelHostImpl::Attend(const Tenant& tenant, const A
     const auto first_seen = [&]() {
       return sequence->MaskedRows(traits_[query.group], static_cast<int64_t>(query.first_position));
     };
+    // And those that a ring keeps for good.
+    const auto kept_seen = [&](uint64_t end) {
+      return std::min({sequence->KeptRows(traits_[query.group]), first_seen(), end});
+    };
     const auto check_held = [&](uint64_t end) -> absl::Status {
-      const uint64_t gap = sequence->tables[query.group].FirstGap(first_seen(), end);
-      if (first_seen() >= end || gap == end) return absl::OkStatus();
-      return RowsReclaimed(absl::StrCat("attend from position ", query.first_position),
-                           {query.group, gap});
+      const PageTable& table = sequence->tables[query.group];
+      uint64_t gap = table.FirstGap(0, kept_seen(end));
+      if (gap == kept_seen(end)) gap = std::max(first_seen(), table.FirstGap(first_seen(), end));
+      if (gap >= end) return absl::OkStatus();
+      return RowsLacking(absl::StrCat("attend from position ", query.first_position),
+                         {query.group, gap});
+    };
+    const auto runs_seen = [&](uint64_t end) {
+      std::vector<PositionedRun> runs = sequence->Runs(query.group, 0, kept_seen(end));
+      const std::vector<PositionedRun> newest = sequence->Runs(query.group, first_seen(), end);
+      runs.insert(runs.end(), newest.begin(), newest.end());
+      return runs;
     };
     if (query.pending_id == 0) {
       if (last > static_cast<uint64_t>(sequence->end_position())) {
@@ -177,7 +210,9 @@ absl::StatusOr<AttendOutput> ModelHostImpl::Attend(const Tenant& tenant, const A
             ") are not within the committed positions, which end at ", sequence->end_position()));
       }
       PT_RETURN_IF_ERROR(check_held(rows_seen()));
-      Need need = NeedOf(sequence->tables[query.group].Cover(first_seen(), rows_seen()));
+      std::vector<Extent> seen;
+      for (const PositionedRun& run : runs_seen(rows_seen())) seen.push_back(run.extent);
+      Need need = NeedOf(seen);
       Acquired got;
       const absl::Status status = Acquire(tenant.name, need, deadline, &got);
       if (!status.ok()) {
@@ -186,7 +221,7 @@ absl::StatusOr<AttendOutput> ModelHostImpl::Attend(const Tenant& tenant, const A
         }
         return status;
       }
-      for (const PositionedRun& run : sequence->Runs(query.group, first_seen(), rows_seen())) {
+      for (const PositionedRun& run : runs_seen(rows_seen())) {
         // An edit may have come while this call waited for frames. (NeedOf sorts.)
         if (!std::binary_search(got.pinned.begin(), got.pinned.end(), run.extent.page)) {
           ReleaseAcquired(got);
@@ -235,7 +270,7 @@ absl::StatusOr<AttendOutput> ModelHostImpl::Attend(const Tenant& tenant, const A
     const uint64_t end_seen = is_tree ? sequence->num_rows() : rows_seen();
     // Of a draft tree the first query's position is that of the write: the least of all.
     PT_RETURN_IF_ERROR(check_held(end_seen));
-    for (const PositionedRun& run : sequence->Runs(query.group, first_seen(), end_seen)) {
+    for (const PositionedRun& run : runs_seen(end_seen)) {
       pinned.push_back(run.extent.page);
       add(run);
     }
@@ -333,7 +368,7 @@ absl::StatusOr<ForkResult> ModelHostImpl::Fork(const Tenant& tenant, const Seque
             absl::StrCat("fork: length ", length, " > ", from->length(), " of the source"));
       }
       if (const auto lacked = from->LackedAt(traits_, length)) {
-        return RowsReclaimed(absl::StrCat("fork at ", length), *lacked);
+        return RowsLacking(absl::StrCat("fork at ", length), *lacked);
       }
       // A tail still being appended to is copied; everything full is shared.
       const auto plan_of = [&]() {
@@ -350,7 +385,8 @@ absl::StatusOr<ForkResult> ModelHostImpl::Fork(const Tenant& tenant, const Seque
         std::vector<TailPlan> tails(num_groups());
         for (uint32_t g = 0; g < num_groups(); ++g) {
           const PageTable& table = to.tables[g];
-          if (!table.empty() && !pages_.Get(table.back().page).is_full()) {
+          // Whole pages are never written again: they are shared, full or not.
+          if (!traits_[g].is_whole && !table.empty() && !pages_.Get(table.back().page).is_full()) {
             tails[g] = PlanTailCopy(table);
           }
         }

@@ -72,7 +72,7 @@ absl::Status CheckWholeRows(const SessionState& state, uint64_t length,
                                             lacked->row, " of ", state.length()));
   }
   if (const auto lacked = rows.LackedAt(traits, length)) {
-    return RowsReclaimed(absl::StrCat("load the first ", length, " rows"), *lacked);
+    return RowsLacking(absl::StrCat("load the first ", length, " rows"), *lacked);
   }
   return absl::OkStatus();
 }
@@ -263,6 +263,10 @@ class ModelHostImpl::SnapshotImpl final : public StateSnapshot {
   absl::StatusOr<std::vector<std::byte>> CopyRows(uint32_t group, uint64_t offset, uint32_t rows) {
     const GroupGeometry& geometry = host_->Geometry(group);
     std::vector<std::byte> body(geometry.page_bytes());
+    if (!geometry.has_rows()) {
+      PT_RETURN_IF_ERROR(host_->pool_->Read(offset, body));
+      return body;
+    }
     for (uint32_t layer = 0; layer < geometry.num_layers(); ++layer) {
       for (RowKind kind : {RowKind::kK, RowKind::kV}) {
         const uint64_t bytes = uint64_t{rows} * geometry.row_bytes(kind);
@@ -386,7 +390,8 @@ class ModelHostImpl::SnapshotImpl final : public StateSnapshot {
   std::span<const uint32_t> TokensOf(const Item& item, const PageRecordMeta& meta) const {
     const uint64_t begin = uint64_t{meta.depth} * host_->page_tokens();
     const uint64_t end = begin + host_->page_tokens();
-    if (!meta.prefix || !item.holds_its_tokens || host_->page_tokens() > kMaxIndexedPageTokens ||
+    if (!meta.prefix || !item.holds_its_tokens || host_->traits_[item.group].is_whole ||
+        host_->page_tokens() > kMaxIndexedPageTokens ||
         std::any_of(state_.inputs.begin(), state_.inputs.end(), [&](const PositionedInput& input) {
           return input.position >= begin && input.position < end;
         })) {
@@ -428,7 +433,7 @@ absl::StatusOr<std::unique_ptr<StateSnapshot>> ModelHostImpl::Snapshot(
         "save: keep_tokens = ", rows, " is above the sequence's length ", sequence->length()));
   }
   if (const auto lacked = sequence->LackedAt(traits_, rows)) {
-    return RowsReclaimed(absl::StrCat("save the first ", rows, " rows"), *lacked);
+    return RowsLacking(absl::StrCat("save the first ", rows, " rows"), *lacked);
   }
   auto snapshot = std::make_unique<SnapshotImpl>(this, tenant);
   snapshot->Take(*sequence, rows);

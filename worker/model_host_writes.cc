@@ -41,8 +41,9 @@ std::unique_ptr<ModelHostImpl::Pending> ModelHostImpl::NewPending(const Sequence
   pending->created.resize(num_groups());
   pending->arrived.resize(num_groups());
   for (uint32_t g = 0; g < num_groups(); ++g) {
-    pending->arrived[g].resize(Geometry(g).num_layers(), {0, 0});
+    if (!traits_[g].is_whole) pending->arrived[g].resize(Geometry(g).num_layers(), {0, 0});
   }
+  pending->page_bytes_arrived.resize(num_groups());
   return pending;
 }
 
@@ -66,6 +67,77 @@ uint64_t ModelHostImpl::RowOffsetIn(const Pending& pending, const std::vector<Fr
   const uint32_t slot = pending.first_slot[group] + index;
   return FrameOffset(group, frames[slot / page_tokens()]) +
          Geometry(group).RowOffset(layer, kind, slot % page_tokens());
+}
+
+std::vector<Extent> ModelHostImpl::ExtentsOfWrite(uint32_t group, const Pending& pending,
+                                                  uint32_t num_tokens) const {
+  std::vector<Extent> extents;
+  const std::vector<PageId>& targets = pending.targets[group];
+  const uint64_t end = pending.first_row + num_tokens;
+  uint64_t row = pending.first_row;
+  uint32_t slot = pending.first_slot[group];
+  if (traits_[group].is_whole) {
+    // From the first row of its first page, or of the page that the last row lies in.
+    row = traits_[group].is_state ? (end - 1) / page_tokens() * page_tokens() : row - slot;
+    slot = 0;
+  }
+  for (size_t t = 0; row < end; ++t) {
+    const auto count = static_cast<uint32_t>(std::min<uint64_t>(end - row, page_tokens() - slot));
+    extents.push_back({.page = targets[t], .first_slot = slot, .count = count, .first_row = row});
+    row += count;
+    slot = 0;
+  }
+  return extents;
+}
+
+absl::Status ModelHostImpl::CheckArrived(const Pending& pending, uint32_t num_rows,
+                                         uint32_t num_tokens) const {
+  const auto missing = [](auto... what) {
+    return WithReason(absl::FailedPreconditionError(absl::StrCat("commit: ", what...)),
+                      "ROWS_MISSING");
+  };
+  for (uint32_t g = 0; g < num_groups(); ++g) {
+    for (uint32_t layer = 0; layer < pending.arrived[g].size(); ++layer) {
+      for (RowKind kind : {RowKind::kK, RowKind::kV}) {
+        const uint32_t arrived = pending.arrived[g][layer][kind == RowKind::kV];
+        if (arrived >= num_rows || Geometry(g).row_bytes(kind) == 0) continue;
+        return missing("group ", g, ", layer ", layer, ", ", kind == RowKind::kK ? "K" : "V", ": ",
+                       arrived, " of ", num_rows, " rows arrived");
+      }
+    }
+    if (!traits_[g].is_whole) continue;
+    const size_t num_pages = ExtentsOfWrite(g, pending, num_tokens).size();
+    for (size_t p = 0; p < num_pages; ++p) {
+      if (pending.page_bytes_arrived[g][p] == Geometry(g).page_bytes()) continue;
+      return missing("group ", g, ", page ", p, ": ", pending.page_bytes_arrived[g][p], " of ",
+                     Geometry(g).page_bytes(), " bytes arrived");
+    }
+  }
+  return absl::OkStatus();
+}
+
+absl::StatusOr<ModelHostImpl::PageRun> ModelHostImpl::FindPageRun(const Pending& pending,
+                                                                  const RowRun& run,
+                                                                  uint64_t num_bytes) const {
+  if (run.group >= num_groups() || !traits_[run.group].is_whole) {
+    return absl::InvalidArgumentError(
+        absl::StrCat("rows: ROW_KIND_PAGE for group ", run.group, ", which has rows of K and V"));
+  }
+  const std::vector<uint64_t>& arrived = pending.page_bytes_arrived[run.group];
+  if (run.page >= arrived.size()) {
+    return absl::InvalidArgumentError(absl::StrCat("rows: page ", run.page, " of group ", run.group,
+                                                   " is not among the ", arrived.size(),
+                                                   " being written"));
+  }
+  const uint64_t page_bytes = Geometry(run.group).page_bytes();
+  if (num_bytes == 0 || run.page_offset > arrived[run.page] ||
+      num_bytes > page_bytes - run.page_offset) {
+    return absl::InvalidArgumentError(absl::StrCat(
+        "rows: bytes [", run.page_offset, ", + ", num_bytes, ") of page ", run.page, " of group ",
+        run.group, ": ", arrived[run.page], " of ", page_bytes, " have arrived"));
+  }
+  const Page& page = *pages_.Find(pending.targets[run.group][run.page]);
+  return PageRun{FrameOffset(run.group, page.frame()) + run.page_offset, run.page};
 }
 
 absl::Status ModelHostImpl::CheckPath(const Pending& pending, std::span<const uint32_t> indices,
@@ -98,10 +170,21 @@ ModelHostImpl::WritePlan ModelHostImpl::PlanWrite(const SequencePtr& sequence) {
   const Pending& pending = *sequence->pending;
   for (uint32_t g = 0; g < num_groups(); ++g) {
     const PageTable& table = sequence->tables[g];
-    plan.tails.push_back(PlanTail(table, pages_, page_tokens()));
+    if (traits_[g].is_whole) {
+      // A page that holds committed rows is not written again: the engine gives it anew.
+      TailPlan whole{.kind = TailPlan::Kind::kWhole};
+      if (!traits_[g].is_state) {
+        whole.rows = static_cast<uint32_t>(sequence->length() % page_tokens());
+      }
+      plan.tails.push_back(whole);
+    } else {
+      plan.tails.push_back(PlanTail(table, pages_, page_tokens()));
+    }
     const TailPlan& tail = plan.tails.back();
     plan.need.fresh[g] =
-        static_cast<uint32_t>(model_->geometry().PagesFor(tail.rows + pending.num_tokens));
+        traits_[g].is_state
+            ? 1
+            : static_cast<uint32_t>(model_->geometry().PagesFor(tail.rows + pending.num_tokens));
     if (tail.kind == TailPlan::Kind::kInPlace) {
       plan.need.writable.push_back(tail.page);
       // Slots that were given up while others held the page may not be found from here on.
@@ -246,6 +329,15 @@ absl::Status ModelHostImpl::OpenWrite(const WritePlan& plan,
     uint32_t depth = static_cast<uint32_t>((sequence.length() - tail.rows) / page_tokens());
     std::optional<PageId> parent;
     if (!table.empty()) parent = table.back().page;
+    if (tail.kind == TailPlan::Kind::kWhole) {
+      // A state follows none; the page that is given anew follows the one in front of it.
+      const std::span<const Extent> extents = table.extents();
+      if (traits_[g].is_state || (tail.rows > 0 && extents.size() < 2)) {
+        parent.reset();
+      } else if (tail.rows > 0) {
+        parent = extents[extents.size() - 2].page;
+      }
+    }
     size_t next = 0;
     if (tail.kind == TailPlan::Kind::kCopy) {
       // The copy takes the tail's place: the same rows, in a page that may grow.
@@ -282,6 +374,7 @@ absl::Status ModelHostImpl::OpenWrite(const WritePlan& plan,
       ++counters_.pages_created;
       ++pending.pages_created;
     }
+    if (traits_[g].is_whole) pending.page_bytes_arrived[g].assign(pending.targets[g].size(), 0);
   }
   SyncTails(sequence, sequence.root, page_tokens(), pages_);
   return absl::OkStatus();
@@ -442,46 +535,59 @@ absl::Status ModelHostImpl::WriteRows(const Tenant& tenant, SequenceId id, uint6
     MutexLock lock(&mu_);
     PT_ASSIGN_OR_RETURN(sequence, FindSequence(tenant, id));
     PT_ASSIGN_OR_RETURN(pending, FindPending(*sequence, pending_id));
-    if (run.group >= num_groups() || run.layer >= Geometry(run.group).num_layers()) {
+    if (run.kind == RowKind::kPage) {
+      PT_ASSIGN_OR_RETURN(const PageRun page, FindPageRun(*pending, run, num_bytes));
+      Piece piece{page.offset, 0, num_bytes, nullptr, false};
+      if (!pending->checksums.empty()) {
+        piece.checksum = &pending->checksums[run.group][page.target];
+        piece.is_hashed = piece.checksum->Claim(run.page_offset, num_bytes);
+      }
+      pieces.push_back(piece);
+    } else if (run.group < num_groups() && traits_[run.group].is_whole) {
+      return absl::InvalidArgumentError(
+          absl::StrCat("rows: layer group ", run.group,
+                       " has no rows of K and V; its pages are sent whole (ROW_KIND_PAGE)"));
+    } else if (run.group >= num_groups() || run.layer >= Geometry(run.group).num_layers()) {
       return absl::InvalidArgumentError(absl::StrCat("rows: group ", run.group, ", layer ",
                                                      run.layer, " is not in a model of ",
                                                      num_groups(), " groups"));
-    }
-    const GroupGeometry& geometry = Geometry(run.group);
-    row_bytes = geometry.row_bytes(run.kind);
-    const uint64_t end = uint64_t{run.first_token} + run.num_tokens;
-    if (run.num_tokens == 0 || end > pending->num_tokens) {
-      return absl::InvalidArgumentError(absl::StrCat("rows: tokens [", run.first_token, ", ", end,
-                                                     ") are not within the ", pending->num_tokens,
-                                                     " being written"));
-    }
-    if (num_bytes != run.num_tokens * row_bytes) {
-      return absl::InvalidArgumentError(
-          absl::StrCat("rows: data has ", num_bytes, " bytes, expected ", run.num_tokens,
-                       " tokens x ", row_bytes, " = ", run.num_tokens * row_bytes));
-    }
-    const uint32_t arrived = pending->arrived[run.group][run.layer][run.kind == RowKind::kV];
-    if (run.first_token > arrived) {
-      return absl::InvalidArgumentError(absl::StrCat("rows: layer ", run.layer, " has ", arrived,
-                                                     " rows, the next run begins at ",
-                                                     run.first_token));
-    }
-    const uint32_t tail_rows = pending->first_slot[run.group];
-    for (uint64_t token = run.first_token; token < end;) {
-      const uint64_t slot_in_run = tail_rows + token;
-      const uint32_t slot = slot_in_run % page_tokens();
-      const uint64_t count = std::min<uint64_t>(end - token, page_tokens() - slot);
-      const uint64_t target = slot_in_run / page_tokens();
-      const Page& page = pages_.Get(pending->targets[run.group][target]);
-      const uint64_t offset = geometry.RowOffset(run.layer, run.kind, slot);
-      Piece piece{FrameOffset(run.group, page.frame()) + offset,
-                  (token - run.first_token) * row_bytes, count * row_bytes, nullptr, false};
-      if (!pending->checksums.empty()) {
-        piece.checksum = &pending->checksums[run.group][target];
-        piece.is_hashed = piece.checksum->Claim(offset, piece.num_bytes);
+    } else {
+      const GroupGeometry& geometry = Geometry(run.group);
+      row_bytes = geometry.row_bytes(run.kind);
+      const uint64_t end = uint64_t{run.first_token} + run.num_tokens;
+      if (run.num_tokens == 0 || end > pending->num_tokens) {
+        return absl::InvalidArgumentError(absl::StrCat("rows: tokens [", run.first_token, ", ", end,
+                                                       ") are not within the ", pending->num_tokens,
+                                                       " being written"));
       }
-      pieces.push_back(piece);
-      token += count;
+      if (num_bytes != run.num_tokens * row_bytes) {
+        return absl::InvalidArgumentError(
+            absl::StrCat("rows: data has ", num_bytes, " bytes, expected ", run.num_tokens,
+                         " tokens x ", row_bytes, " = ", run.num_tokens * row_bytes));
+      }
+      const uint32_t arrived = pending->arrived[run.group][run.layer][run.kind == RowKind::kV];
+      if (run.first_token > arrived) {
+        return absl::InvalidArgumentError(absl::StrCat("rows: layer ", run.layer, " has ", arrived,
+                                                       " rows, the next run begins at ",
+                                                       run.first_token));
+      }
+      const uint32_t tail_rows = pending->first_slot[run.group];
+      for (uint64_t token = run.first_token; token < end;) {
+        const uint64_t slot_in_run = tail_rows + token;
+        const uint32_t slot = slot_in_run % page_tokens();
+        const uint64_t count = std::min<uint64_t>(end - token, page_tokens() - slot);
+        const uint64_t target = slot_in_run / page_tokens();
+        const Page& page = pages_.Get(pending->targets[run.group][target]);
+        const uint64_t offset = geometry.RowOffset(run.layer, run.kind, slot);
+        Piece piece{FrameOffset(run.group, page.frame()) + offset,
+                    (token - run.first_token) * row_bytes, count * row_bytes, nullptr, false};
+        if (!pending->checksums.empty()) {
+          piece.checksum = &pending->checksums[run.group][target];
+          piece.is_hashed = piece.checksum->Claim(offset, piece.num_bytes);
+        }
+        pieces.push_back(piece);
+        token += count;
+      }
     }
     ++pending->num_writers;
   }
@@ -513,7 +619,10 @@ absl::Status ModelHostImpl::WriteRows(const Tenant& tenant, SequenceId id, uint6
     for (const Piece& piece : pieces) {
       if (piece.checksum != nullptr) piece.checksum->Release();
     }
-    if (status.ok()) {
+    if (status.ok() && run.kind == RowKind::kPage) {
+      uint64_t& arrived = pending->page_bytes_arrived[run.group][run.page];
+      arrived = std::max(arrived, run.page_offset + num_bytes);
+    } else if (status.ok()) {
       uint32_t& arrived = pending->arrived[run.group][run.layer][run.kind == RowKind::kV];
       arrived = std::max(arrived, run.first_token + run.num_tokens);
     }
@@ -574,19 +683,15 @@ absl::StatusOr<CommitResult> ModelHostImpl::CommitRows(const Tenant& tenant,
       at_positions.push_back(PositionIn(*pending, chosen.empty() ? i : chosen[i]));
       if (num_consecutive == i && at_positions[i] == pending->first_position + i) ++num_consecutive;
     }
+    PT_RETURN_IF_ERROR(CheckArrived(*pending, num_needed, n));
     for (uint32_t g = 0; g < num_groups(); ++g) {
-      for (uint32_t layer = 0; layer < pending->arrived[g].size(); ++layer) {
-        for (RowKind kind : {RowKind::kK, RowKind::kV}) {
-          const uint32_t arrived = pending->arrived[g][layer][kind == RowKind::kV];
-          if (arrived < num_needed && Geometry(g).row_bytes(kind) > 0) {
-            return WithReason(
-                absl::FailedPreconditionError(absl::StrCat(
-                    "commit: group ", g, ", layer ", layer, ", ", kind == RowKind::kK ? "K" : "V",
-                    ": ", arrived, " of ", num_needed, " rows arrived")),
-                "ROWS_MISSING");
-          }
-        }
-      }
+      const bool moves = !chosen.empty() && chosen.back() != n - 1;
+      if (!traits_[g].is_whole || !moves) continue;
+      return WithReason(
+          absl::FailedPreconditionError(absl::StrCat(
+              "accept: layer group ", g, " is written whole: only the first tokens can be taken, ",
+              "not the one at index ", chosen.back(), " as number ", n)),
+          error_reason::kCannotCut, {{"group", absl::StrCat(g)}});
     }
     if (pending->num_writers > 0) {
       return WithReason(absl::FailedPreconditionError(absl::StrCat(
@@ -602,8 +707,12 @@ absl::StatusOr<CommitResult> ModelHostImpl::CommitRows(const Tenant& tenant,
     }
     std::vector<uint32_t> num_filled(num_groups());
     std::vector<std::vector<uint64_t>> offsets(num_groups());
+    std::vector<std::vector<Extent>> extents(num_groups());  // [group][target]
     for (uint32_t g = 0; g < num_groups(); ++g) {
-      num_filled[g] = (pending->first_slot[g] + n) / page_tokens();
+      extents[g] = ExtentsOfWrite(g, *pending, n);
+      num_filled[g] = static_cast<uint32_t>(
+          std::count_if(extents[g].begin(), extents[g].end(),
+                        [this](const Extent& extent) { return IsFull(extent); }));
       for (uint32_t p = 0; p < num_filled[g]; ++p) {
         offsets[g].push_back(FrameOffset(g, pages_.Get(pending->targets[g][p]).frame()));
       }
@@ -663,8 +772,9 @@ absl::StatusOr<CommitResult> ModelHostImpl::CommitRows(const Tenant& tenant,
                                      ? ChecksumOf(*bytes)
                                      : pending->checksums[g][p].Finish(*bytes));
         }
-        if (first_filled + p >= keys.size()) continue;
-        page_keys[g].push_back(MakePageKey(keys[first_filled + p], Geometry(g).fingerprint()));
+        const uint64_t index = extents[g][p].first_row / page_tokens();
+        if (index < first_filled || index >= keys.size()) continue;
+        page_keys[g].push_back(MakePageKey(keys[index], Geometry(g).fingerprint()));
       }
     }
     mu_.Lock();
@@ -686,29 +796,25 @@ absl::StatusOr<CommitResult> ModelHostImpl::CommitRows(const Tenant& tenant,
     };
     for (uint32_t g = 0; g < num_groups(); ++g) {
       PageTable& table = sequence->tables[g];
-      const uint32_t tail_rows = pending->first_slot[g];
-      const uint64_t num_targets = model_->geometry().PagesFor(tail_rows + n);
-      uint64_t row = 0;  // of the write
-      for (uint64_t t = 0; t < num_targets; ++t) {
-        Page& page = pages_.Get(pending->targets[g][t]);
-        const uint32_t slot = t == 0 ? tail_rows : 0;
-        const uint32_t count =
-            static_cast<uint32_t>(std::min<uint64_t>(n - row, page_tokens() - slot));
-        const Extent extent{.page = page.id(),
-                            .first_slot = slot,
-                            .count = count,
-                            .first_row = pending->first_row + row};
+      if (traits_[g].is_whole) {
+        // The page that was given anew, or the state before.
+        const uint64_t stay = traits_[g].is_state ? 0 : extents[g].front().first_row;
+        for (PageId id : table.Truncate(stay)) pages_.Unref(pages_.Get(id));
+      }
+      for (uint64_t t = 0; t < extents[g].size(); ++t) {
+        const Extent& extent = extents[g][t];
+        Page& page = pages_.Get(extent.page);
         if (std::erase(pending->created[g], page.id()) > 0)
           table.Append(extent);  // the reference that created_ held becomes the table's
         else
           AppendExtent(extent, table, pages_);
-        row += count;
         if (t < num_filled[g]) {
           page.SetFull(page_tokens(), checksums[g][t]);
           ++result.pages_filled;
           ++counters_.pages_filled;
-          const uint64_t index = first_filled + t;
-          if (index >= num_keys) continue;
+          const uint64_t index = extent.first_row / page_tokens();
+          if (index < first_filled || index >= num_keys) continue;
+          page.SetDepth(static_cast<uint32_t>(index));
           const uint64_t at = index * page_tokens();
           const bool is_keyed = pages_.SetKey(
               page, keys[index], index == 0 ? sequence->root : keys[index - 1], page_keys[g][t],
@@ -730,7 +836,7 @@ absl::StatusOr<CommitResult> ModelHostImpl::CommitRows(const Tenant& tenant,
                      pages_);
           ++counters_.pages_deduplicated;
         } else {
-          page.SetRows(slot + count);
+          page.SetRows(extent.end_slot());
         }
       }
     }

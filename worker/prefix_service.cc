@@ -127,8 +127,8 @@ absl::StatusOr<std::string> PrefixServiceImpl::LeasePrefix(const CallContext& ca
   PinLeases::Pins pins;
   if (open.info.length > 0) {
     for (uint32_t group = 0; group < host->model().geometry().num_groups(); ++group) {
-      if (!host->model().geometry().group(group).has_rows()) continue;
-      auto pinned = host->PinRows(call.tenant, open.info.id, group, 0, 0, call.deadline);
+      auto pinned =
+          host->PinRows(call.tenant, open.info.id, group, ModelHost::kHeldRows, 0, call.deadline);
       if (!pinned.ok()) {
         close();
         return pinned.status();

@@ -48,6 +48,12 @@ Usable UsableOf(const SessionState& state, const PromptRequest& prompt) {
   return usable;
 }
 
+// The saved rows cannot be cut to what the prompt shares with them.
+bool IsLacking(const absl::Status& status) {
+  const std::string reason = GetReason(status);
+  return reason == error_reason::kRowsReclaimed || reason == error_reason::kCannotCut;
+}
+
 void Describe(const PromptRequest& prompt, absl::string_view session, const Usable& usable,
               PrefixReuse* reuse) {
   reuse->prompt_tokens = prompt.tokens.size();
@@ -93,7 +99,7 @@ absl::StatusOr<PromptPlan> PromptPlanner::Plan(const Tenant& tenant, ModelHost* 
     absl::StatusOr<PrefixReuse> saved = plan.reuse;
     if (usable.tokens > plan.reuse.reused_tokens) {
       saved = host->LookupSaved(tenant, session->state, pages, usable.tokens);
-      if (GetReason(saved.status()) == error_reason::kRowsReclaimed) {
+      if (IsLacking(saved.status())) {
         candidate.usable_tokens = 0;
         candidate.why_not_more = std::string(saved.status().message());
       } else {
@@ -125,8 +131,8 @@ absl::StatusOr<OpenResult> PromptPlanner::Open(const Tenant& tenant, ModelHost* 
       const Usable usable = UsableOf(session->state, prompt);
       absl::StatusOr<OpenResult> result =
           host->OpenSaved(tenant, session->state, pages, usable.tokens, std::nullopt);
-      // A window gave up what that prefix would need: the plan did not count on it.
-      if (GetReason(result.status()) != error_reason::kRowsReclaimed) {
+      // A layer group lacks what that prefix would need: the plan did not count on it.
+      if (!IsLacking(result.status())) {
         if (result.ok()) Describe(prompt, session_name, usable, &result->reuse);
         return result;
       }

@@ -27,6 +27,18 @@ constexpr uint32_t BytesTag(int field) {
 
 }  // namespace
 
+absl::StatusOr<RowRun> RunFromProto(absl::string_view field, const v1::RowPart& part) {
+  RowRun run;
+  PT_ASSIGN_OR_RETURN(run.kind, RowKindFromProto(absl::StrCat(field, ".kind"), part.kind()));
+  run.group = part.group();
+  run.layer = part.layer();
+  run.first_token = part.first_token();
+  run.num_tokens = part.num_tokens();
+  run.page = part.page();
+  run.page_offset = part.page_offset();
+  return run;
+}
+
 absl::Status AppendMessage::Decode() {
   rest_.reset();
   reader_.reset();
@@ -68,6 +80,12 @@ bool AppendMessage::DecodeFast(v1::RowPart* part) {
       case VarintTag(v1::RowPart::kNumTokensFieldNumber):
         part->set_num_tokens(value);
         break;
+      case VarintTag(v1::RowPart::kPageFieldNumber):
+        part->set_page(value);
+        break;
+      case VarintTag(v1::RowPart::kPageOffsetFieldNumber):
+        part->set_page_offset(value);
+        break;
       default:
         return false;
     }
@@ -103,11 +121,7 @@ absl::Status AppendMessage::SetRun(const v1::RowPart& part) {
     return absl::InvalidArgumentError(
         absl::StrCat("rows.data has ", num_bytes_, " bytes, a part holds at most ", kMaxPartBytes));
   }
-  PT_ASSIGN_OR_RETURN(run_.kind, RowKindFromProto("rows.kind", part.kind()));
-  run_.group = part.group();
-  run_.layer = part.layer();
-  run_.first_token = part.first_token();
-  run_.num_tokens = part.num_tokens();
+  PT_ASSIGN_OR_RETURN(run_, RunFromProto("rows", part));
   return absl::OkStatus();
 }
 

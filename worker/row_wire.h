@@ -13,6 +13,8 @@
 #include <span>
 
 #include "absl/status/status.h"
+#include "absl/status/statusor.h"
+#include "absl/strings/string_view.h"
 #include "pagetide/v1/sequence.pb.h"
 #include "worker/model_host.h"
 
@@ -20,6 +22,9 @@ namespace pagetide {
 
 // Bytes of rows in one message.
 inline constexpr uint64_t kMaxPartBytes = uint64_t{1} << 20;
+
+// What a part says of itself, without its bytes. INVALID_ARGUMENT names `field`.
+absl::StatusOr<RowRun> RunFromProto(absl::string_view field, const v1::RowPart& part);
 
 // One message of an append stream. Holds the buffer that its rows lie in; not thread-safe.
 class AppendMessage {

@@ -289,10 +289,40 @@ absl::Status SequenceServiceImpl::Read(const CallContext& call, const v1::ReadRo
   PT_ASSIGN_OR_RETURN(const auto rows,
                       target.host->PinRows(call.tenant, target.id, request.group(), request.begin(),
                                            request.end(), call.deadline));
+  if (!group.has_rows()) return ReadPages(target.host, rows, group.page_bytes(), stream);
   for (uint32_t layer : layers) {
     for (RowKind kind : {RowKind::kK, RowKind::kV}) {
       if (group.row_bytes(kind) == 0) continue;
       PT_RETURN_IF_ERROR(ReadLayer(target.host, rows, request.group(), layer, kind, stream));
+    }
+  }
+  return absl::OkStatus();
+}
+
+absl::Status SequenceServiceImpl::ReadPages(
+    ModelHost* host, const std::shared_ptr<const ModelHost::PinnedRows>& rows, uint64_t page_bytes,
+    RawStream* stream) {
+  std::byte* const view = host->pool().host_view();
+  for (const ModelHost::PinnedRows::Run& run : rows->Runs(0, RowKind::kPage)) {
+    for (uint64_t at = 0; at < page_bytes; at += kMaxPartBytes) {
+      v1::ReadRowsResponse header;
+      header.set_kind(v1::ROW_KIND_PAGE);
+      header.set_first_token(run.first_token);
+      header.set_num_tokens(run.num_tokens);
+      header.set_page_offset(static_cast<uint32_t>(at));
+      const uint64_t num_bytes = std::min(kMaxPartBytes, page_bytes - at);
+      std::vector<grpc::Slice> slices;
+      if (view != nullptr) {
+        slices.push_back(lent_.Lend(rows, {view + run.offset + at, num_bytes}));
+      } else {
+        grpc::Slice copy(num_bytes);
+        auto* const to = reinterpret_cast<std::byte*>(const_cast<uint8_t*>(copy.begin()));
+        PT_RETURN_IF_ERROR(host->pool().Read(run.offset + at, {to, num_bytes}));
+        slices.push_back(std::move(copy));
+      }
+      const grpc::ByteBuffer message =
+          EncodeWithPayload(header, v1::ReadRowsResponse::kDataFieldNumber, slices);
+      if (!stream->Write(message)) return absl::CancelledError("the reader left");
     }
   }
   return absl::OkStatus();
@@ -505,9 +535,7 @@ absl::StatusOr<CommitResult> SequenceServiceImpl::WriteAndCommit(
   PT_RETURN_IF_ERROR(CheckEpoch(target.host, call.tenant, id, target.handle.epoch));
   for (int i = 0; i < item.rows_size(); ++i) {
     const v1::RowPart& part = item.rows(i);
-    PT_ASSIGN_OR_RETURN(const RowKind kind,
-                        RowKindFromProto(absl::StrCat("rows[", i, "].kind"), part.kind()));
-    const RowRun run{part.group(), part.layer(), kind, part.first_token(), part.num_tokens()};
+    PT_ASSIGN_OR_RETURN(const RowRun run, RunFromProto(absl::StrCat("rows[", i, "]"), part));
     PT_RETURN_IF_ERROR(WriteContiguous(target.host, call.tenant, id, item.reservation_id(), run,
                                        BytesOf(part.data())));
   }
@@ -755,9 +783,8 @@ grpc::Status SequenceServiceImpl::GetBlockTable(grpc::ServerContext* context,
       PT_RETURN_IF_ERROR(worker_->leases().CheckDuration("lease", lease));
       PinLeases::Pins pins;
       for (uint32_t g = 0; info.length > 0 && g < host->model().geometry().num_groups(); ++g) {
-        if (!host->model().geometry().group(g).has_rows()) continue;
-        PT_ASSIGN_OR_RETURN(auto pinned,
-                            host->PinRows(call.tenant, target.id, g, 0, 0, call.deadline));
+        PT_ASSIGN_OR_RETURN(auto pinned, host->PinRows(call.tenant, target.id, g,
+                                                       ModelHost::kHeldRows, 0, call.deadline));
         pins.push_back(std::move(pinned));
       }
       PT_ASSIGN_OR_RETURN(*response->mutable_lease_id(),

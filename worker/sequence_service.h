@@ -81,6 +81,9 @@ class SequenceServiceImpl final : public v1::SequenceService::Service {
   // Rows of one layer and kind, in parts.
   absl::Status ReadLayer(ModelHost* host, const std::shared_ptr<const ModelHost::PinnedRows>& rows,
                          uint32_t group, uint32_t layer, RowKind kind, RawStream* stream);
+  // Of a group without rows: each page whole, in parts.
+  absl::Status ReadPages(ModelHost* host, const std::shared_ptr<const ModelHost::PinnedRows>& rows,
+                         uint64_t page_bytes, RawStream* stream);
   absl::StatusOr<v1::ParkSequenceResponse> Park(const CallContext& call,
                                                 const v1::ParkSequenceRequest& request);
   absl::StatusOr<v1::ResumeSequenceResponse> Resume(const CallContext& call,

@@ -97,6 +97,8 @@ absl::StatusOr<RowKind> RowKindFromProto(absl::string_view field, int kind) {
   switch (kind) {
     case v1::ROW_KIND_K:
       return RowKind::kK;
+    case v1::ROW_KIND_PAGE:
+      return RowKind::kPage;
     case v1::ROW_KIND_V:
       return RowKind::kV;
     default:

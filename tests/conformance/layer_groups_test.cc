@@ -377,19 +377,5 @@ TEST_F(LayerGroupsTest, C1ALatentHasNoV) {
   EXPECT_EQ(open->reuse().reused_tokens(), 59);
 }
 
-TEST_F(LayerGroupsTest, C4AndC5GroupsWithoutRowsAreRefusedByName) {
-  for (const auto kind : {LayerGroupSpec::Kind::kRecurrent, LayerGroupSpec::Kind::kOpaque}) {
-    LayerGroupSpec group;
-    group.kind = kind;
-    group.layers = {1};
-    group.opaque_bytes = 4096;
-    Start(16, 16, {FullGroup(0), group});
-    const absl::Status status = client_->Open(TestTokens(1, 5)).status();
-    EXPECT_EQ(status.code(), absl::StatusCode::kInvalidArgument) << status;
-    EXPECT_NE(status.message().find("groups[1]"), std::string::npos) << status;
-    role_.reset();
-  }
-}
-
 }  // namespace
 }  // namespace pagetide

@@ -438,7 +438,7 @@ TEST(SequenceEditorTest, AGroupThatCannotBeCutOrShiftedRefusesForAll) {
       "CANNOT_SHIFT");
   EXPECT_TRUE(packed.Do([](SequenceEditor& e) { return e.RemoveRange(1, {3, 4}); }).ok());
 
-  setup.groups[1].can_cut = false;
+  setup.groups[1].is_whole = setup.groups[1].is_state = true;
   World recurrent(16, setup);
   auto refused = recurrent.Do([](SequenceEditor& e) { return e.RemoveRange(1, {3, 4}); });
   EXPECT_EQ(GetReason(refused.status()), "CANNOT_CUT");

@@ -145,6 +145,8 @@ bool Sees(const AttentionShape& shape, int64_t p1, int64_t p0) {
       return p0 <= p1 && !(p0 < p1 / shape.window * shape.window);
     case AttentionMask::kWindowSymmetric:
       return !(std::abs(p1 - p0) > shape.window / 2);
+    case AttentionMask::kWindowRing:
+      return p0 <= p1 && (p1 - p0 < shape.window || p0 < shape.keep);
   }
   return false;
 }
@@ -214,6 +216,38 @@ TEST(PagedAttentionTest, WindowMasksFollowTheirDefinition) {
       const Problem p = MakeProblem(13, shape, Iota(0, 200), Iota(0, 200));
       ExpectNearNaive(p, Attend(p, Paging(p, 16, 0).runs(), 200));
     }
+  }
+}
+
+TEST(PagedAttentionTest, ARingSeesWhatItKeepsAndTheNewest) {
+  for (const int64_t keep : {0, 3, 64, 70, 190}) {
+    for (const int64_t window : {1, 20, 100}) {
+      AttentionShape shape = Shape(2, 1, 8, KvType::kF32);
+      shape.mask = AttentionMask::kWindowRing;
+      shape.window = window;
+      shape.keep = keep;
+      const Problem p = MakeProblem(16, shape, Iota(0, 200), Iota(0, 200));
+      const Result whole = Attend(p, Paging(p, 16, 0).runs(), 200);
+      ExpectNearNaive(p, whole);
+      EXPECT_TRUE(whole.SameBits(Attend(p, Paging(p, 7, 5).runs(), 13)));
+    }
+  }
+}
+
+TEST(PagedAttentionTest, WhatLiesBetweenTheKeptRowsAndTheRingMayHoldAnything) {
+  AttentionShape shape = Shape(2, 1, 8, KvType::kF32);
+  shape.mask = AttentionMask::kWindowRing;
+  shape.window = 10;
+  shape.keep = 4;
+  // All in one block, and over several.
+  for (const int64_t last : {40, 300}) {
+    const Problem p = MakeProblem(17, shape, Iota(0, last + 1), {last});
+    Problem damaged = p;
+    for (int64_t row = 4; row <= last - 10; ++row) {
+      for (int d = 0; d < 8; ++d) damaged.k[row * 8 + d] = damaged.v[row * 8 + d] = NAN;
+    }
+    EXPECT_TRUE(Attend(p, Paging(p, 16, 0).runs(), 1)
+                    .SameBits(Attend(damaged, Paging(damaged, 16, 0).runs(), 1)));
   }
 }
 

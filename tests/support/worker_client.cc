@@ -72,6 +72,18 @@ std::string TestRows(const GroupGeometry& group, const std::vector<uint32_t>& to
   return rows;
 }
 
+std::string TestPage(const GroupGeometry& group, const std::vector<uint32_t>& tokens,
+                     uint64_t end) {
+  uint64_t x = 0;
+  for (uint64_t i = 0; i < end; ++i) x = Mix(x ^ tokens[i]);
+  std::string page(group.page_bytes(), '\0');
+  for (size_t i = 0; i < page.size(); ++i) {
+    if (i % 8 == 0) x = Mix(x + i);
+    page[i] = static_cast<char>(x >> (8 * (i % 8)));
+  }
+  return page;
+}
+
 std::vector<uint32_t> TestTokens(uint64_t seed, size_t count) {
   std::vector<uint32_t> tokens(count);
   for (size_t i = 0; i < count; ++i) {
@@ -149,6 +161,27 @@ absl::StatusOr<v1::AppendTokensResponse> WorkerClient::Append(const v1::Sequence
   const PageGeometry& geometry = model_->geometry();
   for (uint32_t g = 0; g < geometry.num_groups(); ++g) {
     const GroupGeometry& group = geometry.group(g);
+    if (!group.has_rows()) {
+      const bool is_state = group.spec().kind == LayerGroupSpec::Kind::kRecurrent;
+      const uint64_t page_tokens = group.page_tokens();
+      uint64_t last = is_state ? end : state.length() / page_tokens * page_tokens;
+      for (uint32_t p = 0; open && (p == 0 || last < end); ++p) {
+        last = std::min<uint64_t>(end, last + page_tokens);
+        const std::string page = TestPage(group, tokens, last);
+        for (size_t at = 0; open && at < page.size(); at += kPartBytes) {
+          v1::RowPart* part = message.mutable_rows();
+          part->Clear();
+          part->set_group(g);
+          part->set_kind(v1::ROW_KIND_PAGE);
+          part->set_page(p);
+          part->set_page_offset(static_cast<uint32_t>(at));
+          part->set_data(page.substr(at, kPartBytes));
+          open = writer->Write(message);
+        }
+      }
+      continue;
+    }
+    message.mutable_rows()->Clear();
     for (uint32_t layer = 0; open && layer < group.num_layers(); ++layer) {
       for (RowKind kind : {RowKind::kK, RowKind::kV}) {
         if (group.row_bytes(kind) == 0) continue;  // a latent has no V
@@ -179,6 +212,11 @@ absl::StatusOr<uint64_t> WorkerClient::Verify(const std::string& sequence_id,
   const PageGeometry& geometry = model_->geometry();
   for (uint32_t g = 0; g < geometry.num_groups(); ++g) {
     const GroupGeometry& group = geometry.group(g);
+    if (!group.has_rows()) {
+      PT_ASSIGN_OR_RETURN(const uint64_t pages, VerifyPages(sequence_id, g, tokens, begin, end));
+      compared += pages;
+      continue;
+    }
     TestContext context;
     v1::ReadRowsRequest request;
     request.set_sequence_id(sequence_id);
@@ -212,6 +250,46 @@ absl::StatusOr<uint64_t> WorkerClient::Verify(const std::string& sequence_id,
     compared += got;
   }
   return compared;
+}
+
+absl::StatusOr<uint64_t> WorkerClient::VerifyPages(const std::string& sequence_id, uint32_t g,
+                                                   const std::vector<uint32_t>& tokens,
+                                                   uint64_t begin, uint64_t end) {
+  const GroupGeometry& group = model_->geometry().group(g);
+  TestContext context;
+  v1::ReadRowsRequest request;
+  request.set_sequence_id(sequence_id);
+  request.set_group(g);
+  request.set_begin(begin);
+  request.set_end(end);
+  auto reader = sequences_->ReadRows(&context, request);
+  uint64_t got = 0, last = 0;
+  v1::ReadRowsResponse part;
+  absl::Status wrong;
+  while (reader->Read(&part)) {
+    got += part.data().size();
+    last = part.first_token() + part.num_tokens();
+    if (part.kind() == v1::ROW_KIND_PAGE && last <= tokens.size() &&
+        part.data() ==
+            TestPage(group, tokens, last).substr(part.page_offset(), part.data().size())) {
+      continue;
+    }
+    wrong = absl::DataLossError(absl::StrCat("page with tokens [", part.first_token(), ", ", last,
+                                             ") of group ", g, " of ", sequence_id,
+                                             " is not what was written"));
+  }
+  PT_RETURN_IF_ERROR(FromGrpcStatus(reader->Finish()));
+  PT_RETURN_IF_ERROR(wrong);
+  const uint64_t page_tokens = group.page_tokens();
+  const uint64_t num_pages = end == begin ? 0
+                             : group.spec().kind == LayerGroupSpec::Kind::kRecurrent
+                                 ? 1
+                                 : (end - 1) / page_tokens + 1 - begin / page_tokens;
+  if (got != num_pages * group.page_bytes() || (num_pages > 0 && last < end)) {
+    return absl::DataLossError(absl::StrCat("read ", got, " bytes up to token ", last,
+                                            ", expected ", num_pages, " pages up to ", end));
+  }
+  return got;
 }
 
 absl::StatusOr<v1::ForkSequenceResponse> WorkerClient::Fork(const v1::SequenceState& state,

@@ -42,6 +42,9 @@ std::string TestRow(const GroupGeometry& group, uint32_t token, uint64_t positio
 std::string TestRows(const GroupGeometry& group, const std::vector<uint32_t>& tokens,
                      uint64_t begin, uint64_t end, uint32_t layer, RowKind kind);
 
+// What a page that is whole holds, or a state: a function of all tokens up to its last.
+std::string TestPage(const GroupGeometry& group, const std::vector<uint32_t>& tokens, uint64_t end);
+
 // `count` tokens that differ between seeds from the first on.
 std::vector<uint32_t> TestTokens(uint64_t seed, size_t count);
 
@@ -53,12 +56,12 @@ class WorkerClient {
                                                 const std::string& request_id = "");
   // Waits until the sequence is resident; returns its length.
   absl::StatusOr<uint64_t> WaitReady(const std::string& sequence_id);
-  // Appends tokens[state.length(), end) with their rows.
+  // Appends tokens[state.length(), end) with their rows, pages and states.
   absl::StatusOr<v1::AppendTokensResponse> Append(const v1::SequenceState& state,
                                                   const std::vector<uint32_t>& tokens, size_t end,
                                                   const std::string& request_id = "");
-  // Number of row bytes compared. DATA_LOSS when a row differs from what TestRow says or is
-  // missing.
+  // Number of bytes compared. DATA_LOSS when a row differs from what TestRow says, or a page from
+  // what TestPage says, or one is missing.
   absl::StatusOr<uint64_t> Verify(const std::string& sequence_id,
                                   const std::vector<uint32_t>& tokens, uint64_t begin,
                                   uint64_t end);
@@ -71,6 +74,11 @@ class WorkerClient {
   absl::StatusOr<double> Stat(const std::string& name);
   // True once the metric is at least `least`; false when it never came to that.
   bool EventuallyStat(const std::string& name, double least);
+
+  // Pages of a group without rows, which hold tokens of [begin, end) among others; a state.
+  absl::StatusOr<uint64_t> VerifyPages(const std::string& sequence_id, uint32_t group,
+                                       const std::vector<uint32_t>& tokens, uint64_t begin,
+                                       uint64_t end);
 
   v1::SequenceService::StubInterface& sequences() { return *sequences_; }
   v1::PrefixService::StubInterface& prefixes() { return *prefixes_; }

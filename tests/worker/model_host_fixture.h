@@ -48,6 +48,28 @@ inline std::shared_ptr<const Model> TestModel(uint32_t page_tokens, int num_grou
   return std::make_shared<const Model>(Model::Create(std::move(spec)).value());
 }
 
+// A ring that keeps some rows, a state, and pages of the engine's own, beside full attention.
+inline std::shared_ptr<const Model> MixedModel(uint32_t page_tokens, uint32_t window_tokens,
+                                               uint32_t keep_tokens) {
+  ModelSpec spec = TestModel(page_tokens)->spec();
+  LayerGroupSpec ring = spec.geometry.groups.front();
+  ring.layers = {1};
+  ring.kind = LayerGroupSpec::Kind::kWindow;
+  ring.window_type = LayerGroupSpec::WindowType::kRing;
+  ring.window_tokens = window_tokens;
+  ring.keep_tokens = keep_tokens;
+  LayerGroupSpec state;
+  state.kind = LayerGroupSpec::Kind::kRecurrent;
+  state.layers = {3};
+  state.opaque_bytes = 200;
+  LayerGroupSpec opaque = state;
+  opaque.kind = LayerGroupSpec::Kind::kOpaque;
+  opaque.layers = {4};
+  opaque.opaque_bytes = 333;
+  for (const LayerGroupSpec& group : {ring, state, opaque}) spec.geometry.groups.push_back(group);
+  return std::make_shared<const Model>(Model::Create(std::move(spec)).value());
+}
+
 class HostUnderTest {
  public:
   struct Setup {
@@ -61,11 +83,14 @@ class HostUnderTest {
     int io_threads = 2;
     bool batch_invariant = false;
     uint32_t max_overtakes = 64;
+    std::shared_ptr<const Model> model;  // null: TestModel
     // A host of somebody else's, over TestModel(page_tokens, num_groups); null: one of its own.
     ModelHost* existing = nullptr;
   };
   explicit HostUnderTest(const Setup& setup)
-      : model(TestModel(setup.page_tokens, setup.num_groups, setup.batch_invariant)),
+      : model(setup.model != nullptr
+                  ? setup.model
+                  : TestModel(setup.page_tokens, setup.num_groups, setup.batch_invariant)),
         store(setup.no_store           ? nullptr
               : setup.store != nullptr ? setup.store
                                        : &own_store),
@@ -90,6 +115,11 @@ class HostUnderTest {
   absl::Status WriteAll(const PendingSlot& slot, std::span<const uint32_t> all) {
     for (uint32_t g = 0; g < model->geometry().num_groups(); ++g) {
       const GroupGeometry& geometry = model->geometry().group(g);
+      if (!geometry.has_rows()) {
+        const absl::Status written = WriteWhole(slot, all, g);
+        if (!written.ok()) return written;
+        continue;
+      }
       for (uint32_t layer = 0; layer < geometry.num_layers(); ++layer) {
         for (RowKind kind : {RowKind::kK, RowKind::kV}) {
           const std::vector<std::byte> rows =
@@ -102,6 +132,37 @@ class HostUnderTest {
               });
           if (!status.ok()) return status;
         }
+      }
+    }
+    return absl::OkStatus();
+  }
+
+  // What a page that is whole, or a state, holds: a function of the tokens up to its last.
+  static std::vector<std::byte> WholePage(const GroupGeometry& geometry, uint32_t group,
+                                          std::span<const uint32_t> tokens) {
+    std::vector<std::byte> page(geometry.page_bytes());
+    RowOracle::FillRow(RowOracle::StateOf(tokens), group, 0, RowKind::kPage, page);
+    return page;
+  }
+  // In two parts each.
+  absl::Status WriteWhole(const PendingSlot& slot, std::span<const uint32_t> all, uint32_t g) {
+    const GroupGeometry& geometry = model->geometry().group(g);
+    const uint64_t page_tokens = geometry.page_tokens();
+    const uint64_t end = slot.first_row + slot.num_tokens;
+    const bool is_state = geometry.spec().kind == LayerGroupSpec::Kind::kRecurrent;
+    uint64_t last = is_state ? end : slot.first_row / page_tokens * page_tokens;
+    for (uint32_t p = 0; p == 0 || last < end; ++p) {
+      last = std::min(end, last + page_tokens);
+      const std::vector<std::byte> page = WholePage(geometry, g, all.first(last));
+      for (const auto& [from, to] :
+           {std::pair<size_t, size_t>(0, 100), std::pair(size_t{100}, page.size())}) {
+        const RowRun run{.group = g, .kind = RowKind::kPage, .page = p, .page_offset = from};
+        const absl::Status status =
+            host->WriteRows(tenant, slot.sequence, slot.pending_id, run, to - from,
+                            [&](uint64_t offset, std::span<std::byte> dst) {
+                              std::memcpy(dst.data(), page.data() + from + offset, dst.size());
+                            });
+        if (!status.ok()) return status;
       }
     }
     return absl::OkStatus();
@@ -182,6 +243,45 @@ class HostUnderTest {
           }
           if (seen != tokens.size()) return absl::InternalError("rows are missing");
         }
+      }
+    }
+    return wrong;
+  }
+
+  // As WrongRows, of what the groups hold: -1 beside wrong rows is one that the next token needs
+  // and that is not there.
+  absl::StatusOr<int64_t> WrongHeld(SequenceId id, std::span<const uint32_t> tokens) {
+    int64_t wrong = 0;
+    for (uint32_t g = 0; g < model->geometry().num_groups(); ++g) {
+      const GroupGeometry& geometry = model->geometry().group(g);
+      auto rows = host->PinRows(tenant, id, g, ModelHost::kHeldRows, 0, Soon());
+      if (!rows.ok()) return rows.status();
+      std::vector<bool> is_held(tokens.size(), false);
+      const auto compare = [&](uint64_t offset, std::span<const std::byte> expected) {
+        std::vector<std::byte> bytes(expected.size());
+        wrong += !host->pool().Read(offset, bytes).ok() ||
+                 std::memcmp(bytes.data(), expected.data(), bytes.size()) != 0;
+      };
+      for (const auto& run : (*rows)->Runs(0, RowKind::kPage)) {
+        for (uint64_t t = 0; t < run.num_tokens; ++t) is_held[run.first_token + t] = true;
+        compare(run.offset, WholePage(geometry, g, tokens.first(run.first_token + run.num_tokens)));
+      }
+      for (uint32_t layer = 0; geometry.has_rows() && layer < geometry.num_layers(); ++layer) {
+        for (RowKind kind : {RowKind::kK, RowKind::kV}) {
+          const uint32_t row_bytes = geometry.row_bytes(kind);
+          const std::vector<std::byte> expected =
+              RowOracle::Rows(tokens, 0, tokens.size(), g, layer, kind, row_bytes);
+          for (const auto& run : (*rows)->Runs(layer, kind)) {
+            for (uint64_t t = 0; t < run.num_tokens; ++t) is_held[run.first_token + t] = true;
+            compare(run.offset,
+                    std::span(expected).subspan(run.first_token * row_bytes, run.num_bytes));
+          }
+        }
+      }
+      const GroupTraits traits = TraitsOf(geometry.spec());
+      const int64_t first = traits.FirstVisible(static_cast<int64_t>(tokens.size()));
+      for (int64_t t = 0; t < static_cast<int64_t>(tokens.size()); ++t) {
+        if ((t < traits.keep_tokens || t >= first) && !is_held[t]) return -1;
       }
     }
     return wrong;
