@@ -36,6 +36,8 @@ class SequenceServiceImpl final : public v1::SequenceService::Service {
   grpc::Status WatchReadiness(grpc::ServerContext* context,
                               const v1::WatchReadinessRequest* request,
                               grpc::ServerWriter<v1::WatchReadinessResponse>* writer) override;
+
+  // sequence_step_service.cc
   grpc::Status ReserveSlots(grpc::ServerContext* context, const v1::ReserveSlotsRequest* request,
                             v1::ReserveSlotsResponse* response) override;
   grpc::Status CommitStep(grpc::ServerContext* context, const v1::CommitStepRequest* request,
@@ -47,6 +49,8 @@ class SequenceServiceImpl final : public v1::SequenceService::Service {
                                 v1::AbortReservationResponse* response) override;
   grpc::Status Attend(grpc::ServerContext* context, const v1::AttendRequest* request,
                       v1::AttendResponse* response) override;
+
+  // sequence_service.cc
   grpc::Status ForkSequence(grpc::ServerContext* context, const v1::ForkSequenceRequest* request,
                             v1::ForkSequenceResponse* response) override;
   grpc::Status GetSequence(grpc::ServerContext* context, const v1::GetSequenceRequest* request,
@@ -69,7 +73,7 @@ class SequenceServiceImpl final : public v1::SequenceService::Service {
  private:
   using RawStream = grpc::ServerReaderWriter<grpc::ByteBuffer, grpc::ByteBuffer>;
 
-  // The two raw methods; see the constructor.
+  // The two raw methods; see the constructor. With what they use in sequence_stream_service.cc.
   grpc::Status AppendRaw(grpc::ServerContext* context, RawStream* stream);
   grpc::Status ReadRaw(grpc::ServerContext* context, RawStream* stream);
 

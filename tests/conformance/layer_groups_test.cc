@@ -14,6 +14,7 @@
 #include "pagetide/v1/session.grpc.pb.h"
 #include "rpc/status_mapping.h"
 #include "services/worker_role.h"
+#include "tests/conformance/assert_ok.h"
 #include "tests/support/process.h"
 #include "tests/support/worker_client.h"
 
@@ -26,19 +27,6 @@ using ::pagetide::testing::TestRow;
 using ::pagetide::testing::TestTokens;
 using ::pagetide::testing::WorkerClient;
 using WindowType = LayerGroupSpec::WindowType;
-
-#define ASSERT_OK(expr)                                     \
-  do {                                                      \
-    const auto& assert_ok_ = (expr);                        \
-    ASSERT_TRUE(assert_ok_.ok()) << StatusText(assert_ok_); \
-  } while (false)
-template <typename T>
-std::string StatusText(const absl::StatusOr<T>& value) {
-  return value.status().ToString();
-}
-std::string StatusText(const absl::Status& status) {
-  return status.ToString();
-}
 
 LayerGroupSpec FullGroup(uint32_t layer) {
   LayerGroupSpec group;

@@ -11,6 +11,7 @@
 #include "kvstore/memory_page_store.h"
 #include "rpc/status_mapping.h"
 #include "services/worker_role.h"
+#include "tests/conformance/assert_ok.h"
 #include "tests/support/process.h"
 #include "tests/support/worker_client.h"
 
@@ -21,19 +22,6 @@ using ::pagetide::testing::TestContext;
 using ::pagetide::testing::TestRows;
 using ::pagetide::testing::TestTokens;
 using ::pagetide::testing::WorkerClient;
-
-#define ASSERT_OK(expr)                                     \
-  do {                                                      \
-    const auto& assert_ok_ = (expr);                        \
-    ASSERT_TRUE(assert_ok_.ok()) << StatusText(assert_ok_); \
-  } while (false)
-template <typename T>
-std::string StatusText(const absl::StatusOr<T>& value) {
-  return value.status().ToString();
-}
-std::string StatusText(const absl::Status& status) {
-  return status.ToString();
-}
 
 std::vector<uint32_t> Concat(std::vector<uint32_t> a, const std::vector<uint32_t>& b) {
   a.insert(a.end(), b.begin(), b.end());

@@ -13,25 +13,12 @@
 #include "base/status_macros.h"
 #include "kvstore/rocksdb_page_store.h"
 #include "rpc/status_mapping.h"
+#include "tests/conformance/assert_ok.h"
 #include "tests/support/process.h"
 #include "tests/support/timing.h"
 #include "tests/support/worker_client.h"
 
 namespace pagetide::testing {
-
-template <typename T>
-std::string StatusText(const absl::StatusOr<T>& value) {
-  return value.status().ToString();
-}
-inline std::string StatusText(const absl::Status& status) {
-  return status.ToString();
-}
-
-#define ASSERT_OK(expr)                                                          \
-  do {                                                                           \
-    const auto& assert_ok_ = (expr);                                             \
-    ASSERT_TRUE(assert_ok_.ok()) << ::pagetide::testing::StatusText(assert_ok_); \
-  } while (false)
 
 class WorkerProcessFixture : public ::testing::Test {
  protected:
