@@ -111,6 +111,7 @@ TEST(FeatureRpcsTest, EachOperationOfTheAlgebraIsOneCall) {
       {"B13", "SequenceService", "GetBlockTable"},
       {"B13", "AdminService", "DumpFrames"},
       {"A10", "SequenceEditService", "Compact"},
+      {"A12", "PrefixService", "ExtendMatch"},
   };
   std::map<std::string, std::set<std::string>> found;
   for (const Operation& operation : kOperations) {

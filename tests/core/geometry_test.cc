@@ -157,6 +157,20 @@ TEST(GeometryTest, RefusalsNameTheFieldAndTheNumbers) {
       {"window fields", [](GeometrySpec& s) { s.groups[0].window_tokens = 5; }},
       {"window_tokens > 0",
        [](GeometrySpec& s) { s.groups[0].kind = LayerGroupSpec::Kind::kWindow; }},
+      {"keep_tokens = 8 is not below window_tokens = 8",
+       [](GeometrySpec& s) {
+         s.groups[0].kind = LayerGroupSpec::Kind::kWindow;
+         s.groups[0].window_type = LayerGroupSpec::WindowType::kRing;
+         s.groups[0].window_tokens = s.groups[0].keep_tokens = 8;
+       }},
+      {"keep_tokens = 2 on a window that is no ring",
+       [](GeometrySpec& s) {
+         s.groups[0].kind = LayerGroupSpec::Kind::kWindow;
+         s.groups[0].window_type = LayerGroupSpec::WindowType::kStandard;
+         s.groups[0].window_tokens = 8;
+         s.groups[0].keep_tokens = 2;
+       }},
+      {"window fields", [](GeometrySpec& s) { s.groups[0].keep_tokens = 1; }},
       {"opaque_bytes = 0",
        [](GeometrySpec& s) { s.groups[0].kind = LayerGroupSpec::Kind::kOpaque; }},
       {"scale_digest has 0",

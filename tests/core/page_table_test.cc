@@ -54,6 +54,29 @@ TEST(PageTableTest, GivesUpExtentsInFrontButNeverTheLast) {
   EXPECT_EQ(table.FirstGap(700, 705), 705u);
 }
 
+TEST(PageTableTest, DropsWhatLiesWithinARangeAndKeepsWhatIsInFrontOfIt) {
+  PageTable table;
+  for (uint64_t page = 0; page < 5; ++page) table.Append(E(page + 1, 0, 10, page * 10));
+  EXPECT_THAT(table.DropWithin(3, 29), ElementsAre(PageId(2)));  // 1 holds row 3, 3 holds row 29
+  EXPECT_THAT(table.DropWithin(20, 30), ElementsAre(PageId(3)));
+  EXPECT_EQ(table.FirstGap(0, 50), 10u);
+  EXPECT_THAT(table.DropWithin(10, 1000), ElementsAre(PageId(4)));  // never the last
+  EXPECT_EQ(table.num_rows(), 50u);
+  EXPECT_TRUE(table.HasEnd(10));
+  EXPECT_FALSE(table.HasEnd(20));
+  EXPECT_FALSE(table.HasEnd(49));
+  EXPECT_TRUE(table.HasEnd(50));
+  EXPECT_FALSE(PageTable().HasEnd(0));
+  EXPECT_THAT(PageTable().DropWithin(0, 5), IsEmpty());
+}
+
+TEST(PageTableTest, APageGivesWayToOneWithTheSameRows) {
+  PageTable table = SixHundredRows();
+  EXPECT_EQ(table.ReplacePage(PageId(2), PageId(7)), 1u);
+  EXPECT_EQ(table.ReplacePage(PageId(2), PageId(8)), 0u);
+  EXPECT_THAT(table.Cover(250, 260), ElementsAre(E(1, 250, 6, 250), E(7, 0, 4, 256)));
+}
+
 TEST(PageTableTest, TheLastExtentGrows) {
   PageTable table = SixHundredRows();
   table.mutable_back().count += 12;

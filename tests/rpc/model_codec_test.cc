@@ -53,6 +53,12 @@ TEST(ModelCodecTest, RoundTripKeepsTheDigest) {
   window.set_k_type(v1::DATA_TYPE_BF16);
   window.set_kv_heads(1);
   window.set_k_dim(576);  // latent: no V, hence no v_type
+  proto.set_batch_invariant(true);
+  v1::LayerGroup& ring = *proto.mutable_geometry()->add_groups();
+  ring = window;
+  ring.set_window_type(v1::LayerGroup::WINDOW_TYPE_RING);
+  ring.set_keep_tokens(4);
+  ring.set_layers(0, 4);
   v1::LayerGroup& state = *proto.mutable_geometry()->add_groups();
   state.set_kind(v1::LayerGroup::KIND_RECURRENT);
   state.add_layers(3);
@@ -65,6 +71,15 @@ TEST(ModelCodecTest, RoundTripKeepsTheDigest) {
   EXPECT_EQ(again->digest(), model->digest());
   EXPECT_EQ(SerializeModelSpec(again->spec()), SerializeModelSpec(model->spec()));
   EXPECT_EQ(again->spec().geometry, model->spec().geometry);
+  EXPECT_TRUE(again->spec().batch_invariant);
+  EXPECT_EQ(again->spec().geometry.groups[2].keep_tokens, 4u);
+  // Another ring is another model, and so is an engine that promises less.
+  ring.set_keep_tokens(5);
+  EXPECT_NE(ModelFromProto(proto)->digest(), model->digest());
+  ring.set_keep_tokens(4);
+  proto.set_batch_invariant(false);
+  EXPECT_NE(ModelFromProto(proto)->digest(), model->digest());
+  EXPECT_EQ(ModelFromProto(proto)->identity(), model->identity());
 }
 
 TEST(ModelCodecTest, DescribesPageBytesOfEachGroup) {

@@ -82,6 +82,22 @@ TEST(RowWireTest, ReadsRowsWhoseFieldsComeInAnotherOrder) {
   ExpectRows(&message, rows.rows());
 }
 
+TEST(RowWireTest, ReadsBytesOfAPage) {
+  v1::AppendTokensRequest rows;
+  rows.mutable_rows()->set_group(2);
+  rows.mutable_rows()->set_kind(v1::ROW_KIND_PAGE);
+  rows.mutable_rows()->set_page(3);
+  rows.mutable_rows()->set_page_offset(1 << 20);
+  rows.mutable_rows()->set_data("bytes");
+  AppendMessage message;
+  *message.buffer() = InSlices(rows.SerializeAsString(), 3);
+  ASSERT_TRUE(message.Decode().ok());
+  EXPECT_EQ(message.run().kind, RowKind::kPage);
+  EXPECT_EQ(message.run().page, 3u);
+  EXPECT_EQ(message.run().page_offset, 1u << 20);
+  EXPECT_EQ(CopyOut(&message), "bytes");
+}
+
 TEST(RowWireTest, OneMessageObjectReadsManyMessages) {
   AppendMessage message;
   v1::AppendTokensRequest header;
