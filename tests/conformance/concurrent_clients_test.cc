@@ -3,7 +3,8 @@
 // what one does shows in none of the others.
 #include <gtest/gtest.h>
 
-#include <atomic>
+#include <cstdio>
+#include <memory>
 #include <random>
 #include <thread>
 

@@ -3,6 +3,7 @@
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 
+#include <cstdio>
 #include <memory>
 #include <string>
 #include <thread>
@@ -78,6 +79,23 @@ class PrefillTest : public testing::WorkerProcessFixture {
     request.set_reservation_id(reservation);
     v1::AbortReservationResponse response;
     return FromGrpcStatus(client_->sequences().AbortReservation(&context, request, &response));
+  }
+  // The refusal of a reservation that does not get its frames. A machine that is busy may let the
+  // caller's own deadline pass first: then once more.
+  absl::Status Refusal(const v1::SequenceState& state, uint32_t num_tokens) {
+    absl::Status status;
+    Eventually([&] {
+      status = Reserve(state, num_tokens, absl::Seconds(1)).status();
+      return !absl::IsDeadlineExceeded(status) && GetReason(status) != "PENDING_WRITE";
+    });
+    return status;
+  }
+  // Once a call for the sequence stands in line for its frames.
+  bool StandsInLine(const v1::SequenceState& state) {
+    return Eventually([&] {
+      const auto now = client_->Get(state.sequence_id());
+      return now.ok() && now->pending_tokens() > 0;
+    });
   }
   absl::StatusOr<v1::ExtendMatchResponse> Extend(const v1::SequenceState& state,
                                                  const std::vector<uint32_t>& tokens,
@@ -233,20 +251,23 @@ TEST_F(PrefillTest, A8WhatDoesNotFitNowWaitsInLineOrIsToldWhy) {
   ASSERT_OK(small);
   auto held = Reserve(*holder, 48, absl::Seconds(120));  // three of the four frames
   ASSERT_OK(held);
-  const absl::Status status = Reserve(*large, 32, absl::Milliseconds(200)).status();
+  const absl::Status status = Refusal(*large, 32);
   EXPECT_TRUE(absl::IsResourceExhausted(status)) << status;
   EXPECT_EQ(GetReason(status), "POOL_EXHAUSTED");
   EXPECT_EQ(GetReasonMetadata(status, "needed"), "2");
   EXPECT_EQ(GetReasonMetadata(status, "evictable"), "0");
   EXPECT_TRUE(GetRetryDelay(status).has_value());
-  EXPECT_EQ(client_->Get(large->sequence_id())->pending_tokens(), 0);
+  EXPECT_TRUE(
+      Eventually([&] { return client_->Get(large->sequence_id())->pending_tokens() == 0; }));
   // A call that waits is not passed by one that wants a frame too, though there is one.
   absl::StatusOr<uint64_t> granted;
   std::thread waits([&] { granted = Reserve(*large, 32, absl::Seconds(120)); });
-  EXPECT_TRUE(client_->EventuallyStat("pagetide_worker_frame_waits_total", 2));
-  EXPECT_TRUE(absl::IsResourceExhausted(Reserve(*small, 1, absl::Milliseconds(200)).status()));
-  ASSERT_OK(Abort(*holder, *held));
+  EXPECT_TRUE(StandsInLine(*large));
+  EXPECT_TRUE(absl::IsResourceExhausted(Refusal(*small, 1)));
+  EXPECT_TRUE(client_->EventuallyStat("pagetide_worker_frame_waits_total", 3));
+  const absl::Status aborted = Abort(*holder, *held);
   waits.join();
+  ASSERT_OK(aborted);
   ASSERT_OK(granted);
   ASSERT_OK(Reserve(*small, 1, absl::Seconds(120)));
 }
@@ -270,7 +291,7 @@ TEST_F(PrefillTest, A8CallsThatNeedNoFramePassOneThatWaitsAtMost64Times) {
   ASSERT_OK(FromGrpcStatus(client_->sequences().GetBlockTable(&context, pin, &pinned)));
   absl::StatusOr<uint64_t> granted;
   std::thread waits([&] { granted = Reserve(*large, 32, absl::Seconds(120)); });
-  EXPECT_TRUE(client_->EventuallyStat("pagetide_worker_frame_waits_total", 1));
+  EXPECT_TRUE(StandsInLine(*large));
   const auto read = [&](absl::Duration deadline) {
     TestContext read_context(deadline);
     v1::ReadRowsRequest request;
@@ -281,11 +302,12 @@ TEST_F(PrefillTest, A8CallsThatNeedNoFramePassOneThatWaitsAtMost64Times) {
     }
     return FromGrpcStatus(stream->Finish());
   };
-  for (int i = 0; i < 64; ++i) ASSERT_OK(read(absl::Seconds(120)));
-  const absl::Status behind = read(absl::Milliseconds(200));
-  EXPECT_TRUE(absl::IsResourceExhausted(behind)) << behind;
-  ASSERT_OK(Abort(*holder, *held));
+  for (int i = 0; i < 64; ++i) EXPECT_TRUE(read(absl::Seconds(120)).ok()) << i;
+  const absl::Status behind = read(absl::Seconds(1));
+  EXPECT_TRUE(absl::IsResourceExhausted(behind) || absl::IsDeadlineExceeded(behind)) << behind;
+  const absl::Status aborted = Abort(*holder, *held);
   waits.join();
+  ASSERT_OK(aborted);
   ASSERT_OK(granted);
   ASSERT_OK(read(absl::Seconds(120)));
 }
@@ -384,8 +406,9 @@ TEST_F(PrefillTest, A12AClaimMakesTheSecondWaitAndEndsByItself) {
   absl::StatusOr<v1::ExtendMatchResponse> second;
   std::thread waits([&] { second = Extend(*b, tokens, absl::Seconds(60), absl::Seconds(60)); });
   EXPECT_TRUE(client_->EventuallyStat("pagetide_worker_compute_claim_waits_total", 1));
-  ASSERT_OK(client_->Append(*a, tokens, 600));
+  const absl::Status appended = client_->Append(*a, tokens, 600).status();
   waits.join();
+  ASSERT_OK(appended);
   ASSERT_OK(second);
   EXPECT_EQ(second->extended_tokens(), 512);
   ASSERT_OK(client_->Verify(b->sequence_id(), tokens, 0, 512));

@@ -483,15 +483,19 @@ TEST(SequenceEditorTest, ShiftsAddUp) {
 TEST(SequenceEditorTest, WhatPartsOfAGroupMayBeCutAndShiftedFollowsFromItsGeometry) {
   LayerGroupSpec group;
   group.rope.style = RopeSpec::Style::kNeox;
-  EXPECT_EQ(TraitsOf(group), (GroupTraits{true, true, true}));
+  EXPECT_EQ(TraitsOf(group), (GroupTraits{.can_shift = true, .rotates = true}));
   group.basis = LayerGroupSpec::Basis::kHadamard;
-  EXPECT_EQ(TraitsOf(group), (GroupTraits{true, false, true}));
+  EXPECT_EQ(TraitsOf(group), (GroupTraits{.can_shift = false, .rotates = true}));
   group.rope.style = RopeSpec::Style::kNone;
-  EXPECT_EQ(TraitsOf(group), (GroupTraits{true, true, false}));
+  EXPECT_EQ(TraitsOf(group), (GroupTraits{.can_shift = true, .rotates = false}));
   group.packed_row_bytes = 656;
-  EXPECT_EQ(TraitsOf(group), (GroupTraits{true, false, false}));
+  EXPECT_EQ(TraitsOf(group), (GroupTraits{.can_shift = false, .rotates = false}));
   group.kind = LayerGroupSpec::Kind::kRecurrent;
-  EXPECT_EQ(TraitsOf(group), (GroupTraits{false, false, false}));
+  EXPECT_EQ(
+      TraitsOf(group),
+      (GroupTraits{.can_shift = false, .rotates = false, .is_whole = true, .is_state = true}));
+  group.kind = LayerGroupSpec::Kind::kOpaque;
+  EXPECT_EQ(TraitsOf(group), (GroupTraits{.can_shift = false, .rotates = false, .is_whole = true}));
 }
 
 bool IsMasked(const GroupTraits& traits, int64_t key, int64_t query) {
@@ -505,6 +509,8 @@ bool IsMasked(const GroupTraits& traits, int64_t key, int64_t query) {
       return key < query / w * w;
     case LayerGroupSpec::WindowType::kSymmetric:
       return 2 * std::abs(query - key) > w;
+    case LayerGroupSpec::WindowType::kRing:
+      return key >= traits.keep_tokens && query - key >= w - traits.keep_tokens;
   }
   return false;
 }
@@ -529,6 +535,25 @@ TEST(SequenceWindowTest, TheFirstVisiblePositionIsWhatTheMasksSay) {
       }
     }
   }
+}
+
+TEST(SequenceWindowTest, ARingKeepsItsFirstRowsAndTheNewest) {
+  const GroupTraits ring{
+      .window = LayerGroupSpec::WindowType::kRing, .window_tokens = 6, .keep_tokens = 2};
+  World world(12, {.page_tokens = 1, .groups = {ring}});
+  SequenceRows rows = world.Rows(1);
+  // The next query, at 12, sees 0, 1 and from 9 on.
+  EXPECT_EQ(rows.DropMasked(world.setup().groups).size(), 7u);
+  EXPECT_EQ(rows.ExtentOf(0), (PositionExtent{0, 11, 5, false}));
+  for (int64_t key = 0; key < 12; ++key) {
+    EXPECT_EQ(rows.tables[0].FirstGap(key, key + 1) == static_cast<uint64_t>(key),
+              IsMasked(ring, key, 12))
+        << key;
+  }
+  EXPECT_EQ(rows.LackedAt(world.setup().groups, 12), std::nullopt);
+  EXPECT_EQ(rows.LackedAt(world.setup().groups, 11)->row, 8u);
+  EXPECT_EQ(rows.LackedAt(world.setup().groups, 2), std::nullopt);  // kept
+  EXPECT_EQ(rows.LackedAt(world.setup().groups, 3)->row, 2u);
 }
 
 TEST(SequenceWindowTest, RowsBehindAWindowAreGivenUpAndMissedByWhatNeedsThem) {

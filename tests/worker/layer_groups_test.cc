@@ -8,6 +8,7 @@
 #include <random>
 
 #include "absl/strings/numbers.h"
+#include "absl/strings/str_cat.h"
 #include "tests/worker/model_host_fixture.h"
 
 namespace pagetide {
@@ -55,7 +56,7 @@ TEST(LayerGroupsTest, AllGroupsMoveTogether) {
     ++pages[entry.group];
   }
   EXPECT_EQ(pages[kFull], 13u);
-  EXPECT_EQ(pages[kRing], 3u);
+  EXPECT_EQ(pages[kRing], 1u + 3u);
   EXPECT_EQ(pages[kState], 1u);
   EXPECT_EQ(pages[kOpaque], 13u);
   t.host->Quiesce();
@@ -290,7 +291,7 @@ TEST(LayerGroupsTest, SavedStateComesBackElsewhere) {
   HostUnderTest other(setup);
   EXPECT_EQ(
       GetReason(
-          other.host->OpenSaved(other.tenant, (*snapshot)->state(), put->pages, 40, std::nullopt)
+          other.host->OpenSaved(other.tenant, (*snapshot)->state(), put->pages, 60, std::nullopt)
               .status()),
       "CANNOT_CUT");
   auto loaded = other.host->OpenSaved(other.tenant, (*snapshot)->state(), put->pages, std::nullopt,
