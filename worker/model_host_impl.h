@@ -379,7 +379,7 @@ class ModelHostImpl final : public ModelHost {
   void DropCheckpoint(const Checkpoint& checkpoint) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
   static CheckpointInfo InfoOf(const Checkpoint& checkpoint);
 
-  // --- writes (model_host_writes.cc) ---
+  // --- writes (model_host_writes.cc; their end: model_host_commit.cc) ---
   // A write about to begin: its sequence, what it needs, and in which groups the tail is shared or
   // still read by others, so that its rows move to a page of the write's own first.
   struct WritePlan {
@@ -405,11 +405,10 @@ class ModelHostImpl final : public ModelHost {
                                           std::span<const uint32_t> tokens);
   static absl::Status CheckPath(const Pending& pending, std::span<const uint32_t> indices,
                                 size_t num_tokens);
-  // What a write of `num_tokens` behind `length` rows becomes in a group: an extent for each
-  // target.
+  // What a write becomes in a group if `num_tokens` of it are committed: an extent for each target.
   std::vector<Extent> ExtentsOfWrite(uint32_t group, const Pending& pending,
                                      uint32_t num_tokens) const;
-  // The last of `extents` fills its page.
+  // Its page is full then.
   bool IsFull(const Extent& extent) const { return extent.end_slot() == page_tokens(); }
   // FAILED_PRECONDITION (ROWS_MISSING) names what of the first `num_tokens` has not arrived.
   absl::Status CheckArrived(const Pending& pending, uint32_t num_rows, uint32_t num_tokens) const;
