@@ -18,7 +18,7 @@ namespace pagetide {
 namespace {
 
 constexpr int kThreads = 6;
-constexpr int kSteps = 250;
+constexpr int kSteps = 1000;
 
 struct Row {
   uint64_t content = 0;

@@ -33,7 +33,8 @@ HostUnderTest::Setup Mixed(uint32_t num_frames = 64, bool write_through = true) 
 std::string ShownOf(HostUnderTest& t, SequenceId id) {
   const SequenceInfo info = *t.host->Get(t.tenant, id);
   std::string text = absl::StrCat(info.revision, " ", info.length, " ", info.canonical_length);
-  for (const BlockTableEntry& entry : *t.host->GetBlockTable(t.tenant, id)) {
+  const auto table = t.host->GetBlockTable(t.tenant, id);
+  for (const BlockTableEntry& entry : *table) {
     absl::StrAppend(&text, "; ", entry.group, " ", entry.first_row, " ", entry.count, " ",
                     entry.page.value(), " ", entry.references);
   }
@@ -52,7 +53,8 @@ TEST(LayerGroupsTest, AllGroupsMoveTogether) {
   }
   // Of the ring the page that is kept and those of the newest 15 rows; of the state one.
   uint64_t pages[4] = {};
-  for (const BlockTableEntry& entry : *t.host->GetBlockTable(t.tenant, info->id)) {
+  const auto table = t.host->GetBlockTable(t.tenant, info->id);
+  for (const BlockTableEntry& entry : *table) {
     ++pages[entry.group];
   }
   EXPECT_EQ(pages[kFull], 13u);

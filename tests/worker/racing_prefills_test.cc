@@ -18,7 +18,8 @@ absl::StatusOr<SequenceInfo> OpenAlone(HostUnderTest& t) {
 
 std::vector<PageId> PagesOf(HostUnderTest& t, SequenceId id) {
   std::vector<PageId> pages;
-  for (const BlockTableEntry& entry : *t.host->GetBlockTable(t.tenant, id)) {
+  const auto table = t.host->GetBlockTable(t.tenant, id);
+  for (const BlockTableEntry& entry : *table) {
     pages.push_back(entry.page);
   }
   return pages;
