@@ -1,9 +1,9 @@
 #include "base/checksum.h"
 
 #include <algorithm>
-#include <cstring>
 
 #include "absl/strings/str_format.h"
+#include "base/copy_bytes.h"
 
 namespace pagetide {
 namespace {
@@ -40,7 +40,7 @@ Checksum128 CopyWithChecksum(std::span<const std::byte> src, std::span<std::byte
   ChecksumStream stream;
   for (size_t at = 0; at < src.size(); at += ChecksumStream::kBlockBytes) {
     const auto block = src.subspan(at, std::min(ChecksumStream::kBlockBytes, src.size() - at));
-    std::memcpy(dst.data() + at, block.data(), block.size());
+    CopyBytes(block, dst.data() + at);
     stream.Update(block);
   }
   return stream.Get();

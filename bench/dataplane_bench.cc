@@ -253,10 +253,9 @@ int Main(const Flags& flags) {
     for (uint32_t layer = 0; layer < kLayers; ++layer) {
       for (const RowKind kind : {RowKind::kK, RowKind::kV}) {
         const auto to = rows.Of(layer, kind, 0, num_tokens).data() - rows.all().data();
-        for (const InPlaceRows::Run& run : in_place->Rows(0, layer, kind)) {
-          std::memcpy(copy.data() + to + run.first_token * kRowBytes, run.bytes.data(),
-                      run.bytes.size());
-        }
+        Check(
+            in_place->CopyRows(0, layer, kind, std::span(copy).subspan(to, num_tokens * kRowBytes)),
+            "copy rows");
       }
     }
     if (!in_place->IsValid()) Die("the lease ended while reading");
@@ -264,7 +263,8 @@ int Main(const Flags& flags) {
   read_in_place();
   if (std::memcmp(copy.data(), rows.all().data(), num_bytes) != 0) Die("in place: wrong bytes");
   verified += num_bytes;
-  // The same runs to the same places: one long memcpy does not use the loops that runs get.
+  // The frames' runs begin at memory pages and their places do not, which is memcpy's worst case;
+  // the runs of our own memory are aligned as their places are.
   const auto copy_runs = [&] {
     for (uint64_t at = 0; at < num_bytes; at += kRunBytes) {
       std::memcpy(copy.data() + at, rows.all().data() + at, kRunBytes);

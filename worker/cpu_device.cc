@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "absl/strings/str_cat.h"
+#include "base/copy_bytes.h"
 #include "base/error_info.h"
 #include "base/status_macros.h"
 #include "kernels/paged_attention.h"
@@ -139,13 +140,13 @@ class CpuPool final : public DevicePool {
 
   absl::Status Write(uint64_t offset, std::span<const std::byte> from) override {
     PT_RETURN_IF_ERROR(CheckRange("write to", offset, from.size()));
-    if (!from.empty()) std::memcpy(base_ + offset, from.data(), from.size());
+    CopyBytes(from, base_ + offset);
     return absl::OkStatus();
   }
 
   absl::Status Read(uint64_t offset, std::span<std::byte> to) override {
     PT_RETURN_IF_ERROR(CheckRange("read from", offset, to.size()));
-    if (!to.empty()) std::memcpy(to.data(), base_ + offset, to.size());
+    CopyBytes({base_ + offset, to.size()}, to.data());
     return absl::OkStatus();
   }
 

@@ -3,6 +3,7 @@
 #include <utility>
 
 #include "absl/strings/str_cat.h"
+#include "base/copy_bytes.h"
 #include "base/error_info.h"
 
 namespace pagetide {
@@ -67,6 +68,23 @@ std::vector<InPlaceRows::Run> InPlaceRows::Rows(uint32_t group, uint32_t layer,
                         uint64_t{extent.count} * geometry.row_bytes(kind))});
   }
   return runs;
+}
+
+absl::Status InPlaceRows::CopyRows(uint32_t group, uint32_t layer, RowKind kind,
+                                   std::span<std::byte> to) const {
+  const std::vector<Run> runs = Rows(group, layer, kind);
+  uint64_t num_bytes = 0;
+  for (const Run& run : runs) num_bytes += run.bytes.size();
+  if (to.size() != num_bytes) {
+    return absl::InvalidArgumentError(absl::StrCat("copy rows of group ", group, ", layer ", layer,
+                                                   ": ", num_bytes, " bytes into ", to.size()));
+  }
+  uint64_t at = 0;
+  for (const Run& run : runs) {
+    CopyBytes(run.bytes, to.data() + at);
+    at += run.bytes.size();
+  }
+  return absl::OkStatus();
 }
 
 }  // namespace pagetide

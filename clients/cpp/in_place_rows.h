@@ -45,6 +45,11 @@ class InPlaceRows {
   uint64_t length() const { return length_; }
   // In order of tokens, all of them. Empty for a group, layer or kind that the model has not.
   std::vector<Run> Rows(uint32_t group, uint32_t layer, RowKind kind) const;
+  // Copies the rows of all tokens to `to`, one behind the other. As fast as memory is, which memcpy
+  // out of frames need not be (base/copy_bytes.h). INVALID_ARGUMENT unless `to` has exactly their
+  // size; look at IsValid() afterwards.
+  absl::Status CopyRows(uint32_t group, uint32_t layer, RowKind kind,
+                        std::span<std::byte> to) const;
   // False once the lease has ended, counted from before it was asked for.
   bool IsValid() const { return Clock::Real()->MonotonicNow() < expires_; }
 

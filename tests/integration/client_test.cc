@@ -258,6 +258,11 @@ TEST_F(ClientTest, ReadsRowsInPlaceInTheWorkersFrames) {
                                  run.bytes.size()));
       }
       EXPECT_EQ(next, 600u);
+      std::vector<std::byte> copy(600 * decoder_->config().row_bytes());
+      ASSERT_TRUE((*rows)->CopyRows(0, layer, kind, copy).ok());
+      EXPECT_EQ(0, std::memcmp(copy.data(), expected.data(), copy.size()));
+      copy.pop_back();
+      EXPECT_EQ((*rows)->CopyRows(0, layer, kind, copy).code(), absl::StatusCode::kInvalidArgument);
     }
   }
   EXPECT_TRUE((*rows)->Rows(1, 0, RowKind::kK).empty());

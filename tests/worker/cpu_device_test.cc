@@ -201,6 +201,7 @@ struct AttendCase {
   DataType v_type = DataType::kF32;
   LayerGroupSpec::WindowType window_type = LayerGroupSpec::WindowType::kNone;
   uint32_t window_tokens = 0;
+  uint32_t keep_tokens = 0;
   uint32_t kv_heads = 2;
   uint32_t k_dim = 8;
   uint32_t v_dim = 6;
@@ -222,6 +223,7 @@ PageGeometry MakeGeometry(const AttendCase& c, uint32_t page_tokens) {
   group.kind = c.window_tokens > 0 ? LayerGroupSpec::Kind::kWindow : LayerGroupSpec::Kind::kFull;
   group.window_type = c.window_type;
   group.window_tokens = c.window_tokens;
+  group.keep_tokens = c.keep_tokens;
   group.layers = {0, 1, 2};
   group.k_type = c.k_type;
   group.v_type = c.v_type;
@@ -305,6 +307,10 @@ class CpuAttendTest : public testing::TestWithParam<AttendCase> {
         return key <= query && key >= query / window * window;
       case LayerGroupSpec::WindowType::kSymmetric:
         return std::abs(query - key) <= window / 2;
+      case LayerGroupSpec::WindowType::kRing: {
+        const int64_t keep = GetParam().keep_tokens;
+        return key <= query && (key < keep || query - key < window - keep);
+      }
     }
     return false;
   }
@@ -402,7 +408,9 @@ INSTANTIATE_TEST_SUITE_P(
         AttendCase{.name = "latent", .k_type = DataType::kF16, .kv_heads = 1, .v_dim = 0},
         AttendCase{.name = "window", .window_type = Window::kStandard, .window_tokens = 20},
         AttendCase{.name = "chunked", .window_type = Window::kChunked, .window_tokens = 32},
-        AttendCase{.name = "symmetric", .window_type = Window::kSymmetric, .window_tokens = 10}),
+        AttendCase{.name = "symmetric", .window_type = Window::kSymmetric, .window_tokens = 10},
+        AttendCase{
+            .name = "ring", .window_type = Window::kRing, .window_tokens = 20, .keep_tokens = 7}),
     [](const auto& info) { return std::string(info.param.name); });
 
 // A small valid call that each test spoils in one place.

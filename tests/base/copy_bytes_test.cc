@@ -1,0 +1,36 @@
+#include "base/copy_bytes.h"
+
+#include <gtest/gtest.h>
+
+#include <algorithm>
+#include <vector>
+
+namespace pagetide {
+namespace {
+
+TEST(CopyBytesTest, EverySizeAndAlignmentIsExactAndStaysInside) {
+  constexpr size_t kLargest = (4 << 20) + 5;
+  constexpr std::byte kEdge{0xee};
+  std::vector<std::byte> source(kLargest + 64);
+  uint32_t x = 1;
+  for (std::byte& b : source) b = static_cast<std::byte>((x = x * 1664525 + 1013904223) >> 24);
+  std::vector<std::byte> target(kLargest + 128);
+  for (const size_t size : {0, 1, 31, 127, 128, 2047, 2048, 2049, 2175, 2176, 65536, 65599,
+                            (4 << 20) - 1, 4 << 20, (4 << 20) + 5}) {
+    for (const size_t from : {0, 1, 16, 33}) {
+      for (const size_t to : {32, 33, 48}) {
+        std::fill(target.begin(), target.begin() + static_cast<ptrdiff_t>(size + 128), kEdge);
+        CopyBytes(std::span(source).subspan(from, size), target.data() + to);
+        ASSERT_TRUE(std::equal(source.begin() + static_cast<ptrdiff_t>(from),
+                               source.begin() + static_cast<ptrdiff_t>(from + size),
+                               target.begin() + static_cast<ptrdiff_t>(to)))
+            << size << " bytes, " << from << " to " << to;
+        ASSERT_EQ(target[to - 1], kEdge) << size;
+        ASSERT_EQ(target[to + size], kEdge) << size;
+      }
+    }
+  }
+}
+
+}  // namespace
+}  // namespace pagetide
