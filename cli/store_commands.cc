@@ -69,6 +69,7 @@ absl::Status RunStats(const StoreFlags& flags, std::ostream& out) {
       {"state", stats.state()},
       {"engine", stats.engine()},
       {"pages", amount(stats.pages(), stats.logical_bytes())},
+      {"stored as", FormatByteSize(stats.stored_bytes())},
       {"on disk", FormatByteSize(stats.physical_bytes())},
       {"capacity", stats.capacity_bytes() == 0 ? "bounded by the disk"
                                                : FormatByteSize(stats.capacity_bytes())},

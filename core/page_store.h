@@ -189,6 +189,15 @@ struct StoreLease {
   uint64_t epoch = 0;
 };
 
+// What became of bytes by the codec that took them.
+struct StoreCodecBytes {
+  struct InOut {
+    uint64_t in = 0;   // raw
+    uint64_t out = 0;  // as stored
+  };
+  InOut raw, lz4, zstd;
+};
+
 struct StoreStats {
   uint64_t pages = 0;
   uint64_t logical_bytes = 0;
@@ -216,6 +225,11 @@ struct StoreStats {
   uint64_t bytes_put_since_hit = 0;
   bool efficacy_alarm = false;
   uint64_t pages_scrubbed = 0;
+  uint64_t stored_bytes = 0;  // bodies of the pages held, as they are stored
+  // Compression since the store was opened: of pages put, and of pages read or verified.
+  StoreCodecBytes codec_bytes;
+  uint64_t decompressed_bytes = 0;  // raw
+  absl::Duration compress_time, decompress_time;
   std::string state = "serving";  // serving, full, failed
   std::string engine;
 };

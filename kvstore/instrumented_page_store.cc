@@ -146,6 +146,28 @@ void InstrumentedPageStore::PublishStats() {
       stats->bytes_put_since_hit);
   set("pagetide_store_efficacy_alarm", "1: the store takes pages and never gives any back.",
       stats->efficacy_alarm ? 1 : 0);
+  set("pagetide_store_stored_bytes", "Bytes of page bodies held, as they are stored.",
+      stats->stored_bytes);
+  set("pagetide_store_decompressed_bytes", "Raw bytes of compressed pages read since the start.",
+      stats->decompressed_bytes);
+  metrics_->GetGauge("pagetide_store_compress_seconds", "Time spent compressing since the start.")
+      ->Set(absl::ToDoubleSeconds(stats->compress_time));
+  metrics_
+      ->GetGauge("pagetide_store_decompress_seconds",
+                 "Time spent decompressing and verifying what was, since the start.")
+      ->Set(absl::ToDoubleSeconds(stats->decompress_time));
+  const StoreCodecBytes& codecs = stats->codec_bytes;
+  for (const auto& [codec, bytes] : {std::pair("raw", codecs.raw), std::pair("lz4", codecs.lz4),
+                                     std::pair("zstd", codecs.zstd)}) {
+    metrics_
+        ->GetGauge("pagetide_store_codec_in_bytes", "Bytes put since the start, by codec: before.",
+                   {{"codec", codec}})
+        ->Set(static_cast<double>(bytes.in));
+    metrics_
+        ->GetGauge("pagetide_store_codec_out_bytes", "Bytes put since the start, by codec: after.",
+                   {{"codec", codec}})
+        ->Set(static_cast<double>(bytes.out));
+  }
   for (const char* state : {"serving", "full", "failed"}) {
     metrics_->GetGauge("pagetide_store_state", "1 for the state that holds.", {{"state", state}})
         ->Set(stats->state == state ? 1 : 0);

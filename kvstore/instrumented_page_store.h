@@ -4,7 +4,9 @@
 //   gauges of PublishStats: pagetide_store_pages, _logical_bytes, _physical_bytes, _capacity_bytes,
 //   _pages_ever_read, _pages_evicted, _pages_quarantined, _manifests, _manifests_expired,
 //   _protected_pages, _protected_bytes, _evicted_bytes, _pages_refused, _pages_scrubbed,
-//   _disk_free_bytes, _ever_read_bytes, _put_since_hit_bytes, _efficacy_alarm, _state{state}
+//   _disk_free_bytes, _ever_read_bytes, _put_since_hit_bytes, _efficacy_alarm, _state{state},
+//   _stored_bytes, _codec_in_bytes{codec}, _codec_out_bytes{codec}, _compress_seconds,
+//   _decompress_seconds, _decompressed_bytes
 // Thread-safe. Metrics and the inner store outlive it.
 #ifndef PAGETIDE_KVSTORE_INSTRUMENTED_PAGE_STORE_H_
 #define PAGETIDE_KVSTORE_INSTRUMENTED_PAGE_STORE_H_

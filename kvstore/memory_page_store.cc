@@ -450,6 +450,7 @@ absl::StatusOr<StoreStats> MemoryPageStore::GetStats(MonotonicTime deadline) {
   MutexLock lock(&mu_);
   RemoveExpired();
   StoreStats stats = stats_;
+  stats.stored_bytes = stats.logical_bytes;
   for (const auto& [key, held] : pages_) {
     if (held.quarantined || !IsProtected(key)) continue;
     ++stats.protected_pages;

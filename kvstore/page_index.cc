@@ -93,6 +93,7 @@ void PageIndex::CountIn(Entry* entry) {
   }
   ++totals_.pages;
   totals_.logical_bytes += entry->place.body_bytes;
+  totals_.stored_bytes += entry->place.stored_bytes;
   if (entry->ever_read) totals_.bytes_ever_read += entry->place.body_bytes;
   if (entry->prefix.has_value()) {
     feed_.Append({*entry->prefix, entry->group, entry->place.body_bytes, /*removed=*/false});
@@ -109,6 +110,7 @@ void PageIndex::CountOut(Entry* entry) {
   }
   --totals_.pages;
   totals_.logical_bytes -= entry->place.body_bytes;
+  totals_.stored_bytes -= entry->place.stored_bytes;
   if (entry->ever_read) totals_.bytes_ever_read -= entry->place.body_bytes;
   if (entry->prefix.has_value()) {
     feed_.Append({*entry->prefix, entry->group, entry->place.body_bytes, /*removed=*/true});

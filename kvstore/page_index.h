@@ -30,8 +30,10 @@ struct PagePlace {
   std::shared_ptr<Segment> segment;  // shared with the segment table and with other readers
   uint64_t offset = 0;
   uint32_t header_bytes = 0;
-  uint64_t record_bytes() const { return header_bytes + body_bytes; }
-  uint64_t body_bytes = 0;
+  uint64_t body_bytes = 0;    // raw
+  uint64_t stored_bytes = 0;  // as it lies in the file: fewer if and only if it is compressed
+  uint64_t record_bytes() const { return header_bytes + stored_bytes; }
+  bool is_compressed() const { return stored_bytes != body_bytes; }
   bool SameAs(const PagePlace& other) const {
     return segment == other.segment && offset == other.offset;
   }
@@ -48,6 +50,7 @@ class PageIndex {
   struct Totals {
     uint64_t pages = 0;
     uint64_t logical_bytes = 0;
+    uint64_t stored_bytes = 0;
     uint64_t pages_ever_read = 0;
     uint64_t bytes_ever_read = 0;  // of the present ones
     uint64_t protected_pages = 0;

@@ -77,7 +77,9 @@ uint32_t PageRecordHeaderBytes(const PageRecordMeta& meta) {
   return kPageRecordFixedBytes + static_cast<uint32_t>(meta.numerics_id.size());
 }
 
-std::string EncodePageRecordHeader(const PageRecordMeta& meta) {
+namespace {
+
+std::string EncodeHeader(const PageRecordMeta& meta, PageCodec codec, uint64_t stored_bytes) {
   static constexpr Digest kZero;
   std::string out;
   out.reserve(PageRecordHeaderBytes(meta));
@@ -94,15 +96,25 @@ std::string EncodePageRecordHeader(const PageRecordMeta& meta) {
   }
   AppendLittleEndian<uint32_t>(&out, meta.group);
   AppendLittleEndian<uint32_t>(&out, meta.depth);
-  AppendLittleEndian<uint16_t>(&out, static_cast<uint16_t>(PageCodec::kRaw));
+  AppendLittleEndian<uint16_t>(&out, static_cast<uint16_t>(codec));
   AppendLittleEndian<uint16_t>(
       &out, static_cast<uint16_t>((meta.prefix ? kHasPrefix : 0) | (meta.parent ? kHasParent : 0)));
   AppendLittleEndian<uint16_t>(&out, static_cast<uint16_t>(meta.numerics_id.size()));
   AppendLittleEndian<uint16_t>(&out, 0);
-  AppendLittleEndian<uint64_t>(&out, meta.body_bytes);
+  AppendLittleEndian<uint64_t>(&out, stored_bytes);
   AppendLittleEndian<uint64_t>(&out, HeaderChecksum(out, meta.numerics_id));
   out += meta.numerics_id;
   return out;
+}
+
+}  // namespace
+
+std::string EncodePageRecordHeader(const PageRecordMeta& meta) {
+  return EncodeHeader(meta, PageCodec::kRaw, meta.body_bytes);
+}
+
+std::string EncodeCompressedRecordHeader(const PageRecordMeta& meta, uint64_t stored_bytes) {
+  return EncodeHeader(meta, PageCodec::kPlanes, stored_bytes);
 }
 
 absl::StatusOr<PageRecordHeader> ParsePageRecordHeader(absl::string_view bytes) {
@@ -150,11 +162,15 @@ absl::StatusOr<PageRecordHeader> ParsePageRecordHeader(absl::string_view bytes) 
                                             " != 0x", absl::Hex(checksum)));
   }
   // From here on the bytes are those that some program wrote; a strange value is a newer one's.
-  if (codec != static_cast<uint16_t>(PageCodec::kRaw)) {
+  if (codec > static_cast<uint16_t>(PageCodec::kPlanes)) {
     return absl::UnimplementedError(absl::StrCat("page record: codec ", codec));
   }
-  if (meta.body_bytes == 0 || meta.body_bytes > kMaxPageBodyBytes ||
-      header.stored_bytes != meta.body_bytes) {
+  header.codec = static_cast<PageCodec>(codec);
+  const bool fits = header.codec == PageCodec::kRaw
+                        ? header.stored_bytes == meta.body_bytes
+                        : header.stored_bytes < meta.body_bytes &&
+                              header.stored_bytes >= MinCompressedBytes(meta.body_bytes);
+  if (meta.body_bytes == 0 || meta.body_bytes > kMaxPageBodyBytes || !fits) {
     return absl::DataLossError(absl::StrCat("page record: body of ", meta.body_bytes,
                                             " bytes stored in ", header.stored_bytes));
   }
@@ -164,26 +180,66 @@ absl::StatusOr<PageRecordHeader> ParsePageRecordHeader(absl::string_view bytes) 
   return header;
 }
 
-absl::Status VerifyPageRecord(absl::string_view header_bytes, std::span<const std::byte> body,
-                              const PageKey& key, const Checksum128& checksum) {
-  PT_ASSIGN_OR_RETURN(const PageRecordHeader header, ParsePageRecordHeader(header_bytes));
+namespace {
+
+// The header, if it is that of `key` and of a body of so many stored bytes.
+absl::StatusOr<PageRecordHeader> ParseHeaderOf(absl::string_view header_bytes,
+                                               std::span<const std::byte> stored,
+                                               const PageKey& key) {
+  PT_ASSIGN_OR_RETURN(PageRecordHeader header, ParsePageRecordHeader(header_bytes));
   if (header.meta.key != key) {
     return absl::DataLossError(absl::StrCat("page record of ", key.digest.ToShortHex(),
                                             ": carries the key ",
                                             header.meta.key.digest.ToShortHex()));
   }
-  if (header.stored_bytes != body.size()) {
+  if (header.stored_bytes != stored.size()) {
     return absl::DataLossError(absl::StrCat("page record of ", key.digest.ToShortHex(),
                                             ": body of ", header.stored_bytes, " bytes, expected ",
-                                            body.size()));
+                                            stored.size()));
   }
-  const Checksum128 actual = ChecksumOf(body);
-  if (actual != header.meta.checksum || actual != checksum) {
-    return absl::DataLossError(absl::StrCat("page record of ", key.digest.ToShortHex(),
-                                            ": body checksum 0x", actual.ToHex(), " != 0x",
-                                            checksum.ToHex()));
+  return header;
+}
+
+absl::Status Compare(const Checksum128& actual, const PageRecordHeader& header,
+                     const Checksum128& checksum) {
+  if (actual == header.meta.checksum && actual == checksum) return absl::OkStatus();
+  return absl::DataLossError(absl::StrCat("page record of ", header.meta.key.digest.ToShortHex(),
+                                          ": body checksum 0x", actual.ToHex(), " != 0x",
+                                          checksum.ToHex()));
+}
+
+absl::Status Of(const PageKey& key, const absl::Status& status) {
+  return absl::Status(status.code(), absl::StrCat("page record of ", key.digest.ToShortHex(), ": ",
+                                                  status.message()));
+}
+
+}  // namespace
+
+absl::Status VerifyPageRecord(absl::string_view header_bytes, std::span<const std::byte> stored,
+                              const PageKey& key, const Checksum128& checksum,
+                              PageBodyDecoder* decoder) {
+  PT_ASSIGN_OR_RETURN(const PageRecordHeader header, ParseHeaderOf(header_bytes, stored, key));
+  if (header.codec == PageCodec::kRaw) return Compare(ChecksumOf(stored), header, checksum);
+  PageBodyDecoder own;
+  const absl::StatusOr<Checksum128> actual =
+      (decoder != nullptr ? *decoder : own).ChecksumOfRaw(stored, header.meta.body_bytes);
+  if (!actual.ok()) return Of(key, actual.status());
+  return Compare(*actual, header, checksum);
+}
+
+absl::Status UnpackPageRecord(absl::string_view header_bytes, std::span<const std::byte> stored,
+                              const PageKey& key, const Checksum128& checksum,
+                              std::span<std::byte> body, PageBodyDecoder* decoder) {
+  PT_ASSIGN_OR_RETURN(const PageRecordHeader header, ParseHeaderOf(header_bytes, stored, key));
+  if (header.codec != PageCodec::kPlanes || header.meta.body_bytes != body.size()) {
+    return Of(key, absl::DataLossError(absl::StrCat("codec ", static_cast<int>(header.codec),
+                                                    " and a raw body of ", header.meta.body_bytes,
+                                                    " bytes, expected codec 1 and ", body.size())));
   }
-  return absl::OkStatus();
+  PageBodyDecoder own;
+  const absl::Status decoded = (decoder != nullptr ? *decoder : own).Decode(stored, body);
+  if (!decoded.ok()) return Of(key, decoded);
+  return Compare(ChecksumOf(body), header, checksum);
 }
 
 }  // namespace pagetide

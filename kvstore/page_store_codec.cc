@@ -241,6 +241,19 @@ void EncodeStats(const StoreStats& stats, v1::GetStoreStatsResponse* out) {
   out->set_bytes_put_since_hit(stats.bytes_put_since_hit);
   out->set_efficacy_alarm(stats.efficacy_alarm);
   out->set_pages_scrubbed(stats.pages_scrubbed);
+  out->set_stored_bytes(stats.stored_bytes);
+  const auto add = [out](const char* codec, const StoreCodecBytes::InOut& bytes) {
+    auto* const entry = out->add_codec_bytes();
+    entry->set_codec(codec);
+    entry->set_in_bytes(bytes.in);
+    entry->set_out_bytes(bytes.out);
+  };
+  add("raw", stats.codec_bytes.raw);
+  add("lz4", stats.codec_bytes.lz4);
+  add("zstd", stats.codec_bytes.zstd);
+  EncodeDuration(stats.compress_time, out->mutable_compress_time());
+  EncodeDuration(stats.decompress_time, out->mutable_decompress_time());
+  out->set_decompressed_bytes(stats.decompressed_bytes);
 }
 
 StoreStats DecodeStats(const v1::GetStoreStatsResponse& stats) {
@@ -270,6 +283,17 @@ StoreStats DecodeStats(const v1::GetStoreStatsResponse& stats) {
   out.bytes_put_since_hit = stats.bytes_put_since_hit();
   out.efficacy_alarm = stats.efficacy_alarm();
   out.pages_scrubbed = stats.pages_scrubbed();
+  out.stored_bytes = stats.stored_bytes();
+  for (const auto& entry : stats.codec_bytes()) {
+    const StoreCodecBytes::InOut bytes{entry.in_bytes(), entry.out_bytes()};
+    if (entry.codec() == "raw") out.codec_bytes.raw = bytes;
+    if (entry.codec() == "lz4") out.codec_bytes.lz4 = bytes;
+    if (entry.codec() == "zstd") out.codec_bytes.zstd = bytes;
+  }
+  // Statistics of another program: what cannot be read counts as none.
+  out.compress_time = DecodeDuration("", stats.compress_time()).value_or(absl::ZeroDuration());
+  out.decompress_time = DecodeDuration("", stats.decompress_time()).value_or(absl::ZeroDuration());
+  out.decompressed_bytes = stats.decompressed_bytes();
   return out;
 }
 

@@ -121,8 +121,41 @@ absl::Status RocksdbPageStore::Barrier(Durability level, MonotonicTime deadline)
 
 // ---- pages -------------------------------------------------------------------------------------
 
+struct RocksdbPageStore::PutScratch {
+  PageBodyEncoder encoder;
+};
+
+struct RocksdbPageStore::GetScratch {
+  std::string header;
+  std::vector<std::byte> stored;
+  PageBodyDecoder decoder;
+};
+
+std::span<const std::byte> RocksdbPageStore::Compress(std::span<const std::byte> body,
+                                                      PageBodyEncoder* encoder) {
+  std::span<const std::byte> compressed;
+  if (options_.compression != PageCompression::kNone) {
+    const MonotonicTime start = options_.clock->MonotonicNow();
+    compressed = encoder->Encode(body);
+    counters_.compress_ns.fetch_add(
+        absl::ToInt64Nanoseconds(options_.clock->MonotonicNow() - start),
+        std::memory_order_relaxed);
+  }
+  if (compressed.empty()) {
+    counters_.raw_in.fetch_add(body.size(), std::memory_order_relaxed);
+    return body;
+  }
+  const StoreCodecBytes& tally = encoder->tally();
+  counters_.raw_in.fetch_add(tally.raw.in, std::memory_order_relaxed);
+  counters_.lz4_in.fetch_add(tally.lz4.in, std::memory_order_relaxed);
+  counters_.lz4_out.fetch_add(tally.lz4.out, std::memory_order_relaxed);
+  counters_.zstd_in.fetch_add(tally.zstd.in, std::memory_order_relaxed);
+  counters_.zstd_out.fetch_add(tally.zstd.out, std::memory_order_relaxed);
+  return compressed;
+}
+
 PutPageResult RocksdbPageStore::PutOne(const PutPage& page, Durability level,
-                                       MonotonicTime deadline) {
+                                       MonotonicTime deadline, PutScratch* scratch) {
   PutPageResult result;
   const PageRecordMeta& meta = page.meta;
   result.status = ValidatePutPage(page);
@@ -135,8 +168,11 @@ PutPageResult RocksdbPageStore::PutOne(const PutPage& page, Durability level,
     result.checksum = held->checksum;
     return result;
   }
-  const std::string header = EncodePageRecordHeader(meta);
-  const uint64_t record_bytes = header.size() + page.body.size();
+  const std::span<const std::byte> stored = Compress(page.body, &scratch->encoder);
+  const std::string header = stored.size() == page.body.size()
+                                 ? EncodePageRecordHeader(meta)
+                                 : EncodeCompressedRecordHeader(meta, stored.size());
+  const uint64_t record_bytes = header.size() + stored.size();
   result.status = WaitForRoom(record_bytes, level, deadline);
   if (!result.status.ok()) {
     counters_.pages_refused.fetch_add(1, std::memory_order_relaxed);
@@ -149,7 +185,7 @@ PutPageResult RocksdbPageStore::PutOne(const PutPage& page, Durability level,
   }
   PT_FAILPOINT("put.before_body");
   const absl::Status written = range->segment->file->WriteAt(
-      range->offset, std::as_bytes(std::span(header.data(), header.size())), page.body);
+      range->offset, std::as_bytes(std::span(header.data(), header.size())), stored);
   if (!written.ok()) {
     segments_->Abandon(*range);
     result.status = absl::IsResourceExhausted(written)
@@ -160,7 +196,7 @@ PutPageResult RocksdbPageStore::PutOne(const PutPage& page, Durability level,
   PT_FAILPOINT("put.before_index");
   segments_->Commit(*range);
   PagePlace place{range->segment, range->offset, static_cast<uint32_t>(header.size()),
-                  page.body.size()};
+                  page.body.size(), stored.size()};
   std::string child_row;
   if (!page.tokens.empty()) {
     child_row = StoreDatabase::ChildRow(*meta.parent, meta.fingerprint, page.tokens);
@@ -184,12 +220,13 @@ PutPageResult RocksdbPageStore::PutOne(const PutPage& page, Durability level,
 std::vector<PutPageResult> RocksdbPageStore::PutPages(std::span<const PutPage> pages,
                                                       Durability level, MonotonicTime deadline) {
   std::vector<PutPageResult> results(pages.size());
+  PutScratch scratch{PageBodyEncoder(options_.compression)};
   for (size_t i = 0; i < pages.size(); ++i) {
     results[i].status = CheckNotFailed();
     if (results[i].status.ok() && deadline <= options_.clock->MonotonicNow()) {
       results[i].status = DeadlineError("put page");
     }
-    if (results[i].status.ok()) results[i] = PutOne(pages[i], level, deadline);
+    if (results[i].status.ok()) results[i] = PutOne(pages[i], level, deadline, &scratch);
   }
   if (level != Durability::kLocal ||
       std::none_of(results.begin(), results.end(),
@@ -216,7 +253,19 @@ void RocksdbPageStore::QuarantineAt(const PageKey& key, const PagePlace& place,
   }
 }
 
-GetPageResult RocksdbPageStore::GetOne(const GetPage& page, std::string* header) {
+absl::Status RocksdbPageStore::ReadRecordAt(const PageKey& key, const PagePlace& place,
+                                            std::string* header, std::span<std::byte> stored) {
+  header->resize(place.header_bytes);
+  PT_ASSIGN_OR_RETURN(
+      const uint64_t read,
+      place.segment->file->ReadAt(
+          place.offset, std::as_writable_bytes(std::span(header->data(), header->size())), stored));
+  if (read == place.record_bytes()) return absl::OkStatus();
+  return absl::DataLossError(absl::StrCat("page record of ", key.digest.ToShortHex(), ": ", read,
+                                          " of ", place.record_bytes(), " bytes"));
+}
+
+GetPageResult RocksdbPageStore::GetOne(const GetPage& page, GetScratch* scratch) {
   GetPageResult result;
   const std::optional<IndexedPage> held = index_.Find(page.key);
   if (!held.has_value()) return result;
@@ -232,18 +281,27 @@ GetPageResult RocksdbPageStore::GetOne(const GetPage& page, std::string* header)
                      " bytes, the page has ", place.body_bytes));
     return result;
   }
-  header->resize(place.header_bytes);
-  const auto read = place.segment->file->ReadAt(
-      place.offset, std::as_writable_bytes(std::span(header->data(), header->size())), page.body);
-  if (!read.ok()) {
-    result.status = read.status();
+  std::span<std::byte> stored = page.body;
+  if (place.is_compressed()) {
+    scratch->stored.resize(place.stored_bytes);
+    stored = scratch->stored;
+  }
+  absl::Status verified = ReadRecordAt(page.key, place, &scratch->header, stored);
+  if (!verified.ok() && !absl::IsDataLoss(verified)) {
+    result.status = verified;
     return result;
   }
-  const absl::Status verified =
-      *read == place.record_bytes()
-          ? VerifyPageRecord(*header, page.body, page.key, held->checksum)
-          : absl::DataLossError(absl::StrCat("page record of ", page.key.digest.ToShortHex(), ": ",
-                                             *read, " of ", place.record_bytes(), " bytes"));
+  if (verified.ok() && !place.is_compressed()) {
+    verified = VerifyPageRecord(scratch->header, stored, page.key, held->checksum);
+  } else if (verified.ok()) {
+    const MonotonicTime start = options_.clock->MonotonicNow();
+    verified = UnpackPageRecord(scratch->header, stored, page.key, held->checksum, page.body,
+                                &scratch->decoder);
+    counters_.decompress_ns.fetch_add(
+        absl::ToInt64Nanoseconds(options_.clock->MonotonicNow() - start),
+        std::memory_order_relaxed);
+    counters_.decompressed_bytes.fetch_add(place.body_bytes, std::memory_order_relaxed);
+  }
   if (!verified.ok()) {
     QuarantineAt(page.key, place, verified);
     result.outcome = GetOutcome::kQuarantined;
@@ -258,13 +316,13 @@ std::vector<GetPageResult> RocksdbPageStore::GetPages(std::span<const GetPage> p
                                                       MonotonicTime deadline) {
   std::vector<GetPageResult> results(pages.size());
   std::vector<PageKey> hits;
-  std::string header;
+  GetScratch scratch;
   for (size_t i = 0; i < pages.size(); ++i) {
     if (deadline <= options_.clock->MonotonicNow()) {
       results[i].status = DeadlineError("get page");
       continue;
     }
-    results[i] = GetOne(pages[i], &header);
+    results[i] = GetOne(pages[i], &scratch);
     if (!results[i].status.ok()) continue;
     if (results[i].outcome == GetOutcome::kHit) {
       hits.push_back(pages[i].key);
@@ -631,6 +689,7 @@ absl::StatusOr<StoreStats> RocksdbPageStore::GetStats(MonotonicTime deadline) {
   StoreStats stats;
   stats.pages = totals.pages;
   stats.logical_bytes = totals.logical_bytes;
+  stats.stored_bytes = totals.stored_bytes;
   stats.pages_ever_read = totals.pages_ever_read;
   stats.physical_bytes = PhysicalBytes();
   stats.capacity_bytes = options_.capacity_bytes;
@@ -649,6 +708,13 @@ absl::StatusOr<StoreStats> RocksdbPageStore::GetStats(MonotonicTime deadline) {
   stats.bytes_evicted = counters_.bytes_evicted.load(std::memory_order_relaxed);
   stats.pages_refused = counters_.pages_refused.load(std::memory_order_relaxed);
   stats.pages_scrubbed = counters_.pages_scrubbed.load(std::memory_order_relaxed);
+  const auto count = [](const auto& counter) { return counter.load(std::memory_order_relaxed); };
+  stats.codec_bytes.raw = {count(counters_.raw_in), count(counters_.raw_in)};
+  stats.codec_bytes.lz4 = {count(counters_.lz4_in), count(counters_.lz4_out)};
+  stats.codec_bytes.zstd = {count(counters_.zstd_in), count(counters_.zstd_out)};
+  stats.decompressed_bytes = count(counters_.decompressed_bytes);
+  stats.compress_time = absl::Nanoseconds(count(counters_.compress_ns));
+  stats.decompress_time = absl::Nanoseconds(count(counters_.decompress_ns));
   stats.bytes_put_since_hit =
       stats.bytes_put - counters_.bytes_put_at_hit.load(std::memory_order_relaxed);
   stats.efficacy_alarm = options_.efficacy_alarm_bytes != 0 &&

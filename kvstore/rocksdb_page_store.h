@@ -26,6 +26,7 @@
 #include "kvstore/file_system.h"
 #include "kvstore/keyed_lock.h"
 #include "kvstore/lease_book.h"
+#include "kvstore/page_body_codec.h"
 #include "kvstore/page_index.h"
 #include "kvstore/retention.h"
 #include "kvstore/segment_files.h"
@@ -43,6 +44,10 @@ struct RocksdbPageStoreOptions {
   // Puts are refused while the disk has less than this free, so that the index can always be
   // written.
   uint64_t min_free_bytes = uint64_t{128} << 20;
+  // How bodies are stored; each page raw where compressing it does not pay. Pages that are there
+  // are read whatever they were written with. Anything but kNone also marks the folder, so that a
+  // program too old to read compressed records refuses it (docs/store_format.md).
+  PageCompression compression = PageCompression::kNone;
   // How long a put waits for reclaim when the store is at its capacity.
   absl::Duration put_wait = absl::Seconds(2);
   // A page is not evicted before an eighth of the capacity was put after it, or before this time
@@ -143,6 +148,9 @@ class RocksdbPageStore final : public PageStore {
     std::atomic<uint64_t> manifests_expired{0}, bytes_evicted{0}, pages_refused{0};
     std::atomic<uint64_t> pages_scrubbed{0};
     std::atomic<uint64_t> bytes_put_at_hit{0};  // bytes_put when a page was last read
+    std::atomic<uint64_t> raw_in{0}, lz4_in{0}, lz4_out{0}, zstd_in{0}, zstd_out{0};
+    std::atomic<uint64_t> decompressed_bytes{0};
+    std::atomic<int64_t> compress_ns{0}, decompress_ns{0};
   };
 
   explicit RocksdbPageStore(RocksdbPageStoreOptions options);
@@ -154,8 +162,17 @@ class RocksdbPageStore final : public PageStore {
   absl::Status VerifyOnDisk(const PageKey& key, const PagePlace& place,
                             const Checksum128& checksum);
 
-  PutPageResult PutOne(const PutPage& page, Durability level, MonotonicTime deadline);
-  GetPageResult GetOne(const GetPage& page, std::string* header);
+  // Buffers that the pages of one call share.
+  struct PutScratch;
+  struct GetScratch;
+  PutPageResult PutOne(const PutPage& page, Durability level, MonotonicTime deadline,
+                       PutScratch* scratch);
+  GetPageResult GetOne(const GetPage& page, GetScratch* scratch);
+  // The body as it is to be stored: compressed if that pays.
+  std::span<const std::byte> Compress(std::span<const std::byte> body, PageBodyEncoder* encoder);
+  // Reads the record's header and its body as it is stored. DATA_LOSS if the file ends before.
+  absl::Status ReadRecordAt(const PageKey& key, const PagePlace& place, std::string* header,
+                            std::span<std::byte> stored);
   void QuarantineAt(const PageKey& key, const PagePlace& place, const absl::Status& cause);
   absl::Status CheckFence(const std::optional<WriteFence>& fence) const;
   // Version 0 when there is none.

@@ -178,22 +178,23 @@ absl::Status RocksdbPageStore::EmptySegment(const std::shared_ptr<Segment>& segm
     std::string header;
   };
   std::vector<Move> moves;
-  std::vector<std::byte> body;
+  std::vector<std::byte> body;  // as stored: a move packs and unpacks nothing
+  PageBodyDecoder decoder;
   absl::Status status;
   for (const PageKey& key : index_.KeysIn(segment->id)) {
     const std::optional<IndexedPage> page = index_.Find(key);
     if (!page.has_value() || page->place.segment != segment) continue;
     const PagePlace& place = page->place;
-    Move move{key, place, {}, std::string(place.header_bytes, '\0')};
-    body.resize(place.body_bytes);
-    const auto read = place.segment->file->ReadAt(
-        place.offset, std::as_writable_bytes(std::span(move.header.data(), move.header.size())),
-        std::span(body));
-    if (!read.ok()) {
-      status = read.status();
+    Move move{key, place, {}, {}};
+    body.resize(place.stored_bytes);
+    absl::Status verified = ReadRecordAt(key, place, &move.header, body);
+    if (!verified.ok() && !absl::IsDataLoss(verified)) {
+      status = verified;
       break;
     }
-    const absl::Status verified = VerifyPageRecord(move.header, body, key, page->checksum);
+    if (verified.ok()) {
+      verified = VerifyPageRecord(move.header, body, key, page->checksum, &decoder);
+    }
     if (!verified.ok()) {
       // Damaged: its bytes are of no use to anybody. A manifest that names it reads a miss.
       QuarantineAt(key, place, verified);
@@ -222,7 +223,7 @@ absl::Status RocksdbPageStore::EmptySegment(const std::shared_ptr<Segment>& segm
   if (status.ok()) status = Barrier(Durability::kLocal, MonotonicTime::InfiniteFuture());
   for (const Move& move : moves) {
     const PagePlace to{move.range.segment, move.range.offset, move.from.header_bytes,
-                       move.from.body_bytes};
+                       move.from.body_bytes, move.from.stored_bytes};
     bool moved = false;
     if (status.ok()) {
       const KeyedLock::Hold hold(&keys_, {absl::StrCat("p", move.key.digest.view())});

@@ -50,7 +50,8 @@ RocksdbPageStore::~RocksdbPageStore() {
 
 absl::Status RocksdbPageStore::Recover() {
   PT_RETURN_IF_ERROR(options_.file_system->CreateDirs(options_.dir));
-  PT_ASSIGN_OR_RETURN(db_, StoreDatabase::Open({options_.dir + "/index", options_.index_env}));
+  PT_ASSIGN_OR_RETURN(db_, StoreDatabase::Open({options_.dir + "/index", options_.index_env,
+                                                options_.compression != PageCompression::kNone}));
   PT_ASSIGN_OR_RETURN(segments_, SegmentFiles::Open({options_.dir + "/segments",
                                                      options_.file_system, segment_bytes_}));
   PT_RETURN_IF_ERROR(RecoverPages());
@@ -63,18 +64,10 @@ absl::Status RocksdbPageStore::Recover() {
 
 absl::Status RocksdbPageStore::VerifyOnDisk(const PageKey& key, const PagePlace& place,
                                             const Checksum128& checksum) {
-  std::string header(place.header_bytes, '\0');
-  std::vector<std::byte> body(place.body_bytes);
-  PT_ASSIGN_OR_RETURN(
-      const uint64_t read,
-      place.segment->file->ReadAt(place.offset,
-                                  std::as_writable_bytes(std::span(header.data(), header.size())),
-                                  std::span(body)));
-  if (read != place.record_bytes()) {
-    return absl::DataLossError(absl::StrCat("page record of ", key.digest.ToShortHex(), ": ", read,
-                                            " of ", place.record_bytes(), " bytes"));
-  }
-  return VerifyPageRecord(header, body, key, checksum);
+  std::string header;
+  std::vector<std::byte> stored(place.stored_bytes);
+  PT_RETURN_IF_ERROR(ReadRecordAt(key, place, &header, stored));
+  return VerifyPageRecord(header, stored, key, checksum);
 }
 
 absl::Status RocksdbPageStore::RecoverPages() {
@@ -96,7 +89,7 @@ absl::Status RocksdbPageStore::RecoverPages() {
     PagePlace place;
     if (page != nullptr) {
       place = {segments_->Find(page->segment), page->offset, page->header_bytes,
-               page->header.meta.body_bytes};
+               page->header.meta.body_bytes, page->header.stored_bytes};
     }
     if (place.segment == nullptr ||
         place.offset + place.record_bytes() > segments_->SizeOf(place.segment->id)) {

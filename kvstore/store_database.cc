@@ -121,20 +121,19 @@ absl::StatusOr<std::unique_ptr<StoreDatabase>> StoreDatabase::Open(Options optio
 
   std::unique_ptr<StoreDatabase> self(new StoreDatabase(std::move(impl)));
   PT_ASSIGN_OR_RETURN(const std::optional<std::string> schema, self->Get(Table::kMeta, "schema"));
-  if (!schema.has_value()) {
-    std::string value;
-    AppendLittleEndian<uint32_t>(&value, kSchemaVersion);
-    PT_RETURN_IF_ERROR(self->PutSynced(Table::kMeta, "schema", value));
-  } else {
+  uint32_t version = 0;
+  if (schema.has_value()) {
     LittleEndianReader in(*schema);
-    const uint32_t version = in.Take<uint32_t>();
-    if (!in.ok() || version < 1 || version > kSchemaVersion) {
-      return absl::FailedPreconditionError(absl::StrCat("open store index ", options.dir,
-                                                        ": schema version ", version,
-                                                        ", this program knows ", kSchemaVersion));
+    version = in.Take<uint32_t>();
+    if (!in.ok() || version < 1 || version > kCompressedSchemaVersion) {
+      return absl::FailedPreconditionError(
+          absl::StrCat("open store index ", options.dir, ": schema version ", version,
+                       ", this program knows ", kCompressedSchemaVersion));
     }
-    if (version < kSchemaVersion) PT_RETURN_IF_ERROR(self->Upgrade());
   }
+  const uint32_t target =
+      std::max(version, options.marks_compressed ? kCompressedSchemaVersion : kSchemaVersion);
+  if (version < target) PT_RETURN_IF_ERROR(self->Upgrade(version, target));
   return self;
 }
 
@@ -273,17 +272,19 @@ absl::Status StoreDatabase::DeleteManifest(absl::string_view name,
   return impl_->Write(&batch, /*sync=*/true, "delete manifest");
 }
 
-absl::Status StoreDatabase::Upgrade() {
+absl::Status StoreDatabase::Upgrade(uint32_t from, uint32_t to) {
   std::vector<ManifestRecord> manifests;
-  PT_RETURN_IF_ERROR(
-      Scan(Table::kManifests, "", "", [&](absl::string_view, absl::string_view value) {
-        absl::StatusOr<ManifestRecord> manifest = ParseManifest(value);
-        if (manifest.ok()) manifests.push_back(*std::move(manifest));
-        return true;
-      }));
+  if (from == 1) {
+    PT_RETURN_IF_ERROR(
+        Scan(Table::kManifests, "", "", [&](absl::string_view, absl::string_view value) {
+          absl::StatusOr<ManifestRecord> manifest = ParseManifest(value);
+          if (manifest.ok()) manifests.push_back(*std::move(manifest));
+          return true;
+        }));
+  }
   for (const ManifestRecord& manifest : manifests) PT_RETURN_IF_ERROR(PutManifest(manifest));
   std::string value;
-  AppendLittleEndian<uint32_t>(&value, kSchemaVersion);
+  AppendLittleEndian<uint32_t>(&value, to);
   return PutSynced(Table::kMeta, "schema", value);
 }
 

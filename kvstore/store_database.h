@@ -56,10 +56,14 @@ class StoreDatabase {
   static constexpr int kNumTables = 11;
   // 1 had no children, retention and manifest entries; such a folder is brought up to date.
   static constexpr uint32_t kSchemaVersion = 2;
+  // As 2, and page records may be compressed. Programs that know 2 only refuse the folder: they
+  // would drop such pages as unreadable.
+  static constexpr uint32_t kCompressedSchemaVersion = 3;
 
   struct Options {
     std::string dir;
-    rocksdb::Env* env = nullptr;  // null: the machine's; outlives the database
+    rocksdb::Env* env = nullptr;    // null: the machine's; outlives the database
+    bool marks_compressed = false;  // schema 3 from now on
   };
   struct StoredPage {
     PageRecordHeader header;
@@ -132,8 +136,9 @@ class StoreDatabase {
  private:
   struct Impl;  // keeps RocksDB's headers out of this one
   explicit StoreDatabase(std::unique_ptr<Impl> impl);
-  // From schema 1: manifests get entries; the rest came with their pages and is not there.
-  absl::Status Upgrade();
+  // From schema 1 manifests get entries; the rest came with their pages and is not there. `from` 0:
+  // a new folder.
+  absl::Status Upgrade(uint32_t from, uint32_t to);
   const std::unique_ptr<Impl> impl_;
 };
 

@@ -57,6 +57,14 @@ absl::StatusOr<StoreOptions> StoreOptionsFromConfig(const config::StoreConfig& c
                                  &engine.scrub_bytes_per_second));
   PT_RETURN_IF_ERROR(SetByteSize("efficacy_alarm", config.has_efficacy_alarm(),
                                  config.efficacy_alarm(), &engine.efficacy_alarm_bytes));
+  if (config.has_compression()) {
+    const std::optional<PageCompression> compression = ParsePageCompression(config.compression());
+    if (!compression.has_value()) {
+      return absl::InvalidArgumentError(
+          absl::StrCat("compression = \"", config.compression(), "\" is not none, lz4 or zstd"));
+    }
+    engine.compression = *compression;
+  }
   PT_RETURN_IF_ERROR(engine.Validate());
 
   if (config.has_threads()) {

@@ -97,6 +97,10 @@ int main(int argc, char** argv) {
        {"efficacy_alarm",
         "Raise the efficacy alarm when this much was put since a page was last read; 0: never "
         "(default 16GiB)"},
+       {"compression",
+        "How page bodies are stored: none, lz4 or zstd; lossless, a page stays raw where it does "
+        "not "
+        "pay (default none)"},
        {"threads", "Threads that wait for the disk (default 32)"},
        {"drain_seconds", "How long a stop waits for running calls (default 30)"},
        {"log_level", "debug, info (default), warning or error"}});

@@ -63,7 +63,7 @@ RULES = [
     ("decoder/*", {"base", "core", "kernels", "decoder"}, set()),
     ("kvstore-wire", {"base", "core", "kvstore", "kvstore-wire", "rpc"},
      {"posix", "grpc", "protobuf", "proto"}),
-    ("kvstore/*", {"base", "core", "kvstore"}, {"posix", "rocksdb", "codec", "xxhash"}),
+    ("kvstore/*", {"base", "core", "kernels", "kvstore"}, {"posix", "rocksdb", "codec", "xxhash"}),
     ("rpc/*", {"base", "core", "rpc"}, {"posix", "grpc", "protobuf", "proto", "prometheus"}),
     ("worker/cuda_*", {"base", "core", "kernels", "worker"}, {"posix", "cuda"}),
     ("worker/nccl_*", {"base", "core", "kernels", "worker"}, {"posix", "cuda"}),

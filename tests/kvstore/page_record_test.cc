@@ -49,6 +49,49 @@ TEST(PageRecordTest, GoldenBytes) {
   EXPECT_EQ(absl::BytesToHexString(EncodePageRecordHeader(GoldenMeta(GoldenBody()))), kGoldenHex);
 }
 
+// The record of a compressed body: codec 1, and the bytes that are stored.
+TEST(PageRecordTest, GoldenBytesOfACompressedRecord) {
+  std::vector<std::byte> body(64, std::byte{7});
+  PageBodyEncoder encoder(PageCompression::kZstd);
+  const std::span<const std::byte> stored = encoder.Encode(body);
+  ASSERT_FALSE(stored.empty());
+  const PageRecordMeta meta = GoldenMeta(body);
+  const std::string header = EncodeCompressedRecordHeader(meta, stored.size());
+  EXPECT_EQ(header.size(), PageRecordHeaderBytes(meta));
+  EXPECT_EQ(absl::BytesToHexString(header.substr(168, 16)),
+            "0100030005000000" +
+                absl::BytesToHexString(std::string(1, static_cast<char>(stored.size()))) +
+                "00000000000000");
+  EXPECT_EQ(ParsePageRecordHeader(header)->codec, PageCodec::kPlanes);
+  EXPECT_TRUE(VerifyPageRecord(header, stored, meta.key, meta.checksum).ok());
+  std::vector<std::byte> out(body.size());
+  EXPECT_TRUE(UnpackPageRecord(header, stored, meta.key, meta.checksum, out).ok());
+  EXPECT_EQ(out, body);
+  // The wrong key, the wrong checksum, another size, and a raw record where a packed one is meant.
+  EXPECT_TRUE(absl::IsDataLoss(
+      UnpackPageRecord(header, stored, PageKey{Sha256Of("x")}, meta.checksum, out)));
+  EXPECT_TRUE(absl::IsDataLoss(UnpackPageRecord(header, stored, meta.key, {1, 2}, out)));
+  EXPECT_TRUE(absl::IsDataLoss(
+      UnpackPageRecord(header, stored, meta.key, meta.checksum, std::span(out).first(63))));
+  EXPECT_TRUE(absl::IsDataLoss(
+      UnpackPageRecord(EncodePageRecordHeader(meta), body, meta.key, meta.checksum, out)));
+}
+
+// A header that is intact and lies about its body: nothing of the declared size is allocated, since
+// nothing is read.
+TEST(PageRecordTest, DeclaredSizesMustBePossible) {
+  PageRecordMeta meta = GoldenMeta(GoldenBody());
+  meta.body_bytes = kMaxPageBodyBytes;
+  for (uint64_t stored : {uint64_t{0}, uint64_t{1}, MinCompressedBytes(kMaxPageBodyBytes) - 1,
+                          kMaxPageBodyBytes, uint64_t{1} << 60}) {
+    const auto parsed = ParsePageRecordHeader(EncodeCompressedRecordHeader(meta, stored));
+    EXPECT_TRUE(absl::IsDataLoss(parsed.status())) << stored << ": " << parsed.status();
+  }
+  EXPECT_TRUE(ParsePageRecordHeader(
+                  EncodeCompressedRecordHeader(meta, MinCompressedBytes(kMaxPageBodyBytes)))
+                  .ok());
+}
+
 TEST(PageRecordTest, RoundTrip) {
   const std::vector<std::byte> body = GoldenBody();
   const PageRecordMeta meta = GoldenMeta(body);

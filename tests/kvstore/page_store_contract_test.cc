@@ -25,8 +25,9 @@ class MemoryHarness final : public PageStoreHarness {
 
 class RocksdbHarness final : public PageStoreHarness {
  public:
-  RocksdbHarness() {
-    auto store = RocksdbPageStore::Open({.dir = dir_.path(), .clock = &clock_});
+  explicit RocksdbHarness(PageCompression compression) {
+    auto store =
+        RocksdbPageStore::Open({.dir = dir_.path(), .compression = compression, .clock = &clock_});
     EXPECT_TRUE(store.ok()) << store.status();
     if (store.ok()) store_ = *std::move(store);
   }
@@ -50,11 +51,16 @@ std::unique_ptr<PageStoreHarness> MakeMemory() {
   return std::make_unique<MemoryHarness>();
 }
 std::unique_ptr<PageStoreHarness> MakeRocksdb() {
-  return std::make_unique<RocksdbHarness>();
+  return std::make_unique<RocksdbHarness>(PageCompression::kNone);
+}
+std::unique_ptr<PageStoreHarness> MakeCompressingRocksdb() {
+  return std::make_unique<RocksdbHarness>(PageCompression::kZstd);
 }
 
 INSTANTIATE_TEST_SUITE_P(Memory, PageStoreContract, ::testing::Values(&MakeMemory));
 INSTANTIATE_TEST_SUITE_P(Rocksdb, PageStoreContract, ::testing::Values(&MakeRocksdb));
+INSTANTIATE_TEST_SUITE_P(CompressingRocksdb, PageStoreContract,
+                         ::testing::Values(&MakeCompressingRocksdb));
 
 }  // namespace
 }  // namespace pagetide

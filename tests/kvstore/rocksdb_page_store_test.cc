@@ -224,7 +224,7 @@ TEST_F(RocksdbPageStoreTest, RefusesAStoreOfANewerProgram) {
   Open();
   store_.reset();
   {
-    // Schema version 3, written behind the store's back.
+    // A later schema version, written behind the store's back.
     rocksdb::DBOptions options;
     std::vector<std::string> names;
     ASSERT_TRUE(rocksdb::DB::ListColumnFamilies(options, dir_.path() + "/index", &names).ok());
@@ -236,7 +236,7 @@ TEST_F(RocksdbPageStoreTest, RefusesAStoreOfANewerProgram) {
     ASSERT_TRUE(rocksdb::DB::Open(options, dir_.path() + "/index", families, &handles, &db).ok());
     for (rocksdb::ColumnFamilyHandle* handle : handles) {
       if (handle->GetName() == "meta") {
-        ASSERT_TRUE(db->Put({}, handle, "schema", std::string("\3\0\0\0", 4)).ok());
+        ASSERT_TRUE(db->Put({}, handle, "schema", std::string("\4\0\0\0", 4)).ok());
       }
       db->DestroyColumnFamilyHandle(handle);
     }
@@ -244,7 +244,7 @@ TEST_F(RocksdbPageStoreTest, RefusesAStoreOfANewerProgram) {
   }
   const auto store = RocksdbPageStore::Open(Options());
   EXPECT_EQ(store.status().code(), absl::StatusCode::kFailedPrecondition);
-  EXPECT_THAT(std::string(store.status().message()), ::testing::HasSubstr("schema version 3"));
+  EXPECT_THAT(std::string(store.status().message()), ::testing::HasSubstr("schema version 4"));
 }
 
 // ---- space -------------------------------------------------------------------------------------

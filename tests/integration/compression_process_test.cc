@@ -1,0 +1,197 @@
+// Compressed page records through real processes: a store that is killed, told to compress, killed
+// again and damaged, behind a worker that never gives a wrong byte.
+#include <gmock/gmock.h>
+#include <gtest/gtest.h>
+
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "absl/strings/str_cat.h"
+#include "base/error_info.h"
+#include "kvstore/page_record.h"
+#include "kvstore/remote_page_store.h"
+#include "rpc/channel.h"
+#include "tests/kvstore/store_test_util.h"
+#include "tests/support/process.h"
+#include "tests/support/timing.h"
+#include "tests/support/worker_client.h"
+
+namespace pagetide {
+namespace {
+
+using ::pagetide::testing::ChildProcess;
+using ::pagetide::testing::MakeTestModel;
+using ::pagetide::testing::RegisterTestModel;
+using ::pagetide::testing::TestContext;
+using ::pagetide::testing::TestTokens;
+using ::pagetide::testing::WorkerClient;
+using ::testing::HasSubstr;
+
+constexpr uint64_t kPageBytes = 32 << 10;
+constexpr size_t kPageTokens = 16;
+
+class CompressionProcessTest : public ::testing::Test {
+ protected:
+  void SetUp() override {
+    ASSERT_NO_FATAL_FAILURE(StartStore("none"));
+    model_ = std::make_shared<const Model>(
+        MakeTestModel({.page_tokens = kPageTokens, .num_layers = 4, .kv_heads = 2, .dim = 32}));
+    ASSERT_EQ(model_->geometry().bytes_per_page_of_tokens(), kPageBytes);
+    ASSERT_TRUE(RegisterTestModel(*model_, store_.get()).ok());
+    StartWorker();
+  }
+  void TearDown() override {
+    engine_.reset();
+    store_.reset();
+    for (ChildProcess* process : {worker_.get(), store_process_.get()}) {
+      if (process == nullptr) continue;
+      EXPECT_EQ(process->Terminate().value_or(-1), 0);
+    }
+  }
+  void StartWorker() {
+    auto started =
+        ChildProcess::Start({.program = "pagetide-worker",
+                             .args = {"--listen=127.0.0.1:0", "--pool-bytes=1MiB",
+                                      absl::StrCat("--store=unix:", sockets_ / "store.sock")}});
+    ASSERT_TRUE(started.ok()) << started.status();
+    worker_ = *std::move(started);
+    engine_ = std::make_unique<WorkerClient>(worker_->Address("grpc"), model_);
+  }
+  // At a socket file, so that it comes back at the same address.
+  void StartStore(const std::string& compression) {
+    auto started = ChildProcess::Start(
+        {.program = "pagetide-store",
+         .args = {absl::StrCat("--listen=unix:", sockets_ / "store.sock"),
+                  absl::StrCat("--data-dir=", data_.path()), "--segment-size=1MiB",
+                  absl::StrCat("--compression=", compression)}});
+    ASSERT_TRUE(started.ok()) << started.status();
+    store_process_ = *std::move(started);
+    store_ = std::make_unique<RemotePageStore>(
+        MakeChannel(store_process_->Address("grpc"), {.own_connection = true}));
+    ASSERT_TRUE(store_->GetStats(Soon()).ok());
+  }
+  void KillAndRestartStore(const std::string& compression) {
+    store_process_->Kill();
+    StartStore(compression);
+  }
+  // Everything the worker had in memory goes with it.
+  void KillAndRestartWorker() {
+    worker_->Kill();
+    StartWorker();
+  }
+  static MonotonicTime Soon() { return Clock::Real()->MonotonicNow() + absl::Seconds(60); }
+  StoreStats Stats() { return store_->GetStats(Soon()).value(); }
+
+  // A sequence of these tokens, whose full pages are in the store when this returns.
+  void FillAndStore(const std::vector<uint32_t>& tokens) {
+    const uint64_t before = Stats().pages;
+    const auto open = engine_->Open({});
+    ASSERT_TRUE(open.ok()) << open.status();
+    const auto appended = engine_->Append(open->state(), tokens, tokens.size());
+    ASSERT_TRUE(appended.ok()) << appended.status();
+    ASSERT_TRUE(
+        testing::Eventually([&] { return Stats().pages >= before + tokens.size() / kPageTokens; }));
+    ASSERT_TRUE(engine_->Close(appended->state()).ok());
+  }
+  // Opens over the tokens and compares every row that was reused; returns how many tokens were.
+  uint64_t ReuseAndVerify(const std::vector<uint32_t>& tokens) {
+    const auto open = engine_->Open(tokens);
+    EXPECT_TRUE(open.ok()) << open.status();
+    if (!open.ok()) return 0;
+    const std::string id = open->state().sequence_id();
+    const auto length = engine_->WaitReady(id);
+    EXPECT_TRUE(length.ok()) << length.status();
+    if (!length.ok() || *length == 0) return 0;
+    const auto compared = engine_->Verify(id, tokens, 0, *length);
+    EXPECT_TRUE(compared.ok()) << compared.status();
+    EXPECT_TRUE(engine_->Close(*engine_->Get(id)).ok());
+    return *length;
+  }
+
+  testing::TempDir sockets_;
+  TempDir data_;
+  std::unique_ptr<ChildProcess> store_process_, worker_;
+  std::unique_ptr<RemotePageStore> store_;
+  std::shared_ptr<const Model> model_;
+  std::unique_ptr<WorkerClient> engine_;
+};
+
+TEST_F(CompressionProcessTest, PagesOfBeforeAndOfNowOutliveEveryProcess) {
+  const std::vector<uint32_t> raw = TestTokens(1, 8 * kPageTokens);
+  const std::vector<uint32_t> packed = TestTokens(2, 8 * kPageTokens);
+  FillAndStore(raw);
+  StoreStats stats = Stats();
+  EXPECT_EQ(stats.stored_bytes, 8 * kPageBytes);
+  EXPECT_EQ(stats.codec_bytes.raw.in, 8 * kPageBytes);
+
+  ASSERT_NO_FATAL_FAILURE(KillAndRestartStore("zstd"));
+  FillAndStore(packed);
+  stats = Stats();
+  EXPECT_EQ(stats.logical_bytes, 16 * kPageBytes);
+  EXPECT_LT(stats.stored_bytes, (8 + 8 * 15.0 / 16) * kPageBytes);
+  EXPECT_GT(stats.codec_bytes.zstd.in, 0u);
+  EXPECT_LT(stats.codec_bytes.zstd.out, stats.codec_bytes.zstd.in * 3 / 4);
+  EXPECT_GT(stats.compress_time, absl::ZeroDuration());
+
+  ASSERT_NO_FATAL_FAILURE(KillAndRestartWorker());
+  ASSERT_NO_FATAL_FAILURE(KillAndRestartStore("zstd"));
+  EXPECT_EQ(ReuseAndVerify(raw), raw.size() - 1);
+  EXPECT_EQ(ReuseAndVerify(packed), packed.size() - 1);
+  stats = Stats();
+  EXPECT_EQ(stats.pages_quarantined, 0u);
+  EXPECT_EQ(stats.decompressed_bytes, 8 * kPageBytes);
+  EXPECT_GT(stats.decompress_time, absl::ZeroDuration());
+
+  // Turned off again, what is packed is still read.
+  ASSERT_NO_FATAL_FAILURE(KillAndRestartWorker());
+  ASSERT_NO_FATAL_FAILURE(KillAndRestartStore("none"));
+  EXPECT_EQ(ReuseAndVerify(packed), packed.size() - 1);
+}
+
+TEST_F(CompressionProcessTest, ADamagedCompressedRecordIsAMissNeverWrongBytes) {
+  ASSERT_NO_FATAL_FAILURE(KillAndRestartStore("zstd"));
+  const std::vector<uint32_t> tokens = TestTokens(3, 4 * kPageTokens);
+  FillAndStore(tokens);
+  // The key of the third page, by the tokens, as the worker makes it.
+  const auto table_of = [&] {
+    const auto open = engine_->Open(tokens);
+    v1::GetBlockTableRequest request;
+    request.set_sequence_id(open->state().sequence_id());
+    v1::GetBlockTableResponse table;
+    TestContext context;
+    EXPECT_TRUE(engine_->sequences().GetBlockTable(&context, request, &table).ok());
+    EXPECT_TRUE(engine_->Close(open->state()).ok());
+    return table;
+  };
+  const v1::GetBlockTableResponse table = table_of();
+  ASSERT_GE(table.extents_size(), 3);
+  const PageKey key{Digest::FromBytes(table.extents(2).page_key()).value()};
+  ASSERT_NO_FATAL_FAILURE(KillAndRestartWorker());
+  // What no barrier covered is verified by an opening; a barrier makes the damage a surprise.
+  ASSERT_TRUE(store_->Barrier(Durability::kLocal, Soon()).ok());
+  store_process_->Kill();
+  const FoundRecord record = FindStoredRecord(data_.path(), key);
+  ASSERT_FALSE(record.file.empty());
+  FlipFileBit(record.file, (record.offset + kPageRecordFixedBytes + 1234) * 8 + 3);
+  ASSERT_NO_FATAL_FAILURE(StartStore("zstd"));
+  const auto open = engine_->Open(tokens);
+  ASSERT_TRUE(open.ok()) << open.status();
+  EXPECT_EQ(engine_->WaitReady(open->state().sequence_id()).value_or(0), 2 * kPageTokens);
+  const auto compared = engine_->Verify(open->state().sequence_id(), tokens, 0, 2 * kPageTokens);
+  EXPECT_TRUE(compared.ok()) << compared.status();
+  EXPECT_EQ(Stats().pages_quarantined, 1u);
+}
+
+TEST_F(CompressionProcessTest, AnUnknownCompressionIsRefusedByName) {
+  auto refused = ChildProcess::Start(
+      {.program = "pagetide-store",
+       .args = {absl::StrCat("--data-dir=", data_.path(), "/other"), "--compression=gzip"},
+       .wait_ready = false});
+  ASSERT_TRUE(refused.ok()) << refused.status();
+  EXPECT_EQ((*refused)->Wait(absl::Seconds(90)).value_or(0), 1);
+  EXPECT_THAT((*refused)->Log(), HasSubstr("compression = \"gzip\" is not none, lz4 or zstd"));
+}
+
+}  // namespace
+}  // namespace pagetide
