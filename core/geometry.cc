@@ -64,6 +64,32 @@ absl::Status CheckRope(const RopeSpec& rope, uint32_t k_dim, absl::string_view a
   return absl::OkStatus();
 }
 
+// A cold type that is the type itself is none: so both ways to say it are one geometry.
+absl::Status CheckColdTypes(LayerGroupSpec& g, bool has_typed_rows, absl::string_view at) {
+  if (g.cold_k_type == g.k_type) g.cold_k_type.reset();
+  if (g.cold_v_type == g.v_type) g.cold_v_type.reset();
+  if (!g.cold_k_type.has_value() && !g.cold_v_type.has_value()) return absl::OkStatus();
+  if (!has_typed_rows) {
+    return absl::InvalidArgumentError(
+        absl::StrCat(at, ": cold_k_type or cold_v_type on a group without typed rows"));
+  }
+  if (g.scale != LayerGroupSpec::ScaleKind::kNone) {
+    return absl::InvalidArgumentError(
+        absl::StrCat(at, ": cold types need scale none, it is ", static_cast<int>(g.scale)));
+  }
+  if (g.v_dim == 0 && g.cold_v_type.has_value()) {
+    return absl::InvalidArgumentError(
+        absl::StrCat(at, ".cold_v_type = ", DataTypeName(*g.cold_v_type), " with v_dim = 0"));
+  }
+  for (const auto& type : {g.cold_k_type, g.cold_v_type}) {
+    if (type.has_value() && !IsKnown(*type)) {
+      return absl::InvalidArgumentError(
+          absl::StrCat(at, ": cold type ", static_cast<int>(*type), " is not known"));
+    }
+  }
+  return absl::OkStatus();
+}
+
 void AppendDouble(Sha256& hash, double value) {
   uint64_t bits;
   std::memcpy(&bits, &value, sizeof(bits));
@@ -97,6 +123,13 @@ Digest Fingerprint(const LayerGroupSpec& g, const ShardSpec& shard, uint32_t pag
   hash.AppendU32(static_cast<uint32_t>(g.basis));
   hash.AppendU32(shard.kv_head_begin).AppendU32(shard.kv_head_end);
   hash.AppendU32(shard.layer_begin).AppendU32(shard.layer_end);
+  // Behind all else and only where there are some: other groups keep the fingerprint that they had.
+  if (g.cold_k_type.has_value() || g.cold_v_type.has_value()) {
+    hash.AppendField("cold");
+    for (const auto& type : {g.cold_k_type, g.cold_v_type}) {
+      hash.AppendU32(type.has_value() ? static_cast<uint32_t>(*type) : 0);
+    }
+  }
   return hash.Finish();
 }
 
@@ -133,7 +166,7 @@ absl::StatusOr<PageGeometry> PageGeometry::Create(GeometrySpec spec) {
   }
   PageGeometry geometry;
   for (size_t i = 0; i < spec.groups.size(); ++i) {
-    const LayerGroupSpec& g = spec.groups[i];
+    LayerGroupSpec& g = spec.groups[i];
     const std::string at = absl::StrCat("groups[", i, "]");
     if (g.layers.empty() || g.layers.size() > 4096 ||
         !std::is_sorted(g.layers.begin(), g.layers.end()) ||
@@ -141,6 +174,10 @@ absl::StatusOr<PageGeometry> PageGeometry::Create(GeometrySpec spec) {
       return absl::InvalidArgumentError(
           absl::StrCat(at, ".layers: 1 to 4096 ascending layer numbers expected"));
     }
+    const bool has_typed_rows =
+        (g.kind == LayerGroupSpec::Kind::kFull || g.kind == LayerGroupSpec::Kind::kWindow) &&
+        g.packed_row_bytes == 0;
+    PT_RETURN_IF_ERROR(CheckColdTypes(g, has_typed_rows, at));
     GroupGeometry out;
     out.spec_ = g;
     out.page_tokens_ = spec.page_tokens;
@@ -204,6 +241,28 @@ absl::StatusOr<PageGeometry> PageGeometry::Create(GeometrySpec spec) {
                                                        " bytes exceeds ", kMaxPageBytes));
       }
       out.page_bytes_ = out.layer_bytes_ * g.layers.size();
+      out.stored_k_row_bytes_ = out.k_row_bytes_;
+      out.stored_v_row_bytes_ = out.v_row_bytes_;
+      if (g.cold_k_type.has_value()) {
+        PT_ASSIGN_OR_RETURN(const uint64_t cold, RowBytes(absl::StrCat(at, ".cold_k_type: k_dim"),
+                                                          *g.cold_k_type, g.kv_heads, g.k_dim,
+                                                          /*scale_plane=*/false));
+        out.stored_k_row_bytes_ = static_cast<uint32_t>(cold);
+      }
+      if (g.cold_v_type.has_value()) {
+        PT_ASSIGN_OR_RETURN(const uint64_t cold, RowBytes(absl::StrCat(at, ".cold_v_type: v_dim"),
+                                                          *g.cold_v_type, g.kv_heads, g.v_dim,
+                                                          /*scale_plane=*/false));
+        out.stored_v_row_bytes_ = static_cast<uint32_t>(cold);
+      }
+    }
+    out.stored_page_bytes_ = out.has_rows_
+                                 ? spec.page_tokens * g.layers.size() *
+                                       (uint64_t{out.stored_k_row_bytes_} + out.stored_v_row_bytes_)
+                                 : out.page_bytes_;
+    if (out.stored_page_bytes_ > kMaxPageBytes) {
+      return absl::InvalidArgumentError(absl::StrCat(
+          at, ": a stored page of ", out.stored_page_bytes_, " bytes exceeds ", kMaxPageBytes));
     }
     out.fingerprint_ = Fingerprint(g, shard, spec.page_tokens);
     geometry.total_page_bytes_ += out.page_bytes_;

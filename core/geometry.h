@@ -10,6 +10,7 @@
 #define PAGETIDE_CORE_GEOMETRY_H_
 
 #include <cstdint>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -84,6 +85,10 @@ struct LayerGroupSpec {
   uint64_t opaque_bytes = 0;      // kRecurrent: bytes of the state; kOpaque: bytes a page
   RopeSpec rope;
   Basis basis = Basis::kPlain;
+  // What pages are stored in, in the same basis, if not in k_type and v_type: they are converted
+  // when they leave for the store and when they come back, which is lossy. Part of the fingerprint,
+  // so that equal keys stay interchangeable: rows, and what the cold types leave of them.
+  std::optional<DataType> cold_k_type, cold_v_type;
   friend bool operator==(const LayerGroupSpec&, const LayerGroupSpec&) = default;
 };
 
@@ -131,6 +136,21 @@ class GroupGeometry {
                ? base + uint64_t{slot} * k_row_bytes_
                : base + uint64_t{page_tokens_} * k_row_bytes_ + uint64_t{slot} * v_row_bytes_;
   }
+  // A page as the store has it: the same layout, rows in the cold types where the group has them.
+  bool has_cold_types() const {
+    return spec_.cold_k_type.has_value() || spec_.cold_v_type.has_value();
+  }
+  uint32_t stored_row_bytes(RowKind kind) const {
+    return kind == RowKind::kK ? stored_k_row_bytes_ : stored_v_row_bytes_;
+  }
+  uint64_t stored_page_bytes() const { return stored_page_bytes_; }
+  uint64_t StoredRowOffset(uint32_t layer, RowKind kind, uint32_t slot) const {
+    const uint64_t base =
+        uint64_t{layer} * page_tokens_ * (uint64_t{stored_k_row_bytes_} + stored_v_row_bytes_);
+    return kind == RowKind::kK ? base + uint64_t{slot} * stored_k_row_bytes_
+                               : base + uint64_t{page_tokens_} * stored_k_row_bytes_ +
+                                     uint64_t{slot} * stored_v_row_bytes_;
+  }
   // SHA-256 of the group, the shard's ranges and page_tokens: equal means interchangeable bytes.
   // The rank is left out, so that replicated KV is stored once.
   const Digest& fingerprint() const { return fingerprint_; }
@@ -144,6 +164,9 @@ class GroupGeometry {
   uint32_t v_row_bytes_ = 0;
   uint64_t layer_bytes_ = 0;
   uint64_t page_bytes_ = 0;
+  uint32_t stored_k_row_bytes_ = 0;
+  uint32_t stored_v_row_bytes_ = 0;
+  uint64_t stored_page_bytes_ = 0;
   Digest fingerprint_;
 };
 

@@ -95,11 +95,11 @@ void Page::BeginRestore(FrameId frame) {
   frame_ = frame;
 }
 
-void Page::FinishRestore() {
+void Page::FinishRestore(const std::optional<Checksum128>& converted) {
   PT_CHECK(state_ == PageState::kRestoring);
   state_ = PageState::kResident;
   // Another honest writer's body may have won in the store: these are its bytes now.
-  if (is_full_) checksum_ = stored_->checksum;
+  if (is_full_) checksum_ = converted.value_or(stored_->checksum);
 }
 
 FrameId Page::AbortRestore() {

@@ -47,6 +47,7 @@ class Page {
   // What the store's copy of a page is called, and what it must be.
   struct StoredAs {
     PageKey key;
+    // Of the stored body, which is the frame's bytes unless the group has cold types.
     Checksum128 checksum;
     // The record belongs to saved state or is named by its content: others may stand behind it, so
     // it is not deleted with this page.
@@ -64,8 +65,9 @@ class Page {
   // Leaves the frame, which the caller releases. Only when resident, stored and unpinned.
   FrameId DropFrame();
   void BeginRestore(FrameId frame);
-  // The verified bytes of the store's copy are in the frame.
-  void FinishRestore();
+  // The verified bytes of the store's copy are in the frame, or what they were converted to, whose
+  // checksum is `converted` then.
+  void FinishRestore(const std::optional<Checksum128>& converted = std::nullopt);
   // The store did not answer: back to stored; the caller releases the returned frame.
   FrameId AbortRestore();
   // Wrong or missing bytes. Returns the frame it held, if any, for release.

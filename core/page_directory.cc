@@ -166,8 +166,8 @@ void PageDirectory::BeginRestore(Page& page, FrameId frame) {
   UpdateEvictable(page);
 }
 
-void PageDirectory::FinishRestore(Page& page) {
-  page.FinishRestore();
+void PageDirectory::FinishRestore(Page& page, const std::optional<Checksum128>& converted) {
+  page.FinishRestore(converted);
   groups_[page.group()].frames.MarkClean(page.frame());  // a restore overwrites the whole frame
   if (page.refs() == 0 && page.pins() == 0 && !page.is_findable()) {
     Forget(page);

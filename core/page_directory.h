@@ -94,7 +94,7 @@ class PageDirectory {
   void BeginSpill(Page& page);
   void FinishSpill(Page& page, const std::optional<Page::StoredAs>& stored);
   void BeginRestore(Page& page, FrameId frame);
-  void FinishRestore(Page& page);
+  void FinishRestore(Page& page, const std::optional<Checksum128>& converted = std::nullopt);
   void AbortRestore(Page& page);
   void Quarantine(Page& page);
   // Frees the frame of a clean, unpinned, resident page. The page is forgotten if nobody needs it.

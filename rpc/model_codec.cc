@@ -111,6 +111,14 @@ absl::StatusOr<LayerGroupSpec> GroupFromProto(const v1::LayerGroup& proto, int i
   }
   PT_ASSIGN_OR_RETURN(group.basis,
                       EnumFromProto<LayerGroupSpec::Basis>(field("basis"), proto.basis(), 0, 1));
+  if (proto.cold_k_type() != v1::DATA_TYPE_UNSPECIFIED) {
+    PT_ASSIGN_OR_RETURN(group.cold_k_type,
+                        EnumFromProto<DataType>(field("cold_k_type"), proto.cold_k_type(), 1, 11));
+  }
+  if (proto.cold_v_type() != v1::DATA_TYPE_UNSPECIFIED) {
+    PT_ASSIGN_OR_RETURN(group.cold_v_type,
+                        EnumFromProto<DataType>(field("cold_v_type"), proto.cold_v_type(), 1, 11));
+  }
   if (proto.has_rope()) {
     PT_ASSIGN_OR_RETURN(group.rope, RopeFromProto(proto.rope(), at));
   }
@@ -152,6 +160,8 @@ v1::LayerGroup GroupToProto(const LayerGroupSpec& group) {
   proto.set_opaque_bytes(group.opaque_bytes);
   if (group.rope != RopeSpec{}) *proto.mutable_rope() = RopeToProto(group.rope);
   proto.set_basis(static_cast<v1::LayerGroup::Basis>(group.basis));
+  if (group.cold_k_type) proto.set_cold_k_type(static_cast<v1::DataType>(*group.cold_k_type));
+  if (group.cold_v_type) proto.set_cold_v_type(static_cast<v1::DataType>(*group.cold_v_type));
   return proto;
 }
 

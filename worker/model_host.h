@@ -282,6 +282,8 @@ struct HostCounters {
   uint64_t restore_misses = 0;
   uint64_t checksum_failures = 0;
   uint64_t bytes_verified = 0;
+  uint64_t bytes_converted_cold = 0;  // of pages, before their rows went to their cold types
+  uint64_t bytes_converted_back = 0;  // of pages, after
   uint64_t store_errors = 0;
   uint64_t rows_copied = 0;
   uint64_t tokens_reused = 0;

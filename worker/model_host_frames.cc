@@ -10,6 +10,7 @@
 #include "base/error_info.h"
 #include "base/log.h"
 #include "base/status_macros.h"
+#include "worker/cold_rows.h"
 #include "worker/model_host_impl.h"
 
 namespace pagetide {
@@ -344,7 +345,7 @@ void ModelHostImpl::StartSpills(const std::vector<PageId>& ids, Durability level
                                : MakePrivatePageKey(options_.incarnation, id.value(), NextNumber());
     if (page.is_full()) item.expected = page.checksum();
     item.meta.key = item.key;
-    item.meta.body_bytes = Geometry(item.group).page_bytes();
+    item.meta.body_bytes = Geometry(item.group).stored_page_bytes();
     item.meta.fingerprint = Geometry(item.group).fingerprint();
     item.meta.numerics_id = model_->spec().numerics_id;
     item.meta.group = item.group;
@@ -377,6 +378,13 @@ void ModelHostImpl::RunSpills(const std::vector<SpillItem>& items, Durability le
     }
     PutPage put{items[i].meta, *bytes};
     put.meta.checksum = checksum;
+    if (const GroupGeometry& group = Geometry(items[i].group); group.has_cold_types()) {
+      std::vector<std::byte> cold(group.stored_page_bytes());
+      EncodeColdPage(group, *bytes, cold);
+      buffers[i] = std::move(cold);
+      put.body = buffers[i];
+      put.meta.checksum = ChecksumOf(put.body);
+    }
     puts.push_back(std::move(put));
     put_of.push_back(i);
   }
@@ -404,7 +412,9 @@ void ModelHostImpl::RunSpills(const std::vector<SpillItem>& items, Durability le
         continue;
       }
       stored[put_of[p]] = Page::StoredAs{items[put_of[p]].key, results[p].checksum};
-      counters_.bytes_verified += puts[p].body.size();
+      const GroupGeometry& group = Geometry(items[put_of[p]].group);
+      counters_.bytes_verified += group.page_bytes();
+      if (group.has_cold_types()) counters_.bytes_converted_cold += group.page_bytes();
       if (level == Durability::kCache)
         ++counters_.pages_spilled;
       else
@@ -458,12 +468,13 @@ void ModelHostImpl::RunRestores(const std::vector<RestoreItem>& items) {
   std::vector<GetPage> gets(items.size());
   uint64_t total_bytes = 0;
   for (size_t i = 0; i < items.size(); ++i) {
-    const uint64_t size = Geometry(items[i].group).page_bytes();
+    const GroupGeometry& group = Geometry(items[i].group);
+    const uint64_t size = group.stored_page_bytes();
     total_bytes += size;
     gets[i].key = items[i].key;
-    if (view == nullptr) buffers[i].resize(size);
-    gets[i].body =
-        view != nullptr ? std::span(view + items[i].offset, size) : std::span(buffers[i]);
+    const bool is_direct = view != nullptr && !group.has_cold_types();
+    if (!is_direct) buffers[i].resize(size);
+    gets[i].body = is_direct ? std::span(view + items[i].offset, size) : std::span(buffers[i]);
     if (!options_.unsafe_skip_verify) gets[i].expected = items[i].expected;
   }
   const MonotonicTime began = clock_->MonotonicNow();
@@ -473,6 +484,7 @@ void ModelHostImpl::RunRestores(const std::vector<RestoreItem>& items) {
   std::vector<absl::Status> failed(items.size());
   std::vector<bool> is_lost(items.size(), false);
   std::vector<bool> is_damaged(items.size(), false);
+  std::vector<std::optional<Checksum128>> converted(items.size());
   for (size_t i = 0; i < items.size(); ++i) {
     failed[i] =
         i < results.size() ? results[i].status : absl::InternalError("store gave no result");
@@ -486,6 +498,15 @@ void ModelHostImpl::RunRestores(const std::vector<RestoreItem>& items) {
     if (!options_.unsafe_skip_verify && ChecksumOf(gets[i].body) != items[i].expected) {
       is_lost[i] = is_damaged[i] = true;
       continue;
+    }
+    const GroupGeometry& group = Geometry(items[i].group);
+    if (group.has_cold_types()) {
+      std::vector<std::byte> page(view == nullptr ? group.page_bytes() : 0);
+      const std::span<std::byte> rows =
+          view == nullptr ? std::span(page) : std::span(view + items[i].offset, group.page_bytes());
+      DecodeColdPage(group, buffers[i], rows);
+      converted[i] = ChecksumOf(rows);
+      buffers[i] = std::move(page);
     }
     if (view == nullptr) failed[i] = pool_->Write(items[i].offset, buffers[i]);
   }
@@ -503,8 +524,9 @@ void ModelHostImpl::RunRestores(const std::vector<RestoreItem>& items) {
         pages_.Quarantine(page);
       } else {
         ++counters_.pages_restored;
-        counters_.bytes_verified += gets[i].body.size();
-        pages_.FinishRestore(page);
+        counters_.bytes_verified += Geometry(items[i].group).stored_page_bytes();
+        if (converted[i]) counters_.bytes_converted_back += Geometry(items[i].group).page_bytes();
+        pages_.FinishRestore(page, converted[i]);
       }
     }
     store_meter_.Add(static_cast<double>(total_bytes), took);

@@ -120,7 +120,7 @@ absl::StatusOr<ModelHostImpl::Match> ModelHostImpl::MatchPrompt(
                                                          num_groups());
         for (uint32_t g = 0; g < num_groups(); ++g) {
           const LookupResult& result = page_results[g];
-          if (result.present && result.body_bytes == Geometry(g).page_bytes()) continue;
+          if (result.present && result.body_bytes == Geometry(g).stored_page_bytes()) continue;
           if (traits_[g].forgets() || IsKnown(g, keys[p])) {
             continue;
           }
@@ -132,7 +132,7 @@ absl::StatusOr<ModelHostImpl::Match> ModelHostImpl::MatchPrompt(
             tokens.begin() + p * page_size, tokens.begin() + (p + 1) * page_size);
         for (uint32_t g = 0; g < num_groups(); ++g) {
           const LookupResult& result = page_results[g];
-          if (!result.present || result.body_bytes != Geometry(g).page_bytes()) continue;
+          if (!result.present || result.body_bytes != Geometry(g).stored_page_bytes()) continue;
           const Page* parent = p == 0 ? nullptr : pages_.FindKeyed(g, keys[p - 1]);
           pages_.AdoptStored(g, tenant.name, page_size, static_cast<uint32_t>(p),
                              parent ? std::optional(parent->id()) : std::nullopt, keys[p],
@@ -167,7 +167,7 @@ absl::StatusOr<ModelHostImpl::Match> ModelHostImpl::MatchPrompt(
     for (uint32_t g = 0; g < num_groups(); ++g) {
       if (!IsNeeded(g, p, usable.num_pages)) continue;
       if (pages_.FindKeyed(g, keys[p])->state() == PageState::kStored) {
-        store_bytes += Geometry(g).page_bytes();
+        store_bytes += Geometry(g).stored_page_bytes();
       }
     }
   }

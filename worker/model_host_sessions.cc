@@ -8,6 +8,7 @@
 #include "absl/strings/str_cat.h"
 #include "base/error_info.h"
 #include "base/status_macros.h"
+#include "worker/cold_rows.h"
 #include "worker/model_host_impl.h"
 
 namespace pagetide {
@@ -139,7 +140,9 @@ class ModelHostImpl::SnapshotImpl final : public StateSnapshot {
                                     .shift = extent.shift});
       }
     }
-    for (const Item& item : items_) state_.bytes_total += host_->Geometry(item.group).page_bytes();
+    for (const Item& item : items_) {
+      state_.bytes_total += host_->Geometry(item.group).stored_page_bytes();
+    }
     put_.bytes_total = state_.bytes_total;
   }
 
@@ -151,7 +154,7 @@ class ModelHostImpl::SnapshotImpl final : public StateSnapshot {
         Item& item = items_[extent.page];
         if (extent.first_row >= end || extent.end_row() <= begin || item.is_selected) continue;
         item.is_selected = true;
-        put_.bytes_total += host_->Geometry(item.group).page_bytes();
+        put_.bytes_total += host_->Geometry(item.group).stored_page_bytes();
       }
     }
   }
@@ -312,7 +315,7 @@ class ModelHostImpl::SnapshotImpl final : public StateSnapshot {
     const GroupGeometry& geometry = host_->Geometry(item.group);
     Outgoing out;
     out.item = i;
-    out.meta.body_bytes = geometry.page_bytes();
+    out.meta.body_bytes = geometry.stored_page_bytes();
     out.meta.fingerprint = geometry.fingerprint();
     out.meta.numerics_id = host_->model_->spec().numerics_id;
     out.meta.group = item.group;
@@ -348,6 +351,13 @@ class ModelHostImpl::SnapshotImpl final : public StateSnapshot {
         return absl::DataLossError(absl::StrCat("save a page: checksum 0x",
                                                 page.meta.checksum.ToHex(), " != 0x",
                                                 page.expected->ToHex()));
+      }
+      if (const GroupGeometry& group = host_->Geometry(item.group); group.has_cold_types()) {
+        std::vector<std::byte> cold(group.stored_page_bytes());
+        EncodeColdPage(group, page.body, cold);
+        page.buffer = std::move(cold);
+        page.body = page.buffer;
+        page.meta.checksum = ChecksumOf(page.body);
       }
       if (!page.meta.prefix) {
         const uint32_t rows = !item.body.empty()     ? item.rows
@@ -403,7 +413,9 @@ class ModelHostImpl::SnapshotImpl final : public StateSnapshot {
   void Remember(const Outgoing& out) ABSL_EXCLUSIVE_LOCKS_REQUIRED(host_->mu_) {
     Item& item = items_[out.item];
     item.is_done = true;
-    host_->counters_.bytes_verified += out.body.size();
+    const GroupGeometry& geometry = host_->Geometry(item.group);
+    host_->counters_.bytes_verified += geometry.page_bytes();
+    if (geometry.has_cold_types()) host_->counters_.bytes_converted_cold += geometry.page_bytes();
     Page& page = host_->pages_.Get(item.page);
     if (item.body.empty() && page.is_full() && page.state() == PageState::kResident) {
       host_->pages_.SetStored(page, {item.ref.key, item.ref.checksum, /*is_shared=*/true});
@@ -447,8 +459,13 @@ const Page* ModelHostImpl::FindSavedPage(uint32_t group, const SavedExtent& exte
   // A page goes by its prefix only if our own hash of the tokens says that it is that page.
   if (GoesByPrefix(group, extent, ref, keys)) {
     const Page* known = pages_.FindKeyed(group, keys[index]);
-    // Of another honest writer's rows the manifest means its own.
-    if (known != nullptr && known->checksum() == ref.checksum) return known;
+    // Of another honest writer's rows the manifest means its own. Where the store keeps colder
+    // types, the rows that a stored body was made of stand for it.
+    if (known != nullptr) {
+      const bool by_store = Geometry(group).has_cold_types() && known->is_stored();
+      const auto checksum = by_store ? known->stored()->checksum : known->checksum();
+      if (checksum == ref.checksum) return known;
+    }
   }
   return pages_.FindSealed(group, ref.key, ref.checksum);
 }

@@ -108,6 +108,33 @@ TEST(GeometryTest, LatentPackedAndOpaqueGroups) {
   EXPECT_EQ(geometry.bytes_per_page_of_tokens(), (uint64_t{1} << 20) + 256 * 656 + 12345);
 }
 
+TEST(GeometryTest, ColdTypesChangeWhatIsStoredAndNothingElse) {
+  GeometrySpec spec = PlainSpec();
+  spec.groups[0].cold_k_type = DataType::kQ8_0;
+  spec.groups[0].cold_v_type = DataType::kQ4_0;
+  const PageGeometry geometry = PageGeometry::Create(spec).value();
+  const PageGeometry plain_geometry = PageGeometry::Create(PlainSpec()).value();
+  const GroupGeometry& group = geometry.group(0);
+  const GroupGeometry& plain = plain_geometry.group(0);
+  EXPECT_TRUE(group.has_cold_types());
+  EXPECT_EQ(group.page_bytes(), plain.page_bytes());
+  EXPECT_EQ(group.k_row_bytes(), plain.k_row_bytes());
+  // 8 heads of 128: 4 groups of 34 or 18 bytes each.
+  EXPECT_EQ(group.stored_row_bytes(RowKind::kK), 8u * 4 * 34);
+  EXPECT_EQ(group.stored_row_bytes(RowKind::kV), 8u * 4 * 18);
+  EXPECT_EQ(group.stored_page_bytes(), 2u * 256 * 8 * 4 * (34 + 18));
+  EXPECT_EQ(group.StoredRowOffset(1, RowKind::kV, 3),
+            256u * 8 * 4 * (34 + 18) + 256u * 8 * 4 * 34 + 3u * 8 * 4 * 18);
+  // The types themselves are no cold types.
+  spec.groups[0].cold_k_type = spec.groups[0].k_type;
+  spec.groups[0].cold_v_type = spec.groups[0].v_type;
+  const PageGeometry same = PageGeometry::Create(spec).value();
+  EXPECT_FALSE(same.group(0).has_cold_types());
+  EXPECT_EQ(same.group(0).fingerprint(), plain.fingerprint());
+  EXPECT_EQ(same.group(0).stored_page_bytes(), plain.page_bytes());
+  EXPECT_EQ(same.spec(), PlainSpec());
+}
+
 TEST(GeometryTest, PagesForRoundsUp) {
   const PageGeometry geometry = PageGeometry::Create(PlainSpec()).value();
   EXPECT_EQ(geometry.PagesFor(0), 0u);
@@ -178,6 +205,33 @@ TEST(GeometryTest, RefusalsNameTheFieldAndTheNumbers) {
       {"exceeds", [](GeometrySpec& s) { s.page_tokens = 65536, s.groups[0].kv_heads = 4096; }},
       {"exceed", [](GeometrySpec& s) { s.groups[0].kv_heads = 4096, s.groups[0].k_dim = 65536; }},
       {"shard.rank = 2", [](GeometrySpec& s) { s.shard.rank = 2, s.shard.num_ranks = 2; }},
+      {"groups[0].cold_k_type: k_dim = 100 is not a multiple of 32, as q8_0 needs",
+       [](GeometrySpec& s) {
+         s.groups[0].k_dim = 100;
+         s.groups[0].cold_k_type = DataType::kQ8_0;
+       }},
+      {"groups[0].cold_v_type: v_dim = 40 is not a multiple of 32, as q4_0 needs",
+       [](GeometrySpec& s) {
+         s.groups[0].v_dim = 40;
+         s.groups[0].cold_v_type = DataType::kQ4_0;
+       }},
+      {"cold type 99 is not known",
+       [](GeometrySpec& s) { s.groups[0].cold_k_type = DataType{99}; }},
+      {"cold_v_type = q8_0 with v_dim = 0",
+       [](GeometrySpec& s) {
+         s.groups[0].v_dim = 0;
+         s.groups[0].cold_v_type = DataType::kQ8_0;
+       }},
+      {"cold types need scale none, it is 2",
+       [](GeometrySpec& s) {
+         s.groups[0].scale = LayerGroupSpec::ScaleKind::kPerTokenAndHead;
+         s.groups[0].cold_k_type = DataType::kQ8_0;
+       }},
+      {"on a group without typed rows",
+       [](GeometrySpec& s) {
+         s.groups[0].packed_row_bytes = 656;
+         s.groups[0].cold_k_type = DataType::kQ8_0;
+       }},
       {"range begins after its end", [](GeometrySpec& s) { s.shard.kv_head_begin = 1; }},
   };
   for (size_t i = 0; i < bad.size(); ++i) {
@@ -226,6 +280,9 @@ TEST(GeometryTest, WhatChangesBytesChangesTheFingerprintAndTheRankDoesNot) {
       [](GeometrySpec& s) { s.groups[0].rope.factors.assign(32, 2.0f); },
       [](GeometrySpec& s) { s.groups[0].rope.yarn_beta_fast = 16; },
       [](GeometrySpec& s) { s.groups[0].basis = LayerGroupSpec::Basis::kHadamard; },
+      [](GeometrySpec& s) { s.groups[0].cold_k_type = DataType::kQ8_0; },
+      [](GeometrySpec& s) { s.groups[0].cold_v_type = DataType::kQ8_0; },
+      [](GeometrySpec& s) { s.groups[0].cold_k_type = s.groups[0].cold_v_type = DataType::kQ8_0; },
       [](GeometrySpec& s) { s.shard.kv_head_end = 4; },
       [](GeometrySpec& s) { s.shard.layer_end = 1; },
   };

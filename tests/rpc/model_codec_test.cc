@@ -52,6 +52,8 @@ TEST(ModelCodecTest, RoundTripKeepsTheDigest) {
   window.add_layers(2);
   window.set_k_type(v1::DATA_TYPE_BF16);
   window.set_kv_heads(1);
+  proto.mutable_geometry()->mutable_groups(0)->set_cold_k_type(v1::DATA_TYPE_Q8_0);
+  window.set_cold_k_type(v1::DATA_TYPE_F8_E4M3);
   window.set_k_dim(576);  // latent: no V, hence no v_type
   proto.set_batch_invariant(true);
   v1::LayerGroup& ring = *proto.mutable_geometry()->add_groups();
@@ -80,6 +82,8 @@ TEST(ModelCodecTest, RoundTripKeepsTheDigest) {
   proto.set_batch_invariant(false);
   EXPECT_NE(ModelFromProto(proto)->digest(), model->digest());
   EXPECT_EQ(ModelFromProto(proto)->identity(), model->identity());
+  EXPECT_EQ(again->spec().geometry.groups[0].cold_k_type, DataType::kQ8_0);
+  EXPECT_EQ(again->spec().geometry.groups[0].cold_v_type, std::nullopt);
 }
 
 TEST(ModelCodecTest, DescribesPageBytesOfEachGroup) {
@@ -125,6 +129,10 @@ TEST(ModelCodecTest, BadFieldsAreNamedWithTheirNumbers) {
              std::numeric_limits<double>::infinity());
        },
        "geometry.groups[0].rope.base is not a finite number"},
+      {[](v1::ModelSpec& m) {
+         m.mutable_geometry()->mutable_groups(0)->set_cold_v_type(static_cast<v1::DataType>(12));
+       },
+       "geometry.groups[0].cold_v_type = 12 is not 1 to 11"},
       {[](v1::ModelSpec& m) { m.mutable_geometry()->clear_groups(); },
        "groups has 0 entries, expected 1 to 64"},
       {[](v1::ModelSpec& m) { m.mutable_geometry()->set_page_tokens(65537); },
