@@ -132,4 +132,10 @@ std::optional<PrefixIndex::PartialMatch> PrefixIndex::LongestPartial(
   return PartialMatch{best->page, best_common};
 }
 
+PrefixIndex::Tokens PrefixIndex::TokensOf(PageId page) const {
+  const auto it = entries_.find(page);
+  if (it == entries_.end() || it->second.child.is_tail) return nullptr;
+  return it->second.child.tokens;
+}
+
 }  // namespace pagetide

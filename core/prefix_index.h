@@ -45,6 +45,9 @@ class PrefixIndex {
   std::optional<PartialMatch> LongestPartial(const PrefixKey& parent,
                                              std::span<const uint32_t> tokens,
                                              absl::FunctionRef<bool(PageId)> usable) const;
+  // The tokens of a full page that can be found by them; null for a tail, for a page with other
+  // inputs and for one that is not in the index.
+  Tokens TokensOf(PageId page) const;
   size_t size() const { return entries_.size(); }
 
  private:

@@ -353,6 +353,7 @@ void ModelHostImpl::StartSpills(const std::vector<PageId>& ids, Durability level
     if (page.is_keyed()) {
       item.meta.prefix = page.prefix();
       item.meta.parent = page.parent_prefix();
+      item.tokens = pages_.index(item.group).TokensOf(id);
     }
     pages_.BeginSpill(page);
     ++num_spilling_[item.group];
@@ -377,6 +378,9 @@ void ModelHostImpl::RunSpills(const std::vector<SpillItem>& items, Durability le
       continue;
     }
     PutPage put{items[i].meta, *bytes};
+    if (items[i].tokens != nullptr && items[i].tokens->size() <= kMaxIndexedPageTokens) {
+      put.tokens = *items[i].tokens;
+    }
     put.meta.checksum = checksum;
     if (const GroupGeometry& group = Geometry(items[i].group); group.has_cold_types()) {
       std::vector<std::byte> cold(group.stored_page_bytes());

@@ -192,6 +192,7 @@ class ModelHostImpl final : public ModelHost {
     uint64_t offset = 0;
     std::optional<Checksum128> expected;  // of full pages
     PageRecordMeta meta;
+    PrefixIndex::Tokens tokens;  // null: others find the page by its key only
   };
   struct RestoreItem {
     PageId page;
@@ -341,6 +342,14 @@ class ModelHostImpl final : public ModelHost {
                                     const PromptOptions& options)
       ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
 
+  // Asks the store for pages of other workers that begin like `next`, the tokens behind the first
+  // `at_page` pages, unless ours begin with all of it; what is better than ours becomes known as a
+  // stored page. Gives mu_ up while it asks.
+  void AdoptPartialFromStore(const Tenant& tenant, const PrefixKey& root,
+                             const std::vector<PrefixKey>& keys, uint64_t at_page,
+                             std::span<const uint32_t> next, bool has_inputs,
+                             MonotonicTime deadline) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
+
   // --- racing prefills (model_host_extend.cc) ---
   // A sequence, the tokens behind it, and the keys of all their full pages.
   struct LongerPrompt {
@@ -445,6 +454,7 @@ class ModelHostImpl final : public ModelHost {
   uint64_t jobs_in_flight_ ABSL_GUARDED_BY(mu_) = 0;
   uint64_t running_calls_ ABSL_GUARDED_BY(mu_) = 0;
   MonotonicTime spill_again_at_ ABSL_GUARDED_BY(mu_) = {absl::ZeroDuration()};
+  MonotonicTime ask_partial_again_at_ ABSL_GUARDED_BY(mu_) = {absl::ZeroDuration()};
   absl::Status last_store_error_ ABSL_GUARDED_BY(mu_);
   ComputeClaims claims_ ABSL_GUARDED_BY(mu_);
   uint64_t num_waiting_claims_ ABSL_GUARDED_BY(mu_) = 0;  // calls that wait for another's claim

@@ -88,6 +88,7 @@ absl::StatusOr<ModelHostImpl::Match> ModelHostImpl::MatchPrompt(
   const uint64_t limit =
       options.allow_full_reuse ? tokens.size() : tokens.size() - std::min<size_t>(tokens.size(), 1);
   const uint64_t max_pages = limit / page_size;
+  const MonotonicTime store_deadline = clock_->MonotonicNow() + options_.lookup_timeout;
 
   // The store is asked once, for all pages from the first that is not known here.
   ReuseLimit cause = ReuseLimit::kNeverStored;
@@ -106,7 +107,7 @@ absl::StatusOr<ModelHostImpl::Match> ModelHostImpl::MatchPrompt(
     }
     mu_.Unlock();
     const absl::StatusOr<std::vector<LookupResult>> found =
-        store_->LookupPages(asked, clock_->MonotonicNow() + options_.lookup_timeout);
+        store_->LookupPages(asked, store_deadline);
     mu_.Lock();
     if (!found.ok()) {
       ++counters_.store_errors;
@@ -142,6 +143,14 @@ absl::StatusOr<ModelHostImpl::Match> ModelHostImpl::MatchPrompt(
         }
       }
     }
+  }
+
+  // Before pages are chosen, since asking gives the mutex up.
+  if (cause != ReuseLimit::kStoreUnavailable && !options.skip_store) {
+    const uint64_t at = FindUsablePages(keys, max_pages).num_pages * page_size;
+    const uint64_t end = std::min<uint64_t>(limit, at + page_size);
+    AdoptPartialFromStore(tenant, root, keys, at / page_size, tokens.subspan(at, end - at),
+                          HasInputIn(inputs, at, end), store_deadline);
   }
 
   Match match;
@@ -256,6 +265,19 @@ absl::StatusOr<ModelHostImpl::Match> ModelHostImpl::MatchPrompt(
       common = 0;
       reuse.limit = ReuseLimit::kNoFrame;
     }
+    // The whole page is read for the rows that are wanted of it.
+    uint64_t read_bytes = 0;
+    for (uint32_t g = 0; g < match.partial.size(); ++g) {
+      if (!pages_.Get(match.partial[g]).is_readable()) {
+        read_bytes += Geometry(g).stored_page_bytes();
+      }
+    }
+    if (common >= 2 && read_bytes > 0 &&
+        !EstimateRestore(read_bytes, store_meter_.per_second(), common, prefill_meter_.per_second())
+             .worth_it) {
+      common = 0;
+      reuse.limit = ReuseLimit::kSlowerThanCompute;
+    }
     if (common >= 2) {
       match.is_partial_tail = is_tail;
       reuse.partial_rows = common;
@@ -275,6 +297,56 @@ absl::StatusOr<ModelHostImpl::Match> ModelHostImpl::MatchPrompt(
   reuse.explanation = absl::StrCat(reuse.reused_tokens, " of ", reuse.prompt_tokens,
                                    " tokens reused: ", LimitText(reuse.limit));
   return match;
+}
+
+void ModelHostImpl::AdoptPartialFromStore(const Tenant& tenant, const PrefixKey& root,
+                                          const std::vector<PrefixKey>& keys, uint64_t at_page,
+                                          std::span<const uint32_t> next, bool has_inputs,
+                                          MonotonicTime deadline) {
+  if (store_ == nullptr || next.size() < 2 || has_inputs) return;
+  const PrefixKey parent = at_page == 0 ? root : keys[at_page - 1];
+  std::vector<PartialQuery> queries;
+  std::vector<uint32_t> known(num_groups(), 0);
+  bool is_known = true;
+  for (uint32_t g = 0; g < num_groups(); ++g) {
+    if (traits_[g].is_whole) return;  // only all of its page helps
+    const auto found = pages_.index(g).LongestPartial(parent, next, [this](PageId id) {
+      mu_.AssertHeld();
+      const Page* page = pages_.Find(id);
+      return page != nullptr && page->state() != PageState::kQuarantined;
+    });
+    if (found) known[g] = found->common_tokens;
+    is_known = is_known && known[g] == next.size();
+    queries.push_back({parent, Geometry(g).fingerprint(), next});
+  }
+  if (is_known || clock_->MonotonicNow() < ask_partial_again_at_) return;
+  mu_.Unlock();
+  const absl::StatusOr<std::vector<PartialResult>> found =
+      store_->FindPartialPages(queries, deadline);
+  mu_.Lock();
+  if (!found.ok()) {
+    ++counters_.store_errors;
+    last_store_error_ = found.status();
+    ask_partial_again_at_ = clock_->MonotonicNow() + options_.store_backoff;
+    return;
+  }
+  for (uint32_t g = 0; g < num_groups(); ++g) {
+    const PartialResult& result = (*found)[g];
+    // One that does not fit our geometry or whose tokens do not make its key is not ours to use.
+    if (result.common_tokens < 2 || result.common_tokens <= known[g] ||
+        result.tokens.size() != page_tokens() ||
+        result.body_bytes != Geometry(g).stored_page_bytes()) {
+      continue;
+    }
+    const PrefixKey prefix = NextPrefixKey(parent, result.tokens);
+    if (MakePageKey(prefix, Geometry(g).fingerprint()) != result.key) continue;
+    const Page* before = at_page == 0 ? nullptr : pages_.FindKeyed(g, parent);
+    pages_.AdoptStored(g, tenant.name, page_tokens(), static_cast<uint32_t>(at_page),
+                       before ? std::optional(before->id()) : std::nullopt, prefix, parent,
+                       result.key, result.checksum,
+                       std::make_shared<const std::vector<uint32_t>>(result.tokens),
+                       /*has_inputs=*/false);
+  }
 }
 
 absl::StatusOr<PrefixReuse> ModelHostImpl::LookupPrefix(const Tenant& tenant,

@@ -329,6 +329,33 @@ TEST_F(WorkerProcessTest, AnotherWorkerGoesOnWhereAKilledOneStood) {
   EXPECT_EQ(reader.Get(state->sequence_id()).status().code(), absl::StatusCode::kNotFound);
 }
 
+TEST_F(WorkerProcessTest, RowsOfAPageThatAnotherWorkerMadeAreReused) {
+  StartStore();
+  RegisterInRemoteStore();
+  auto first = StartWithRemoteStore("worker-1");
+  auto second = StartWithRemoteStore("worker-2");
+  ASSERT_NE(first, nullptr);
+  ASSERT_NE(second, nullptr);
+  const auto tokens = TestTokens(1, 60);  // three full pages of 16
+  WorkerClient writer(first->Address("grpc"), model_);
+  ASSERT_TRUE(OpenAndFill(writer, tokens).ok());
+  for (int i = 0; i < 500; ++i) {
+    if (Stat(writer, "pagetide_worker_pages_written_through_total") == 3) break;
+    absl::SleepFor(absl::Milliseconds(10));
+  }
+  // Common are two pages and 11 rows of the third.
+  std::vector<uint32_t> prompt(tokens.begin(), tokens.begin() + 43);
+  const auto other = TestTokens(2, 30);
+  prompt.insert(prompt.end(), other.begin(), other.end());
+  WorkerClient reader(second->Address("grpc"), model_);
+  uint64_t reused = 0;
+  auto opened = OpenAndFill(reader, prompt, &reused);
+  ASSERT_TRUE(opened.ok()) << opened.status();
+  EXPECT_EQ(reused, 43u);
+  auto verified = reader.Verify(opened->sequence_id(), prompt, 0, prompt.size());
+  EXPECT_TRUE(verified.ok()) << verified.status();
+}
+
 TEST_F(WorkerProcessTest, AStoreThatIsDownIsASlowdown) {
   StartStore();
   RegisterInRemoteStore();

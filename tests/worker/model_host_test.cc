@@ -7,6 +7,7 @@
 #include <atomic>
 #include <thread>
 
+#include "kvstore/fault_injecting_page_store.h"
 #include "tests/worker/model_host_fixture.h"
 
 namespace pagetide {
@@ -122,6 +123,84 @@ TEST(ModelHostTest, TailsOfOpenSequencesGiveTheirRows) {
   ASSERT_TRUE(b.ok()) << b.status();
   EXPECT_EQ(reuse.partial_rows, 7u);
   EXPECT_EQ(t.WrongRows(b->id, prompt).value(), 0u);
+}
+
+TEST(ModelHostTest, RowsOfAnotherWorkersPageComeFromTheStore) {
+  for (const int num_groups : {1, 2}) {
+    MemoryPageStore shared;
+    HostUnderTest first({.num_groups = num_groups, .store = &shared, .incarnation = 1});
+    ASSERT_TRUE(first.OpenAndFill(Tokens(0, 50)).ok());  // three full pages and a tail
+    first.host->Quiesce();
+    HostUnderTest second({.num_groups = num_groups, .store = &shared, .incarnation = 2});
+    // Leaves the first worker's third page after 9 of its 16 tokens.
+    const std::vector<uint32_t> prompt = Concat(Tokens(0, 41), Tokens(900, 20));
+    const auto looked = second.host->LookupPrefix(second.tenant, prompt, {}, {});
+    ASSERT_TRUE(looked.ok()) << looked.status();
+    EXPECT_EQ(looked->reused_tokens, 41u);
+    PrefixReuse reuse;
+    auto info = second.OpenAndFill(prompt, &reuse);
+    ASSERT_TRUE(info.ok()) << info.status();
+    EXPECT_EQ(reuse.shared_pages, 2u);
+    EXPECT_EQ(reuse.partial_rows, 9u);
+    EXPECT_EQ(reuse.store_tokens, 41u);
+    EXPECT_EQ(reuse.limit, ReuseLimit::kDiverged);
+    EXPECT_EQ(second.WrongRows(info->id, prompt).value(), 0u);
+    // Its own page is as good now: the store is not needed for it.
+    auto again = second.host->Open(second.tenant, prompt, {}, {.skip_store = true});
+    ASSERT_TRUE(again.ok()) << again.status();
+    EXPECT_EQ(again->reuse.reused_tokens, 60u);
+    // Another tenant finds nothing under the same tokens.
+    const Tenant other{"other", DeriveTenantSalt("secret", "other")};
+    EXPECT_EQ(second.host->LookupPrefix(other, prompt, {}, {})->reused_tokens, 0u);
+  }
+}
+
+TEST(ModelHostTest, ADamagedPageOfAnotherWorkerGivesNoRows) {
+  MemoryPageStore shared;
+  HostUnderTest first({.store = &shared, .incarnation = 1});
+  ASSERT_TRUE(first.OpenAndFill(Tokens(0, 16)).ok());
+  first.host->Quiesce();
+  const PrefixKey root = RootPrefixKey(first.tenant.salt, first.model->identity(),
+                                       first.model->geometry().page_tokens());
+  const Digest fingerprint = first.model->geometry().group(0).fingerprint();
+  const PageKey key = MakePageKey(NextPrefixKey(root, Tokens(0, 16)), fingerprint);
+  ASSERT_TRUE(shared.FlipBit(key, 77));
+  HostUnderTest second({.store = &shared, .incarnation = 2});
+  const std::vector<uint32_t> prompt = Concat(Tokens(0, 10), Tokens(900, 20));
+  const auto opened = second.host->Open(second.tenant, prompt, {}, {});
+  ASSERT_TRUE(opened.ok()) << opened.status();
+  EXPECT_EQ(opened->reuse.partial_rows, 10u) << "damage shows when the page is read";
+  const auto ready = second.WaitReady(opened->info.id);
+  ASSERT_TRUE(ready.ok()) << ready.status();
+  const auto cut = second.host->Get(second.tenant, opened->info.id);
+  ASSERT_TRUE(cut.ok()) << cut.status();
+  EXPECT_EQ(cut->length, 0u);
+  auto info = second.Append(*cut, prompt);
+  ASSERT_TRUE(info.ok()) << info.status();
+  EXPECT_EQ(second.WrongRows(info->id, prompt).value(), 0u);
+  // Now it is known to be damaged, and nobody offers it again.
+  HostUnderTest third({.store = &shared, .incarnation = 3});
+  EXPECT_EQ(third.host->LookupPrefix(third.tenant, prompt, {}, {})->reused_tokens, 16u)
+      << "the second worker's own page";
+}
+
+TEST(ModelHostTest, AStoreThatCannotTellOfPartialPagesIsNoHindrance) {
+  MemoryPageStore shared;
+  HostUnderTest first({.store = &shared, .incarnation = 1});
+  ASSERT_TRUE(first.OpenAndFill(Tokens(0, 16)).ok());
+  first.host->Quiesce();
+  FaultInjectingPageStore faulty(&shared);
+  HostUnderTest second({.store = &faulty, .incarnation = 2});
+  faulty.FailWith(absl::UnavailableError("down"));
+  // Too short for a full page, so that the partial page is all that is asked for.
+  const auto looked = second.host->LookupPrefix(second.tenant, Tokens(0, 12), {}, {});
+  ASSERT_TRUE(looked.ok()) << looked.status();
+  EXPECT_EQ(looked->reused_tokens, 0u);
+  const uint64_t failed = faulty.num_failed();
+  EXPECT_EQ(failed, 1u);
+  // Not asked again at once: each question may cost the time of a lookup.
+  ASSERT_TRUE(second.host->LookupPrefix(second.tenant, Tokens(0, 12), {}, {}).ok());
+  EXPECT_EQ(faulty.num_failed(), failed);
 }
 
 TEST(ModelHostTest, MoreSequencesThanFramesComeBackWholeFromTheStore) {
