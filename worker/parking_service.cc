@@ -25,12 +25,6 @@ v1::ParkSequenceResponse ToProto(SequenceId id, const ParkAnswer& answer) {
   return proto;
 }
 
-absl::StatusOr<SequenceId> IdFromProto(const std::string& sequence_id) {
-  absl::StatusOr<SequenceId> id = SequenceId::Parse(sequence_id);
-  if (id.ok()) return id;
-  return absl::InvalidArgumentError(absl::StrCat("sequence_id: ", id.status().message()));
-}
-
 }  // namespace
 
 absl::StatusOr<v1::ParkSequenceResponse> SequenceServiceImpl::Park(
@@ -42,7 +36,7 @@ absl::StatusOr<v1::ParkSequenceResponse> SequenceServiceImpl::Park(
   }
   park.request_id = request.request_id();
   park.request_digest = DigestOfMessage(request);
-  PT_ASSIGN_OR_RETURN(const SequenceId id, IdFromProto(request.sequence().sequence_id()));
+  PT_ASSIGN_OR_RETURN(const SequenceId id, SequenceIdFromProto(request.sequence().sequence_id()));
   // Before the sequence is looked for: after a lost answer it is open nowhere.
   PT_ASSIGN_OR_RETURN(const std::optional<ParkAnswer> first,
                       parking_->FindAnswer(call.tenant, id, park, call.deadline));
@@ -69,7 +63,7 @@ grpc::Status SequenceServiceImpl::ParkSequence(grpc::ServerContext* context,
 
 absl::StatusOr<v1::ResumeSequenceResponse> SequenceServiceImpl::Resume(
     const CallContext& call, const v1::ResumeSequenceRequest& request) {
-  PT_ASSIGN_OR_RETURN(const SequenceId id, IdFromProto(request.sequence_id()));
+  PT_ASSIGN_OR_RETURN(const SequenceId id, SequenceIdFromProto(request.sequence_id()));
   PT_ASSIGN_OR_RETURN(const ResumedSequence resumed,
                       parking_->Resume(call.tenant, id, call.deadline));
   worker_->NoteResumed(*resumed.host, resumed.info);

@@ -29,13 +29,16 @@ CallContext MakeCallContext(const grpc::ServerContextBase& context, const Worker
   return CallContext{worker.TenantNamed(TenantOf(context)), worker.clock().MonotonicNow() + left};
 }
 
-absl::StatusOr<SequenceTarget> FindSequence(const Worker& worker, absl::string_view sequence_id) {
+absl::StatusOr<SequenceId> SequenceIdFromProto(absl::string_view sequence_id) {
   absl::StatusOr<SequenceId> id = SequenceId::Parse(sequence_id);
-  if (!id.ok()) {
-    return absl::InvalidArgumentError(absl::StrCat("sequence_id: ", id.status().message()));
-  }
-  PT_ASSIGN_OR_RETURN(ModelHost * host, worker.HostOfSequence(*id));
-  return SequenceTarget{host, *id};
+  if (id.ok()) return id;
+  return absl::InvalidArgumentError(absl::StrCat("sequence_id: ", id.status().message()));
+}
+
+absl::StatusOr<SequenceTarget> FindSequence(const Worker& worker, absl::string_view sequence_id) {
+  PT_ASSIGN_OR_RETURN(const SequenceId id, SequenceIdFromProto(sequence_id));
+  PT_ASSIGN_OR_RETURN(ModelHost * host, worker.HostOfSequence(id));
+  return SequenceTarget{host, id};
 }
 
 absl::StatusOr<HandleTarget> FindSequence(const Worker& worker, const v1::SequenceRef& ref) {

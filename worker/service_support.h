@@ -36,6 +36,9 @@ struct CallContext {
 };
 CallContext MakeCallContext(const grpc::ServerContextBase& context, const Worker& worker);
 
+// INVALID_ARGUMENT names the field.
+absl::StatusOr<SequenceId> SequenceIdFromProto(absl::string_view sequence_id);
+
 // The host and the id of a sequence named by a request. INVALID_ARGUMENT, NOT_FOUND.
 struct SequenceTarget {
   ModelHost* host = nullptr;

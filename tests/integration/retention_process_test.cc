@@ -3,10 +3,8 @@
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 
-#include <chrono>
 #include <memory>
 #include <string>
-#include <thread>
 #include <vector>
 
 #include "absl/strings/str_cat.h"
@@ -16,6 +14,7 @@
 #include "rpc/channel.h"
 #include "tests/contract/test_page.h"
 #include "tests/support/process.h"
+#include "tests/support/timing.h"
 #include "tests/support/worker_client.h"
 
 namespace pagetide {
@@ -40,7 +39,7 @@ MonotonicTime In(absl::Duration d) {
 class RetentionProcessTest : public ::testing::Test {
  protected:
   void SetUp() override {
-    StartStore("127.0.0.1:0");
+    StartStore();
     model_ = std::make_shared<const Model>(
         MakeTestModel({.num_layers = 4, .kv_heads = 4, .dim = 64}));  // 8 KiB a token
     ASSERT_EQ(model_->geometry().bytes_per_page_of_tokens(), kPageBytes);
@@ -54,10 +53,11 @@ class RetentionProcessTest : public ::testing::Test {
     engine_ = std::make_unique<WorkerClient>(worker_->Address("grpc"), model_);
     client_ = Client::Create({.worker_address = worker_->Address("grpc")}).value();
   }
-  void StartStore(const std::string& listen) {
+  // At the same address each time: a socket file, which nobody else can have taken meanwhile.
+  void StartStore() {
     auto started = ChildProcess::Start(
         {.program = "pagetide-store",
-         .args = {absl::StrCat("--listen=", listen), "--metrics-listen=127.0.0.1:0",
+         .args = {absl::StrCat("--listen=unix:", dir_ / "store.sock"), "--metrics-listen=127.0.0.1:0",
                   absl::StrCat("--data-dir=", dir_ / "data"),
                   absl::StrCat("--capacity=", kCapacity), "--segment-size=1MiB"}});
     ASSERT_TRUE(started.ok()) << started.status();
@@ -68,9 +68,8 @@ class RetentionProcessTest : public ::testing::Test {
   }
   // kill -9, then the same folder at the same address.
   void KillAndRestartStore() {
-    const std::string address = store_process_->Address("grpc");
     store_process_->Kill();
-    StartStore(address);
+    StartStore();
   }
   // A sequence of four full pages, whose keys go to `keys`.
   std::unique_ptr<Sequence> Fill(uint64_t seed, std::vector<PageKey>* keys) {
@@ -165,6 +164,8 @@ TEST_F(RetentionProcessTest, PinsAndPrioritiesOutliveFloodsAndAKilledStore) {
   ASSERT_EQ(pins->size(), 1u);
   EXPECT_EQ(pins->front().name(), "system-prompt");
   ASSERT_TRUE(client_->Unpin("system-prompt").ok());
+  // One pin, two ranges set, one unpinned.
+  EXPECT_TRUE(engine_->EventuallyStat("pagetide_retention_calls_total", 4));
   EXPECT_TRUE(FloodAway(pinned)) << NumHeld(pinned) << " pages stayed after the pin was removed";
   EXPECT_EQ(GetReason(client_->Unpin("system-prompt")), "PIN_NOT_FOUND");
 }
@@ -174,10 +175,7 @@ TEST_F(RetentionProcessTest, APinWithATimeToLiveEndsByItself) {
   auto sequence = Fill(1, &keys);
   ASSERT_TRUE(sequence->Pin("short", {.ttl = absl::Seconds(1)}).ok());
   ASSERT_TRUE(sequence->Pin("long", {.ttl = absl::Hours(1)}).ok());
-  const MonotonicTime give_up = In(absl::Seconds(60));
-  while (client_->ListPins("short")->size() == 1 && Clock::Real()->MonotonicNow() < give_up) {
-    std::this_thread::sleep_for(std::chrono::milliseconds(20));
-  }
+  EXPECT_TRUE(testing::Eventually([&] { return client_->ListPins("short")->empty(); }));
   auto pins = client_->ListPins();
   ASSERT_TRUE(pins.ok()) << pins.status();
   ASSERT_EQ(pins->size(), 1u);
@@ -242,7 +240,6 @@ TEST_F(RetentionProcessTest, RefusalsNameTheFieldAndChangeNothing) {
   ASSERT_TRUE(sequence->Refresh().ok());
   EXPECT_EQ(sequence->state().revision(), before.revision());
   // A store that is away: a clear status in bounded time; afterwards it works again.
-  const std::string address = store_process_->Address("grpc");
   store_process_->Kill();
   testing::TestContext context(absl::Seconds(1));
   v1::PinRangeRequest request;
@@ -254,13 +251,12 @@ TEST_F(RetentionProcessTest, RefusalsNameTheFieldAndChangeNothing) {
   EXPECT_TRUE(away.error_code() == grpc::StatusCode::UNAVAILABLE ||
               away.error_code() == grpc::StatusCode::DEADLINE_EXCEEDED)
       << away.error_message();
-  StartStore(address);
-  const MonotonicTime give_up = In(absl::Seconds(60));
-  absl::Status pinned = sequence->Pin("p").status();
-  while (!pinned.ok() && Clock::Real()->MonotonicNow() < give_up) {
-    std::this_thread::sleep_for(std::chrono::milliseconds(50));
+  StartStore();
+  absl::Status pinned;
+  testing::Eventually([&] {
     pinned = sequence->Pin("p").status();
-  }
+    return pinned.ok();
+  });
   EXPECT_TRUE(pinned.ok()) << pinned;
 }
 

@@ -148,6 +148,7 @@ TEST_F(TakeoverProcessTest, AParkedSequenceGoesOnOnAnotherWorker) {
   EXPECT_FALSE(parked->is_open());
   EXPECT_EQ(parked->tokens(), 100u);
   EXPECT_EQ(GetReason(a_.client->Get(state.sequence_id()).status()), "SEQUENCE_NOT_FOUND");
+  EXPECT_TRUE(a_.client->EventuallyStat("pagetide_parking_calls_total", 1));
   // Both die; what was parked does not.
   a_.process->Kill();
   b_.process->Kill();
@@ -166,6 +167,7 @@ TEST_F(TakeoverProcessTest, AParkedSequenceGoesOnOnAnotherWorker) {
   ASSERT_TRUE(b_.client->Close(appended->state()).ok());
   EXPECT_EQ(GetReason(b_.Resume(state.sequence_id()).status()), "SEQUENCE_NOT_FOUND");
   EXPECT_EQ(store_->GetStats(In(absl::Seconds(30)))->manifests, 0u);
+  EXPECT_TRUE(b_.client->EventuallyStat("pagetide_parking_calls_total", 2));
 }
 
 TEST_F(TakeoverProcessTest, AKilledWorkersSequenceIsTakenOverAsItWasParkedLast) {

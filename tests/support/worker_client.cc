@@ -96,8 +96,13 @@ absl::StatusOr<double> WorkerClient::Stat(const std::string& name) {
   TestContext context;
   v1::GetStatsResponse response;
   PT_RETURN_IF_ERROR(FromGrpcStatus(admin_->GetStats(&context, {}, &response)));
-  const auto found = response.values().find(name);
-  return found == response.values().end() ? 0 : found->second;
+  double sum = 0;
+  for (const auto& [key, value] : response.values()) {
+    // name, or name{label="…"}
+    if (key.compare(0, name.size(), name) != 0) continue;
+    if (key.size() == name.size() || key[name.size()] == '{') sum += value;
+  }
+  return sum;
 }
 
 bool WorkerClient::EventuallyStat(const std::string& name, double least) {
