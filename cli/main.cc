@@ -11,6 +11,7 @@
 #include "base/log.h"
 #include "cli/command.h"
 #include "cli/demo_command.h"
+#include "cli/file_commands.h"
 #include "cli/parking_commands.h"
 #include "cli/replay_command.h"
 #include "cli/retention_commands.h"
@@ -42,6 +43,8 @@ constexpr Command kCommands[] = {
     {"park", AddParkCommand},
     {"resume", AddResumeCommand},
     {"store", AddStoreCommand},
+    {"export", AddExportCommand},
+    {"import", AddImportCommand},
 };
 
 int Main(int argc, char** argv) {

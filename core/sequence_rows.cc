@@ -115,6 +115,32 @@ std::vector<PageId> SequenceRows::DropMasked(std::span<const GroupTraits> groups
   return gone;
 }
 
+bool Holds(std::span<const RowSpan> spans, uint64_t row) {
+  const auto after =
+      std::upper_bound(spans.begin(), spans.end(), row,
+                       [](uint64_t r, const RowSpan& span) { return r < span.begin; });
+  return after != spans.begin() && row < (after - 1)->end;
+}
+
+std::vector<RowSpan> SequenceRows::HeldRows(uint32_t group) const {
+  std::vector<RowSpan> spans;
+  for (const Extent& extent : tables[group].extents()) {
+    if (!spans.empty() && spans.back().end == extent.first_row)
+      spans.back().end = extent.end_row();
+    else
+      spans.push_back({extent.first_row, extent.end_row()});
+  }
+  return spans;
+}
+
+void SequenceRows::KeepRows(uint32_t group, std::span<const RowSpan> spans) {
+  PageTable kept;
+  for (const RowSpan& span : spans) {
+    for (const Extent& extent : tables[group].Cover(span.begin, span.end)) kept.Append(extent);
+  }
+  tables[group] = std::move(kept);
+}
+
 uint64_t SequenceRows::RowAt(int64_t at) const {
   if (positions.empty()) {
     return at < 0 ? 0 : std::min<uint64_t>(static_cast<uint64_t>(at), tokens.size());

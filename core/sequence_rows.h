@@ -65,6 +65,15 @@ struct PositionedRun {
   friend bool operator==(const PositionedRun&, const PositionedRun&) = default;
 };
 
+// Rows [begin, end).
+struct RowSpan {
+  uint64_t begin = 0;
+  uint64_t end = 0;
+  friend bool operator==(const RowSpan&, const RowSpan&) = default;
+};
+// `spans` ascend.
+bool Holds(std::span<const RowSpan> spans, uint64_t row);
+
 // A row that a layer group would need and does not have, or not without those behind it.
 struct LackedRow {
   uint32_t group = 0;
@@ -108,6 +117,10 @@ struct SequenceRows {
   std::optional<LackedRow> LackedIn(uint32_t group, const GroupTraits& traits, uint64_t rows) const;
   // Gives up extents that no later token can attend to. Returns their pages, one for each extent.
   std::vector<PageId> DropMasked(std::span<const GroupTraits> groups);
+  // The rows that a group holds, ascending; neighbours are one span.
+  std::vector<RowSpan> HeldRows(uint32_t group) const;
+  // A group gives up what is outside `spans`, which ascend. References are the caller's to count.
+  void KeepRows(uint32_t group, std::span<const RowSpan> spans);
   // Rows [begin, end) of a group, cut where positions or slots do not carry on.
   std::vector<PositionedRun> Runs(uint32_t group, uint64_t begin, uint64_t end) const;
 

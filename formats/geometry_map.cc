@@ -18,6 +18,8 @@ absl::Status Mismatch(const Args&... args) {
   return WithReason(absl::FailedPreconditionError(absl::StrCat("match state to model: ", args...)),
                     "MODEL_MISMATCH");
 }
+constexpr uint32_t kNoRow = ~uint32_t{0};
+
 template <typename... Args>
 absl::Status CannotExpress(const Args&... args) {
   return WithReason(absl::FailedPreconditionError(absl::StrCat(args...)), "CANNOT_EXPRESS");
@@ -177,25 +179,57 @@ absl::StatusOr<StateMap> StateMap::Create(const SequenceState* state, BlockRule 
     return Mismatch("the state has ", num_layers, " layers, the model has ", by_number.size());
   }
   map.rows_at_.resize(state->blocks.size());
+  std::vector<std::vector<RowSpan>> held_by_block(state->blocks.size());
   for (size_t b = 0; b < state->blocks.size(); ++b) {
     const std::vector<uint32_t>& positions = state->blocks[b].positions;
-    if (positions.size() != num_tokens) {
-      return Mismatch("block ", b, " has ", positions.size(), " rows for ", num_tokens,
-                      " tokens: rows that a window dropped are missing, or tokens are");
-    }
-    bool in_order = true;
-    std::vector<uint32_t> rows(num_tokens, ~uint32_t{0});
-    for (uint64_t r = 0; r < num_tokens; ++r) {
+    bool in_order = positions.size() == num_tokens;
+    std::vector<uint32_t> rows(num_tokens, kNoRow);
+    for (uint64_t r = 0; r < positions.size(); ++r) {
       in_order = in_order && positions[r] == r;
-      if (positions[r] >= num_tokens || rows[positions[r]] != ~uint32_t{0}) {
+      if (positions[r] >= num_tokens || rows[positions[r]] != kNoRow) {
         return Mismatch("row ", r, " of block ", b, " is at position ", positions[r],
-                        ", expected each of 0 to ", num_tokens - 1, " once");
+                        ", expected positions below the ", num_tokens, " tokens, each once");
       }
       rows[positions[r]] = static_cast<uint32_t>(r);
     }
+    for (uint64_t p = 0; p < num_tokens; ++p) {
+      if (rows[p] == kNoRow) continue;
+      if (!held_by_block[b].empty() && held_by_block[b].back().end == p)
+        ++held_by_block[b].back().end;
+      else
+        held_by_block[b].push_back({p, p + 1});
+    }
     if (!in_order) map.rows_at_[b] = std::move(rows);
   }
+  for (uint32_t g = 0; g < geometry.num_groups(); ++g) {
+    for (const Source& source : map.sources_[g]) {
+      const std::vector<RowSpan>& held = held_by_block[source.block];
+      PT_RETURN_IF_ERROR(CheckHeldRows(geometry, g, held, num_tokens));
+      if (&source == &map.sources_[g].front()) {
+        map.held_.push_back(held);
+      } else if (held != map.held_.back()) {
+        return Mismatch("the layers of layer group ", g, " have rows of different tokens");
+      }
+    }
+  }
   return map;
+}
+
+absl::Status CheckHeldRows(const PageGeometry& geometry, uint32_t group,
+                           std::span<const RowSpan> held, uint64_t num_tokens) {
+  const GroupTraits traits = TraitsOf(geometry.group(group).spec());
+  uint64_t first = std::min<uint64_t>(
+      static_cast<uint64_t>(traits.FirstVisible(static_cast<int64_t>(num_tokens))), num_tokens);
+  if (first == num_tokens && num_tokens > 0) --first;
+  if (first == num_tokens ||
+      (!held.empty() && held.back().begin <= first && held.back().end == num_tokens)) {
+    return absl::OkStatus();
+  }
+  uint64_t num_held = 0;
+  for (const RowSpan& span : held) num_held += span.end - span.begin;
+  return Mismatch("layer group ", group, " has ", num_held, " rows for ", num_tokens,
+                  " tokens, and needs those from ", first,
+                  " on: rows that a window dropped are missing, or tokens are");
 }
 
 absl::Status StateMap::ReadKind(const RowReader& rows, const Source& source, RowKind kind,
@@ -205,15 +239,19 @@ absl::Status StateMap::ReadKind(const RowReader& rows, const Source& source, Row
   if (rows_at.empty()) return rows.ReadRows(range, out);
   const uint64_t row_bytes = out.size() / count;
   for (uint64_t done = 0; done < count; done += range.count) {
+    const bool is_there = rows_at[first + done] != kNoRow;
     // As many rows as lie one behind the other.
     range.first = rows_at[first + done];
     range.count = 1;
     while (done + range.count < count &&
-           rows_at[first + done + range.count] == range.first + range.count) {
+           rows_at[first + done + range.count] == (is_there ? range.first + range.count : kNoRow)) {
       ++range.count;
     }
-    PT_RETURN_IF_ERROR(
-        rows.ReadRows(range, out.subspan(done * row_bytes, range.count * row_bytes)));
+    const std::span<std::byte> to = out.subspan(done * row_bytes, range.count * row_bytes);
+    if (is_there)
+      PT_RETURN_IF_ERROR(rows.ReadRows(range, to));
+    else
+      std::memset(to.data(), 0, to.size());
   }
   return absl::OkStatus();
 }
@@ -240,7 +278,8 @@ absl::Status StateMap::ReadRows(const RowReader& rows, uint32_t group, uint32_t 
 }
 
 absl::StatusOr<DescribedState> DescribeForLlamaCpp(const PageGeometry& geometry,
-                                                   std::vector<uint32_t> tokens) {
+                                                   std::vector<uint32_t> tokens,
+                                                   std::span<const std::vector<RowSpan>> held) {
   PT_RETURN_IF_ERROR(CheckForeignGeometry(geometry));
   DescribedState described;
   described.places = BlocksByKind(geometry);
@@ -260,11 +299,41 @@ absl::StatusOr<DescribedState> DescribeForLlamaCpp(const PageGeometry& geometry,
                               static_cast<uint32_t>(block.layers.size())});
     }
     for (uint64_t p = 0; p < n; ++p) {
-      if (!IsMasked(first, p, n - 1)) block.positions.push_back(static_cast<uint32_t>(p));
+      const bool is_held = std::all_of(layers.begin(), layers.end(), [&](const ModelLayer& at) {
+        return Holds(held[at.group], p);
+      });
+      if (is_held && !IsMasked(first, p, n - 1)) {
+        block.positions.push_back(static_cast<uint32_t>(p));
+      }
     }
   }
   described.state.tokens = std::move(tokens);
   return described;
+}
+
+absl::Status CheckMlxWindows(const MlxCache& cache, const PageGeometry& geometry) {
+  const std::vector<ModelLayer> by_number = LayersInOrder(geometry, std::nullopt);
+  for (size_t i = 0; i < std::min(cache.layers().size(), by_number.size()); ++i) {
+    const MlxLayer& layer = cache.layers()[i];
+    const LayerGroupSpec& spec = geometry.group(by_number[i].group).spec();
+    const bool is_turned =
+        layer.cache_class == MlxCacheClass::kRotating && layer.offset > layer.rows();
+    const bool is_trimmed =
+        layer.cache_class == MlxCacheClass::kChunked && layer.start_position > 0;
+    if (!is_turned && !is_trimmed) continue;
+    const auto type =
+        is_turned ? LayerGroupSpec::WindowType::kStandard : LayerGroupSpec::WindowType::kChunked;
+    const uint64_t window = is_turned ? layer.max_size : layer.chunk_size;
+    if (spec.kind != Kind::kWindow || spec.window_type != type || spec.window_tokens != window) {
+      return Mismatch("layer ", i, " is a ", MlxCacheClassName(layer.cache_class), " of ", window,
+                      " rows that has dropped some, the model has another window there or none");
+    }
+    if (is_turned && layer.keep > 0) {
+      return Mismatch("layer ", i, " keeps its first ", layer.keep,
+                      " rows for good, the model's window does not");
+    }
+  }
+  return absl::OkStatus();
 }
 
 absl::StatusOr<DescribedMlx> DescribeForMlx(const PageGeometry& geometry) {

@@ -39,6 +39,7 @@ std::string EncodeHeader(const NativeHeader& header) {
     AppendLittleEndian(&out, group.layers);
     AppendLittleEndian(&out, group.k_row_bytes);
     AppendLittleEndian(&out, group.v_row_bytes);
+    AppendLittleEndian(&out, group.first_row);
   }
   AppendLittleEndian(&out, header.canonical_length);
   AppendLittleEndian<uint64_t>(&out, header.tokens.size());
@@ -79,6 +80,7 @@ absl::Status ParseHeader(ByteParser* in, NativeHeader* header) {
     PT_ASSIGN_OR_RETURN(group.layers, in->TakeLittleEndian<uint32_t>("layers"));
     PT_ASSIGN_OR_RETURN(group.k_row_bytes, in->TakeLittleEndian<uint32_t>("K row bytes"));
     PT_ASSIGN_OR_RETURN(group.v_row_bytes, in->TakeLittleEndian<uint32_t>("V row bytes"));
+    PT_ASSIGN_OR_RETURN(group.first_row, in->TakeLittleEndian<uint64_t>("first row"));
     if (group.layers < 1 || group.layers > kMaxLayers) {
       return in->DataLoss("group ", g, " has ", group.layers, " layers");
     }
@@ -88,6 +90,10 @@ absl::Status ParseHeader(ByteParser* in, NativeHeader* header) {
   PT_ASSIGN_OR_RETURN(const uint64_t n, in->TakeLittleEndian<uint64_t>("number of tokens"));
   if (header->canonical_length > n) {
     return in->DataLoss("canonical length ", header->canonical_length, " of ", n, " tokens");
+  }
+  for (const NativeGroup& group : header->groups) {
+    if (group.first_row == 0 || group.first_row < n) continue;
+    return in->DataLoss("a layer group begins at row ", group.first_row, " of ", n);
   }
   PT_ASSIGN_OR_RETURN(const absl::string_view raw, in->TakeRun("tokens", n, 4));
   LittleEndianReader tokens(raw);
@@ -134,7 +140,7 @@ absl::StatusOr<NativeFile> NativeFile::Parse(absl::string_view bytes) {
     file.group_offsets_.push_back(in.offset());
     const uint64_t token_bytes =
         uint64_t{group.layers} * (uint64_t{group.k_row_bytes} + group.v_row_bytes);
-    PT_RETURN_IF_ERROR(in.TakeRun("rows", n, token_bytes).status());
+    PT_RETURN_IF_ERROR(in.TakeRun("rows", n - group.first_row, token_bytes).status());
   }
   if (in.remaining() != 0) return in.DataLoss(in.remaining(), " bytes are left over");
   file.content_ = Sha256Of(file.bytes_);
@@ -170,7 +176,9 @@ absl::Status NativeFile::CheckModel(const Model& model) const {
     return mismatch(header_.groups.size(), " layer groups, the model has ", expected.groups.size());
   }
   for (size_t g = 0; g < expected.groups.size(); ++g) {
-    if (header_.groups[g] != expected.groups[g]) {
+    NativeGroup group = header_.groups[g];
+    group.first_row = 0;
+    if (group != expected.groups[g]) {
       return mismatch(
           "layer group ", g, " differs: ", header_.groups[g].layers, " layers with rows of ",
           header_.groups[g].k_row_bytes, " and ", header_.groups[g].v_row_bytes,
@@ -189,23 +197,26 @@ absl::Status NativeFile::CheckModel(const Model& model) const {
 
 absl::StatusOr<absl::string_view> NativeFile::Rows(uint32_t group, uint32_t layer, RowKind kind,
                                                    uint64_t first, uint64_t count) const {
-  const uint64_t n = header_.tokens.size();
-  if (group >= header_.groups.size() || layer >= header_.groups[group].layers || first > n ||
-      count > n - first) {
+  const uint64_t end = header_.tokens.size();
+  if (group >= header_.groups.size() || layer >= header_.groups[group].layers || first > end ||
+      count > end - first || first < header_.groups[group].first_row) {
     return absl::InvalidArgumentError(absl::StrCat("read rows ", first, " + ", count, " of layer ",
                                                    layer, " of group ", group, " of a ", kFormat));
   }
   const NativeGroup& g = header_.groups[group];
   const uint64_t row = kind == RowKind::kK ? g.k_row_bytes : g.v_row_bytes;
+  const uint64_t n = end - g.first_row;
   const uint64_t layer_offset = n * layer * (uint64_t{g.k_row_bytes} + g.v_row_bytes) +
                                 (kind == RowKind::kV ? n * g.k_row_bytes : 0);
-  return bytes_.substr(group_offsets_[group] + layer_offset + first * row, count * row);
+  return bytes_.substr(group_offsets_[group] + layer_offset + (first - g.first_row) * row,
+                       count * row);
 }
 
 uint64_t NativeFileBytes(const NativeHeader& header) {
   uint64_t bytes = EncodeHeader(header).size() + kTrailerBytes;
   for (const NativeGroup& g : header.groups) {
-    bytes += header.tokens.size() * g.layers * (uint64_t{g.k_row_bytes} + g.v_row_bytes);
+    bytes +=
+        (header.tokens.size() - g.first_row) * g.layers * (uint64_t{g.k_row_bytes} + g.v_row_bytes);
   }
   return bytes;
 }
@@ -230,7 +241,7 @@ absl::Status WriteNative(const NativeHeader& header, const TenantSalt& salt, Nat
             kind == RowKind::kK ? header.groups[g].k_row_bytes : header.groups[g].v_row_bytes;
         if (row == 0) continue;
         const uint64_t step = std::max<uint64_t>(1, kMaxSinkBytes / row);
-        for (uint64_t first = 0; first < n; first += step) {
+        for (uint64_t first = header.groups[g].first_row; first < n; first += step) {
           const uint64_t count = std::min(step, n - first);
           buffer.resize(count * row);
           PT_RETURN_IF_ERROR(rows(g, layer, kind, first, count, buffer));

@@ -3,9 +3,10 @@
 //
 //   u32 "PTSQ", u16 version 1, u16 flags (0), field model name, 32 bytes model digest, 32 bytes
 //   model identity, u32 page_tokens, u32 groups, per group {32 bytes component fingerprint, u32
-//   layers, u32 K row bytes, u32 V row bytes}, u64 canonical length, u64 n, n × u32 token, u64 m, m
-//   × {u64 position, 32 bytes digest}, per group and layer n K rows, then n V rows, 32 bytes
-//   SHA-256 of all before, 32 bytes HMAC-SHA-256 of that under the tenant's salt.
+//   layers, u32 K row bytes, u32 V row bytes, u64 first row r}, u64 canonical length, u64 n, n ×
+//   u32 token, u64 m, m × {u64 position, 32 bytes digest}, per group and layer the K rows from r to
+//   n, then the V rows, 32 bytes SHA-256 of all before, 32 bytes HMAC-SHA-256 of that under the
+//   tenant's salt.
 // Integers are little-endian; a field is a u64 length and its bytes.
 //
 // The HMAC is what lets rows be keyed again: only a worker of the same deployment and tenant can
@@ -35,6 +36,8 @@ struct NativeGroup {
   uint32_t layers = 0;
   uint32_t k_row_bytes = 0;
   uint32_t v_row_bytes = 0;
+  // Rows in front of it are not in the file: behind a window nobody attends to them.
+  uint64_t first_row = 0;
   friend bool operator==(const NativeGroup&, const NativeGroup&) = default;
 };
 
@@ -50,7 +53,7 @@ struct NativeHeader {
   friend bool operator==(const NativeHeader&, const NativeHeader&) = default;
 };
 
-// Everything but tokens, inputs and canonical length.
+// Everything but tokens, inputs, canonical length and first rows.
 NativeHeader NativeHeaderOf(const Model& model);
 
 // A parsed file over bytes that the caller keeps. Immutable; thread-safe.
@@ -65,7 +68,7 @@ class NativeFile {
   bool IsProvenBy(const TenantSalt& salt) const;
   // FAILED_PRECONDITION (MODEL_MISMATCH) says what differs.
   absl::Status CheckModel(const Model& model) const;
-  // Rows [first, first + count) of one layer: a view.
+  // Rows [first, first + count) of one layer, not in front of the group's first: a view.
   absl::StatusOr<absl::string_view> Rows(uint32_t group, uint32_t layer, RowKind kind,
                                          uint64_t first, uint64_t count) const;
 

@@ -83,6 +83,11 @@ absl::StatusOr<WorkerRole::Options> WorkerOptionsFromConfig(const config::Worker
     }
     options.store_lease_ttl = absl::Milliseconds(config.store_lease_ms());
   }
+  if (config.has_import_dir()) options.import_limits.folder = config.import_dir();
+  if (config.has_import_max_bytes()) {
+    PT_RETURN_IF_ERROR(SetByteSize("import_max_bytes", config.import_max_bytes(),
+                                   &options.import_limits.max_bytes));
+  }
   PT_RETURN_IF_ERROR(worker.Validate());
   return options;
 }

@@ -79,6 +79,8 @@ int main(int argc, char** argv) {
        {"deployment_secret_file", "File with the secret that tenant salts are derived from"},
        {"insecure", "Serve without TLS on addresses that are not loopback"},
        {"io_threads", "Threads that spill and restore (default 4)"},
+       {"import_dir", "Folder where files that are imported are gathered (default /var/tmp)"},
+       {"import_max_bytes", "Largest file that is imported (default 64GiB)"},
        {"drain_seconds", "How long a stop waits for running calls (default 30)"},
        {"reserve_memory", "Take the pool's memory when a model is loaded (default false)"},
        {"unsafe_skip_verify", "Tests only: do not compare checksums on restore"}});

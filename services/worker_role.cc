@@ -178,8 +178,8 @@ absl::StatusOr<std::unique_ptr<WorkerRole>> WorkerRole::Start(Options options, P
       std::make_unique<PrefixServiceImpl>(worker, parts->memos.get(), parts->planner.get());
   parts->sequence_service = std::make_unique<SequenceServiceImpl>(
       worker, parts->memos.get(), local_plane, parts->planner.get(), parts->parking.get());
-  parts->session_service =
-      std::make_unique<SessionServiceImpl>(worker, parts->sessions.get(), parts->memos.get());
+  parts->session_service = std::make_unique<SessionServiceImpl>(
+      worker, parts->sessions.get(), parts->memos.get(), options.import_limits);
   worker->Start();
   PT_ASSIGN_OR_RETURN(parts->server,
                       RpcServer::Create(options.server,

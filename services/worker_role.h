@@ -18,6 +18,7 @@
 #include "rpc/server.h"
 #include "worker/cpu_device.h"
 #include "worker/local_plane.h"
+#include "worker/session_service.h"
 #include "worker/worker.h"
 
 namespace pagetide {
@@ -41,6 +42,7 @@ class WorkerRole {
     int io_threads = 4;
     size_t io_queue = 4096;
     absl::Duration store_lease_ttl = absl::Seconds(5);
+    SessionServiceImpl::ImportLimits import_limits;
   };
 
   // Serves when it returns. `store` may be null. A worker.incarnation of 0 is replaced by a random

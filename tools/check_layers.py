@@ -41,7 +41,8 @@ EXTERNALS = [
 SUBFOLDERS = [
     ("kvstore-wire", ["kvstore/remote*", "kvstore/page_store_codec.*",
                       "kvstore/retrying_page_store.*"]),
-    ("worker-wire", ["worker/*_service.*", "worker/service_support.*", "worker/row_wire.*",
+    ("worker-wire", ["worker/*_service.*", "worker/session_service_files.*",
+                     "worker/service_support.*", "worker/row_wire.*",
                      "worker/lent_frames.*", "worker/local_plane*", "worker/router_link.*"]),
     # What every program's services share; lower than the rest of services/.
     ("services-common", ["services/admin_common.*", "services/tenant.*"]),
@@ -69,10 +70,10 @@ RULES = [
     ("worker/nccl_*", {"base", "core", "kernels", "worker"}, {"posix", "cuda"}),
     ("services-common", {"base", "core", "rpc", "services-common"},
      {"posix", "grpc", "protobuf", "proto"}),
-    ("worker-wire", {"base", "core", "kernels", "kvstore", "rpc", "worker", "worker-wire",
+    ("worker-wire", {"base", "core", "formats", "kernels", "kvstore", "rpc", "worker", "worker-wire",
                      "services-common"},
      {"posix", "grpc", "protobuf", "proto"}),
-    ("worker/*", {"base", "core", "kernels", "worker"}, {"posix", "simd"}),
+    ("worker/*", {"base", "core", "formats", "kernels", "worker"}, {"posix", "simd"}),
     ("services/*_main.cc", BELOW_SERVICES | {"services"},
      {"posix", "grpc", "protobuf", "proto", "cli11"}),
     ("services/config_flags.*", {"services"}, {"protobuf", "proto", "cli11"}),

@@ -97,6 +97,11 @@ struct PromptOptions {
   bool allow_full_reuse = false;
   bool no_reuse = false;
   bool skip_store = false;
+  // The rows that will be appended come from elsewhere: none of their pages gets a key, so that no
+  // prompt finds them, and canonical_length stays 0 until the sequence is cut to nothing.
+  bool is_private = false;
+  // Window groups give no rows up until KeepRows says which they hold.
+  bool keeps_masked_rows = false;
 };
 
 struct OpenResult {
@@ -143,6 +148,15 @@ struct Readiness {
   uint64_t length = 0;
   bool done = false;
   std::string shortened_because;
+};
+
+// What a sequence consists of, apart from its rows.
+struct SequenceContents {
+  SequenceInfo info;
+  std::vector<uint32_t> tokens;            // [row]
+  std::vector<int32_t> positions;          // [row]; empty: row n is at position n
+  std::vector<PositionedInput> inputs;     // ascending
+  std::vector<std::vector<RowSpan>> held;  // [group]: rows that it holds, ascending
 };
 
 // A pending write: rows behind the committed length.
@@ -436,6 +450,12 @@ class ModelHost {
   virtual bool Has(SequenceId id) const = 0;
   // In order of number, after `after`, at most `limit`.
   virtual std::vector<SequenceInfo> List(const Tenant& tenant, uint64_t after, size_t limit) = 0;
+  virtual absl::StatusOr<SequenceContents> ReadContents(const Tenant& tenant, SequenceId id) = 0;
+  // Ends keeps_masked_rows: each group gives up what is outside held[group], spans that ascend.
+  // INVALID_ARGUMENT when the next token could attend to what would go.
+  virtual absl::StatusOr<SequenceInfo> KeepRows(const Tenant& tenant,
+                                                const SequenceHandle& sequence,
+                                                std::span<const std::vector<RowSpan>> held) = 0;
   virtual absl::StatusOr<std::vector<BlockTableEntry>> GetBlockTable(const Tenant& tenant,
                                                                      SequenceId id) = 0;
   // OK if it is closed already. A pending write is aborted.

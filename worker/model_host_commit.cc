@@ -151,7 +151,8 @@ absl::StatusOr<CommitResult> ModelHostImpl::CommitRows(const Tenant& tenant,
     }
     // The rows are complete and nobody may write them now: hash what became full without the lock.
     pending->state = Pending::State::kCommitting;
-    const bool is_canonical = sequence->is_canonical();
+    // The rows to come, not those there: a private sequence begins with a limit of 0.
+    const bool is_canonical = sequence->canonical_limit > sequence->length();
     std::vector<std::vector<FrameId>> frames(num_groups());
     for (uint32_t g = 0; g < num_groups(); ++g) {
       for (PageId id : pending->targets[g]) frames[g].push_back(pages_.Get(id).frame());
@@ -294,9 +295,11 @@ absl::StatusOr<CommitResult> ModelHostImpl::CommitRows(const Tenant& tenant,
     sequence->AppendTokens(added, at_positions);
     sequence->inputs = std::move(all_inputs);
     sequence->keys = std::move(keys);
-    for (PageId id : sequence->DropMasked(traits_)) {
-      pages_.Unref(pages_.Get(id));
-      ++counters_.pages_reclaimed;
+    if (!sequence->keeps_masked_rows) {
+      for (PageId id : sequence->DropMasked(traits_)) {
+        pages_.Unref(pages_.Get(id));
+        ++counters_.pages_reclaimed;
+      }
     }
     SyncTails(*sequence, sequence->root, page_tokens(), pages_);
     sequence->was_appended = true;

@@ -50,6 +50,9 @@ class ModelHostImpl final : public ModelHost {
   absl::StatusOr<SequenceInfo> Get(const Tenant&, SequenceId) override;
   bool Has(SequenceId) const override;
   std::vector<SequenceInfo> List(const Tenant&, uint64_t, size_t) override;
+  absl::StatusOr<SequenceContents> ReadContents(const Tenant&, SequenceId) override;
+  absl::StatusOr<SequenceInfo> KeepRows(const Tenant&, const SequenceHandle&,
+                                        std::span<const std::vector<RowSpan>>) override;
   absl::StatusOr<std::vector<BlockTableEntry>> GetBlockTable(const Tenant&, SequenceId) override;
   absl::Status Close(const Tenant&, SequenceId, uint64_t) override;
   uint64_t NumberOf(SequenceId id) const override;
@@ -161,6 +164,7 @@ class ModelHostImpl final : public ModelHost {
     std::unique_ptr<Pending> pending;
     std::vector<Checkpoint> checkpoints;  // oldest first
     bool was_appended = false;            // since open: then a lost prefix is the caller's to know
+    bool keeps_masked_rows = false;       // until KeepRows
     bool closed = false;
     std::string shortened_because;
     uint64_t length() const { return num_rows(); }

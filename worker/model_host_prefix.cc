@@ -385,7 +385,7 @@ absl::StatusOr<OpenResult> ModelHostImpl::Open(const Tenant& tenant,
     Match match;
     match.reuse.prompt_tokens = tokens.size();
     match.reuse.explanation = "reuse was not wanted";
-    if (!options.no_reuse) {
+    if (!options.no_reuse && !options.is_private) {
       PT_ASSIGN_OR_RETURN(match,
                           MatchPrompt(tenant, sequence->root, tokens, inputs, keys, options));
     }
@@ -470,6 +470,8 @@ absl::StatusOr<OpenResult> ModelHostImpl::Open(const Tenant& tenant,
     for (const PositionedInput& input : inputs) {
       if (input.position < length) sequence->inputs.push_back(input);
     }
+    if (options.is_private) sequence->canonical_limit = 0;
+    sequence->keeps_masked_rows = options.keeps_masked_rows;
     AddSequence(sequence);
     counters_.tokens_reused += length;
     result.restoring_pages = Prefetch(*sequence);

@@ -2,6 +2,10 @@
 #ifndef PAGETIDE_WORKER_SESSION_SERVICE_H_
 #define PAGETIDE_WORKER_SESSION_SERVICE_H_
 
+#include <atomic>
+#include <string>
+#include <utility>
+
 #include "pagetide/v1/session.grpc.pb.h"
 #include "worker/request_memos.h"
 #include "worker/service_support.h"
@@ -12,8 +16,19 @@ namespace pagetide {
 
 class SessionServiceImpl final : public v1::SessionService::Service {
  public:
-  SessionServiceImpl(Worker* worker, Sessions* sessions, RequestMemos* memos)
-      : worker_(worker), sessions_(sessions), memos_(memos) {}
+  // Of files that are imported.
+  struct ImportLimits {
+    // Where a file is gathered before it is looked at: on a disk, not in memory.
+    std::string folder = "/var/tmp";
+    uint64_t max_bytes = uint64_t{64} << 30;
+    uint32_t max_running = 4;
+  };
+  SessionServiceImpl(Worker* worker, Sessions* sessions, RequestMemos* memos,
+                     ImportLimits import_limits)
+      : worker_(worker),
+        sessions_(sessions),
+        memos_(memos),
+        import_limits_(std::move(import_limits)) {}
 
   grpc::Status SaveSession(grpc::ServerContext* context, const v1::SaveSessionRequest* request,
                            v1::SaveSessionResponse* response) override;
@@ -37,8 +52,17 @@ class SessionServiceImpl final : public v1::SessionService::Service {
   grpc::Status DeleteCheckpoint(grpc::ServerContext* context,
                                 const v1::DeleteCheckpointRequest* request,
                                 v1::DeleteCheckpointResponse* response) override;
+  grpc::Status ExportSequence(grpc::ServerContext* context,
+                              const v1::ExportSequenceRequest* request,
+                              grpc::ServerWriter<v1::ExportSequenceResponse>* writer) override;
+  grpc::Status ImportSequence(grpc::ServerContext* context,
+                              grpc::ServerReader<v1::ImportSequenceRequest>* reader,
+                              v1::ImportSequenceResponse* response) override;
 
  private:
+  absl::StatusOr<v1::ImportSequenceResponse> Import(
+      const CallContext& call, const v1::ImportSequenceRequest::Header& header,
+      grpc::ServerReader<v1::ImportSequenceRequest>* reader);
   absl::StatusOr<v1::SaveSessionResponse> Save(const CallContext& call,
                                                const v1::SaveSessionRequest& request);
   absl::StatusOr<v1::LoadSessionResponse> Load(const CallContext& call,
@@ -47,6 +71,8 @@ class SessionServiceImpl final : public v1::SessionService::Service {
   Worker* const worker_;
   Sessions* const sessions_;
   RequestMemos* const memos_;
+  const ImportLimits import_limits_;
+  std::atomic<uint32_t> imports_running_{0};  // a count only: no other data hangs on it
 };
 
 }  // namespace pagetide

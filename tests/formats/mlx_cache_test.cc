@@ -76,11 +76,12 @@ TEST_P(MlxRealFileTest, ReadsAndWritesTheSameBytes) {
 INSTANTIATE_TEST_SUITE_P(Files, MlxRealFileTest,
                          ::testing::Values("mlx_v0_28_plain", "mlx_v0_28_plain_bf16",
                                            "mlx_v0_28_rotating", "mlx_v0_28_quantized",
-                                           "mlx_v0_28_chunked", "mlx_v0_28_mixed",
-                                           "mlx_v0_32_plain", "mlx_v0_32_plain_bf16",
-                                           "mlx_v0_32_rotating", "mlx_v0_32_quantized",
-                                           "mlx_v0_32_chunked", "mlx_v0_32_chunked_trimmed",
-                                           "mlx_v0_32_mixed"),
+                                           "mlx_v0_28_chunked", "mlx_v0_28_mixed", "mlx_v0_28_ring",
+                                           "mlx_v0_28_ring_prompt", "mlx_v0_32_plain",
+                                           "mlx_v0_32_plain_bf16", "mlx_v0_32_rotating",
+                                           "mlx_v0_32_quantized", "mlx_v0_32_chunked",
+                                           "mlx_v0_32_chunked_trimmed", "mlx_v0_32_mixed",
+                                           "mlx_v0_32_ring", "mlx_v0_32_ring_prompt"),
                          [](const auto& info) { return std::string(info.param); });
 
 MlxCache ParseOrDie(const std::string& file) {

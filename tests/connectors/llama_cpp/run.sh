@@ -25,7 +25,8 @@ export PYTHONPATH=$PWD/$build/python:$PWD/connectors/llama_cpp/src:$PWD/tests/cl
 export PYTHONDONTWRITEBYTECODE=1
 here=tests/connectors/llama_cpp
 case "$what" in
-  test) exec "$PAGETIDE_LLAMA_PYTHON" -m pytest -q -p no:cacheprovider "$here/connector_test.py" "$here/server_test.py" "$@" ;;
+  test) exec "$PAGETIDE_LLAMA_PYTHON" -m pytest -q -p no:cacheprovider "$here/connector_test.py" "$here/export_test.py" \
+    "$here/server_test.py" "$@" ;;
   real) exec "$PAGETIDE_LLAMA_PYTHON" "$here/real_model.py" "$@" ;;
   ttft) exec "$PAGETIDE_LLAMA_PYTHON" "$here/ttft.py" "$@" ;;
   *) echo "run.sh: unknown command '$what'" >&2; exit 2 ;;

@@ -73,6 +73,9 @@ def main():
         trimmed = filled(mlx_cache.ChunkedKVCache(8), [10, 2])
         trimmed.maybe_trim_front()
         cases["chunked_trimmed"] = [trimmed]
+    # Rings without rows that stay: turned by single tokens, and longer than its size after a prompt.
+    cases["ring"] = [rotating(8, 0, [5] + [1] * 9), rotating(8, 0, [6] + [1] * 8)]
+    cases["ring_prompt"] = [rotating(8, 0, [6, 8])]
     for name, caches in cases.items():
         path = output / f"{prefix}_{name}.safetensors"
         mlx_cache.save_prompt_cache(str(path), caches, {"model": "tiny", "note": name})

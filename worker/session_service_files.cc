@@ -1,0 +1,234 @@
+// ExportSequence and ImportSequence of SessionService: files in, files out.
+#include <algorithm>
+#include <utility>
+
+#include "absl/cleanup/cleanup.h"
+#include "absl/strings/str_cat.h"
+#include "base/error_info.h"
+#include "base/status_macros.h"
+#include "rpc/status_mapping.h"
+#include "worker/sequence_formats.h"
+#include "worker/session_service.h"
+#include "worker/spool_file.h"
+
+namespace pagetide {
+namespace {
+
+constexpr size_t kMaxLayoutBytes = size_t{1} << 20;
+constexpr size_t kMaxFilePartBytes = size_t{1} << 20;
+
+absl::StatusOr<std::optional<StateFormat>> FormatFromProto(int format) {
+  if (format == v1::STATE_FORMAT_UNSPECIFIED) return std::nullopt;
+  if (format < v1::STATE_FORMAT_NATIVE || format > v1::STATE_FORMAT_LLAMA_SHARP) {
+    return absl::InvalidArgumentError(absl::StrCat("format is ", format, ", known are 1 to 4"));
+  }
+  return static_cast<StateFormat>(format);
+}
+
+absl::StatusOr<FileLayout> LayoutFromProto(const v1::FileLayout& proto) {
+  if (proto.mlx_layout().size() > kMaxLayoutBytes ||
+      proto.llama_sharp_json().size() > kMaxLayoutBytes) {
+    return absl::InvalidArgumentError(absl::StrCat(
+        "layout has ", proto.mlx_layout().size(), " bytes of mlx_layout and ",
+        proto.llama_sharp_json().size(), " of llama_sharp_json, at most ", kMaxLayoutBytes));
+  }
+  FileLayout layout;
+  switch (proto.llama_form()) {
+    case v1::FileLayout::LLAMA_FORM_UNSPECIFIED:
+    case v1::FileLayout::LLAMA_FORM_FILE:
+      layout.llama_form = LlamaCppForm::kFile;
+      break;
+    case v1::FileLayout::LLAMA_FORM_MEMORY:
+      layout.llama_form = LlamaCppForm::kMemory;
+      break;
+    case v1::FileLayout::LLAMA_FORM_BODY:
+      layout.llama_form = LlamaCppForm::kBody;
+      break;
+    default:
+      return absl::InvalidArgumentError(absl::StrCat("layout.llama_form is ", proto.llama_form()));
+  }
+  if (proto.llama_version() != 0) layout.llama_version = proto.llama_version();
+  layout.llama_sequence_id = proto.llama_sequence_id();
+  layout.llama_v_transposed = proto.llama_v_transposed();
+  layout.llama_num_streams = std::max<uint32_t>(1, proto.llama_num_streams());
+  if (layout.llama_num_streams > 4096) {
+    return absl::InvalidArgumentError(
+        absl::StrCat("layout.llama_num_streams is ", layout.llama_num_streams, ", at most 4096"));
+  }
+  layout.llama_stream = proto.llama_stream();
+  for (const v1::FileLayout::LlamaCells& cells : proto.llama_cells()) {
+    layout.llama_cells.emplace_back(cells.positions().begin(), cells.positions().end());
+  }
+  layout.mlx_layout = proto.mlx_layout();
+  layout.mlx_legacy = proto.mlx_legacy();
+  layout.mlx_metadata.insert(proto.mlx_metadata().begin(), proto.mlx_metadata().end());
+  layout.llama_sharp_json = proto.llama_sharp_json();
+  return layout;
+}
+
+void LayoutToProto(const ImportResult& result, v1::FileLayout* proto) {
+  const FileLayout& layout = result.layout;
+  if (result.format == StateFormat::kLlamaCpp || result.format == StateFormat::kLlamaSharp) {
+    proto->set_llama_form(static_cast<v1::FileLayout::LlamaForm>(layout.llama_form));
+    proto->set_llama_version(layout.llama_version);
+    proto->set_llama_sequence_id(layout.llama_sequence_id);
+    proto->set_llama_v_transposed(layout.llama_v_transposed);
+    proto->set_llama_num_streams(layout.llama_num_streams);
+    proto->set_llama_stream(layout.llama_stream);
+    for (const std::vector<uint32_t>& cells : layout.llama_cells) {
+      proto->add_llama_cells()->mutable_positions()->Add(cells.begin(), cells.end());
+    }
+    proto->set_llama_sharp_json(layout.llama_sharp_json);
+  } else if (result.format == StateFormat::kMlx) {
+    proto->set_mlx_legacy(layout.mlx_legacy);
+    for (const auto& [key, value] : layout.mlx_metadata) {
+      (*proto->mutable_mlx_metadata())[key] = value;
+    }
+    // Beyond the limit the caller makes a new header of the same rows.
+    if (layout.mlx_layout.size() <= kMaxLayoutBytes) proto->set_mlx_layout(layout.mlx_layout);
+  }
+}
+
+void CountBytes(Worker* worker, absl::string_view name, absl::string_view help, StateFormat format,
+                uint64_t bytes) {
+  static constexpr const char* kNames[] = {"", "native", "llama_cpp", "mlx", "llama_sharp"};
+  worker->metrics()
+      .GetCounter(name, help, {{"format", kNames[static_cast<int>(format)]}})
+      ->Add(static_cast<double>(bytes));
+}
+
+absl::Status ExportTo(Worker* worker, const CallContext& call,
+                      const v1::ExportSequenceRequest& request,
+                      grpc::ServerWriter<v1::ExportSequenceResponse>* writer) {
+  PT_ASSIGN_OR_RETURN(const SequenceTarget target, FindSequence(*worker, request.sequence_id()));
+  PT_ASSIGN_OR_RETURN(const std::optional<StateFormat> asked, FormatFromProto(request.format()));
+  const StateFormat format = asked.value_or(StateFormat::kNative);
+  PT_ASSIGN_OR_RETURN(const FileLayout layout, LayoutFromProto(request.layout()));
+  PT_ASSIGN_OR_RETURN(
+      const std::unique_ptr<SequenceExport> exported,
+      SequenceExport::Begin(target.host, call.tenant, target.id, format, layout, call.deadline));
+  v1::ExportSequenceResponse message;
+  message.mutable_header()->set_total_bytes(exported->total_bytes());
+  message.mutable_header()->set_tokens(exported->num_tokens());
+  message.mutable_header()->set_format(static_cast<v1::StateFormat>(format));
+  const absl::Status left = absl::CancelledError("export: the reader left");
+  if (!writer->Write(message)) return left;
+  message.Clear();
+  uint64_t sent = 0;
+  PT_RETURN_IF_ERROR(exported->Write([&](absl::string_view part) -> absl::Status {
+    message.set_data(part.data(), part.size());
+    if (!writer->Write(message)) return left;
+    sent += part.size();
+    return absl::OkStatus();
+  }));
+  if (sent != exported->total_bytes()) {
+    return absl::InternalError(
+        absl::StrCat("export: ", sent, " bytes were written, ", exported->total_bytes(), " said"));
+  }
+  CountBytes(worker, "pagetide_worker_exported_bytes_total",
+             "Bytes of files that sequences were exported to", format, sent);
+  return absl::OkStatus();
+}
+
+}  // namespace
+
+grpc::Status SessionServiceImpl::ExportSequence(
+    grpc::ServerContext* context, const v1::ExportSequenceRequest* request,
+    grpc::ServerWriter<v1::ExportSequenceResponse>* writer) {
+  return ToGrpcStatus(ExportTo(worker_, MakeCallContext(*context, *worker_), *request, writer));
+}
+
+absl::StatusOr<v1::ImportSequenceResponse> SessionServiceImpl::Import(
+    const CallContext& call, const v1::ImportSequenceRequest::Header& header,
+    grpc::ServerReader<v1::ImportSequenceRequest>* reader) {
+  const auto name = [&] { return absl::StrCat("import ", header.request_id()); };
+  if (imports_running_.fetch_add(1) >= import_limits_.max_running) {
+    imports_running_.fetch_sub(1);
+    return WithRetryDelay(
+        WithReason(absl::ResourceExhaustedError(absl::StrCat(
+                       name(), ": ", import_limits_.max_running, " imports are running")),
+                   "TOO_MANY_IMPORTS"),
+        absl::Seconds(1));
+  }
+  absl::Cleanup done = [&] { imports_running_.fetch_sub(1); };
+  ImportOptions options;
+  PT_ASSIGN_OR_RETURN(options.format, FormatFromProto(header.format()));
+  options.tokens.assign(header.tokens().begin(), header.tokens().end());
+  switch (header.basis()) {
+    case v1::ImportSequenceRequest::Header::BASIS_UNSPECIFIED:
+      break;
+    case v1::ImportSequenceRequest::Header::BASIS_PLAIN:
+      options.basis = LayerGroupSpec::Basis::kPlain;
+      break;
+    case v1::ImportSequenceRequest::Header::BASIS_HADAMARD:
+      options.basis = LayerGroupSpec::Basis::kHadamard;
+      break;
+    default:
+      return absl::InvalidArgumentError(absl::StrCat("basis is ", header.basis()));
+  }
+  // Before any byte is taken: the model must be there.
+  PT_ASSIGN_OR_RETURN(ModelHost* const host,
+                      worker_->HostOfModel(header.model_digest(), call.deadline));
+  PT_ASSIGN_OR_RETURN(const std::unique_ptr<SpoolFile> spool,
+                      SpoolFile::Create(import_limits_.folder, import_limits_.max_bytes));
+  v1::ImportSequenceRequest message;
+  while (reader->Read(&message)) {
+    if (message.has_header()) return absl::InvalidArgumentError("a second header in the stream");
+    if (message.data().size() > kMaxFilePartBytes) {
+      return absl::InvalidArgumentError(absl::StrCat("data has ", message.data().size(),
+                                                     " bytes, a part at most ", kMaxFilePartBytes));
+    }
+    PT_RETURN_IF_ERROR(spool->Append(message.data()));
+  }
+  PT_ASSIGN_OR_RETURN(const absl::string_view file, spool->Map());
+  PT_ASSIGN_OR_RETURN(const ImportResult result,
+                      ImportSequenceFile(host, call.tenant, file, options, call.deadline));
+  worker_->NoteSequence(*host, result.info);
+  v1::ImportSequenceResponse response;
+  *response.mutable_state() = StateToProto(*worker_, *host, result.info);
+  response.set_format(static_cast<v1::StateFormat>(result.format));
+  response.set_file_bytes(file.size());
+  response.set_canonical(result.is_canonical);
+  LayoutToProto(result, response.mutable_layout());
+  CountBytes(worker_, "pagetide_worker_imported_bytes_total",
+             "Bytes of files that sequences were made from", result.format, file.size());
+  return response;
+}
+
+grpc::Status SessionServiceImpl::ImportSequence(
+    grpc::ServerContext* context, grpc::ServerReader<v1::ImportSequenceRequest>* reader,
+    v1::ImportSequenceResponse* response) {
+  const CallContext call = MakeCallContext(*context, *worker_);
+  v1::ImportSequenceRequest first;
+  if (!reader->Read(&first) || !first.has_header()) {
+    return ToGrpcStatus(absl::InvalidArgumentError("the first message has no header"));
+  }
+  // The bytes are not part of what makes two requests the same: a retry sends the same file.
+  auto answer = memos_->OncePerTenant<v1::ImportSequenceResponse>(
+      call.tenant.name, first.header().request_id(), DigestOfMessage(first), call.deadline,
+      [&]() -> absl::StatusOr<v1::ImportSequenceResponse> {
+        auto imported = Import(call, first.header(), reader);
+        // A stream that broke looks like one that ended: the caller gets nothing of it.
+        if (imported.ok() && context->IsCancelled()) {
+          const auto target = FindSequence(*worker_, imported->state().sequence_id());
+          if (target.ok()) {
+            (void)target->host->Close(call.tenant, target->id, imported->state().epoch());
+            worker_->NoteClosed(target->id);
+          }
+          return absl::CancelledError("import: the stream broke; nothing was kept");
+        }
+        return imported;
+      });
+  if (!answer.ok()) {
+    worker_->metrics()
+        .GetCounter("pagetide_worker_imports_refused_total",
+                    "Files that no sequence was made from, by the code of the answer",
+                    {{"code", absl::StatusCodeToString(answer.status().code())}})
+        ->Add(1);
+    return ToGrpcStatus(answer.status());
+  }
+  *response = *std::move(answer);
+  return grpc::Status::OK;
+}
+
+}  // namespace pagetide
