@@ -5,6 +5,7 @@ llama-cpp-python and gguf."""
 from __future__ import annotations
 
 import ctypes
+import hashlib
 import json
 import os
 import pathlib
@@ -84,7 +85,9 @@ def models(folder: pathlib.Path) -> dict[str, Any]:
 
 def spec_of(case: str) -> model_pb2.ModelSpec:
     arch, _, type_k, type_v, _ = CASES[case]
-    spec = model_pb2.ModelSpec(name=f"export-{case}")
+    spec = model_pb2.ModelSpec(
+        name=f"export-{case}", weights_digest=hashlib.sha256(arch.encode()).digest(),
+        tokenizer_digest=hashlib.sha256(b"none").digest())
     spec.geometry.page_tokens = 16
     window = list(range(5)) if arch == "gemma3" else []
     for layers in (window, [i for i in range(LAYERS[arch]) if i not in window]):
