@@ -217,19 +217,24 @@ absl::StatusOr<StateMap> StateMap::Create(const SequenceState* state, BlockRule 
 
 absl::Status CheckHeldRows(const PageGeometry& geometry, uint32_t group,
                            std::span<const RowSpan> held, uint64_t num_tokens) {
-  const GroupTraits traits = TraitsOf(geometry.group(group).spec());
-  uint64_t first = std::min<uint64_t>(
-      static_cast<uint64_t>(traits.FirstVisible(static_cast<int64_t>(num_tokens))), num_tokens);
-  if (first == num_tokens && num_tokens > 0) --first;
-  if (first == num_tokens ||
-      (!held.empty() && held.back().begin <= first && held.back().end == num_tokens)) {
-    return absl::OkStatus();
-  }
+  // Asked of a sequence that has just these rows.
+  SequenceRows rows;
+  rows.tokens.resize(num_tokens);
+  PageTable& table = rows.tables.emplace_back();
   uint64_t num_held = 0;
-  for (const RowSpan& span : held) num_held += span.end - span.begin;
+  for (const RowSpan& span : held) {
+    const uint64_t count = span.end - span.begin;
+    table.Append({.page = PageId(1),
+                  .first_slot = 0,
+                  .count = static_cast<uint32_t>(count),
+                  .first_row = span.begin});
+    num_held += count;
+  }
+  const auto lacked = rows.LackedIn(0, TraitsOf(geometry.group(group).spec()), num_tokens);
+  if (!lacked && table.num_rows() == num_tokens) return absl::OkStatus();
   return Mismatch("layer group ", group, " has ", num_held, " rows for ", num_tokens,
-                  " tokens, and needs those from ", first,
-                  " on: rows that a window dropped are missing, or tokens are");
+                  " tokens, and needs row ", lacked ? lacked->row : num_tokens - 1,
+                  " too: rows that a window dropped are missing, or tokens are");
 }
 
 absl::Status StateMap::ReadKind(const RowReader& rows, const Source& source, RowKind kind,
@@ -288,6 +293,10 @@ absl::StatusOr<DescribedState> DescribeForLlamaCpp(const PageGeometry& geometry,
     RowBlock& block = described.state.blocks.emplace_back();
     if (n == 0) continue;
     const LayerGroupSpec& first = geometry.group(layers[0].group).spec();
+    if (first.window_type == LayerGroupSpec::WindowType::kRing) {
+      return CannotExpress("write llama.cpp state: layer group ", layers[0].group,
+                           " is a ring, which llama.cpp has not");
+    }
     for (const ModelLayer& at : layers) {
       const GroupGeometry& group = geometry.group(at.group);
       if (group.spec().window_type != first.window_type ||
@@ -321,16 +330,17 @@ absl::Status CheckMlxWindows(const MlxCache& cache, const PageGeometry& geometry
     const bool is_trimmed =
         layer.cache_class == MlxCacheClass::kChunked && layer.start_position > 0;
     if (!is_turned && !is_trimmed) continue;
-    const auto type =
-        is_turned ? LayerGroupSpec::WindowType::kStandard : LayerGroupSpec::WindowType::kChunked;
+    using Type = LayerGroupSpec::WindowType;
     const uint64_t window = is_turned ? layer.max_size : layer.chunk_size;
-    if (spec.kind != Kind::kWindow || spec.window_type != type || spec.window_tokens != window) {
+    const bool is_same_type = is_turned
+                                  ? spec.window_type == Type::kRing ||
+                                        (spec.window_type == Type::kStandard && layer.keep == 0)
+                                  : spec.window_type == Type::kChunked;
+    if (spec.kind != Kind::kWindow || !is_same_type || spec.window_tokens != window ||
+        spec.keep_tokens != layer.keep) {
       return Mismatch("layer ", i, " is a ", MlxCacheClassName(layer.cache_class), " of ", window,
-                      " rows that has dropped some, the model has another window there or none");
-    }
-    if (is_turned && layer.keep > 0) {
-      return Mismatch("layer ", i, " keeps its first ", layer.keep,
-                      " rows for good, the model's window does not");
+                      " rows, of which the first ", layer.keep,
+                      " stay, and has dropped some; the model has another window there or none");
     }
   }
   return absl::OkStatus();

@@ -81,7 +81,8 @@ INSTANTIATE_TEST_SUITE_P(Files, MlxRealFileTest,
                                            "mlx_v0_32_plain_bf16", "mlx_v0_32_rotating",
                                            "mlx_v0_32_quantized", "mlx_v0_32_chunked",
                                            "mlx_v0_32_chunked_trimmed", "mlx_v0_32_mixed",
-                                           "mlx_v0_32_ring", "mlx_v0_32_ring_prompt"),
+                                           "mlx_v0_32_ring", "mlx_v0_32_ring_prompt",
+                                           "mlx_v0_28_ring_keep", "mlx_v0_32_ring_keep"),
                          [](const auto& info) { return std::string(info.param); });
 
 MlxCache ParseOrDie(const std::string& file) {

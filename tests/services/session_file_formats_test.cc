@@ -159,10 +159,11 @@ TEST_F(SessionFilesTest, EveryTypeOfLlamaCppComesBackInBothFormsAndOrdersOfV) {
         layout.sequence_id = 7;
         layout.bodies.resize(1);
         layout.bodies[0].v_transposed = v_transposed;
+        ++seed;
         v1::ImportSequenceRequest::Header header;
         header.set_basis(v1::ImportSequenceRequest::Header::BASIS_PLAIN);
         ExpectRoundTrip(
-            MadeState(*model_, layout, 13, ++seed),
+            MadeState(*model_, layout, 13, seed),
             form == LlamaCppForm::kFile ? std::vector<uint32_t>() : TestTokens(seed, 13), header);
       }
     }
@@ -259,6 +260,28 @@ TEST_F(SessionFilesTest, RingsOfTheRealMlxComeOutAsTheyWentIn) {
                 "MODEL_MISMATCH");
       EXPECT_EQ(WhatIsHeld(), before);
     }
+  }
+}
+
+TEST_F(SessionFilesTest, RingsThatKeepTheirFirstRowsComeOutAsTheyWentIn) {
+  const std::vector<uint32_t> tokens = TestTokens(3, 14);
+  for (const std::string name : {"mlx_v0_28_ring_keep", "mlx_v0_32_ring_keep"}) {
+    SCOPED_TRACE(name);
+    const std::string file = TestFile(name + ".safetensors");
+    StartAfresh(RingSpec());
+    const auto imported = Import(file, tokens);
+    ASSERT_TRUE(imported.ok()) << imported.status();
+    const auto again =
+        Export(imported->state().sequence_id(), v1::STATE_FORMAT_MLX, imported->layout());
+    ASSERT_TRUE(again.ok()) << again.status();
+    EXPECT_TRUE(*again == file);
+    for (const v1::StateFormat other : {v1::STATE_FORMAT_NATIVE, v1::STATE_FORMAT_LLAMA_CPP}) {
+      EXPECT_EQ(GetReason(Export(imported->state().sequence_id(), other).status()),
+                "CANNOT_EXPRESS");
+    }
+    // A model that sees the newest eight only would not see the first two.
+    StartAfresh(WindowSpec(2, LayerGroupSpec::WindowType::kStandard, 8));
+    EXPECT_EQ(GetReason(Import(file, tokens).status()), "MODEL_MISMATCH");
   }
 }
 

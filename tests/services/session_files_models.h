@@ -54,6 +54,13 @@ inline ModelSpec WindowSpec(uint32_t layers, LayerGroupSpec::WindowType type, ui
   return spec;
 }
 
+// Of 8 rows, of which the first two stay.
+inline ModelSpec RingSpec() {
+  ModelSpec spec = WindowSpec(2, LayerGroupSpec::WindowType::kRing, 8);
+  spec.geometry.groups[0].keep_tokens = 2;
+  return spec;
+}
+
 // MLX's quantised rows: 2 heads of 64 elements in 4 bits, with scales and biases, of K and of V.
 inline ModelSpec PackedSpec() {
   ModelSpec spec = SpecOf("packed", 1, 2, 64);

@@ -76,6 +76,7 @@ def main():
     # Rings without rows that stay: turned by single tokens, and longer than its size after a prompt.
     cases["ring"] = [rotating(8, 0, [5] + [1] * 9), rotating(8, 0, [6] + [1] * 8)]
     cases["ring_prompt"] = [rotating(8, 0, [6, 8])]
+    cases["ring_keep"] = [rotating(8, 2, [5] + [1] * 9), rotating(8, 2, [6] + [1] * 8)]
     for name, caches in cases.items():
         path = output / f"{prefix}_{name}.safetensors"
         mlx_cache.save_prompt_cache(str(path), caches, {"model": "tiny", "note": name})
