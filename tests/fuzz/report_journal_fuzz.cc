@@ -3,6 +3,8 @@
 // Input: a list of operations.
 #include "worker/report_journal.h"
 
+#include <algorithm>
+#include <deque>
 #include <map>
 #include <set>
 #include <tuple>
@@ -21,6 +23,7 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
   std::set<Copy> held;  // what the writers did
   std::set<Copy> read;  // what the reader made of it
   std::map<SequenceId, uint64_t> open, read_open;
+  std::deque<SequenceId> closed;  // remembered, oldest first: a late report does not open them
   uint64_t position = 0, sequence_position = 0;
   const auto read_all = [&] {
     for (;;) {
@@ -59,7 +62,7 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
     const uint32_t group = op >> 6;
     const Tier tier = (op & 32) != 0 ? Tier::kHost : Tier::kDevice;
     const SequenceId id{1, in.Below(5)};
-    switch (op % 5) {
+    switch (op % 6) {
       case 0:
         journal.OnResidencyChange(hint, group, tier, false, 100);
         held.emplace(hint, group, tier);
@@ -70,11 +73,17 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
         break;
       case 2:
         journal.OnSequence(id, "model", op);
-        open[id] = op;
+        if (std::find(closed.begin(), closed.end(), id) == closed.end()) open[id] = op;
         break;
       case 3:
         journal.OnSequenceClosed(id);
-        open.erase(id);
+        if (open.erase(id) > 0) closed.push_back(id);
+        if (closed.size() > options.max_closed_sequences) closed.pop_front();
+        break;
+      case 4:
+        journal.OnSequenceResumed(id, "model", op);
+        std::erase(closed, id);
+        open[id] = op;
         break;
       default:
         read_all();
