@@ -58,10 +58,11 @@ class PromptPlannerTest : public ::testing::Test {
 TEST_F(PromptPlannerTest, TheLongestUsableContextWins) {
   const std::vector<uint32_t> base = Tokens(0, 60);
   Save(base, "short");
-  Save(Concat(base, Tokens(700, 30)), "long");
+  Save(Concat(base, Tokens(700, 18)), "long");
   Save(Concat(Tokens(0, 20), Tokens(90000, 80)), "other");
   SessionWorker worker(&store_, {});
-  // Shares 75 tokens with "long", 60 with "short", 20 with "other"; by keys 64: full pages only.
+  // Shares 75 tokens with "long", 60 with "short", 20 with "other"; by keys 64, since its token 75
+  // lies in a tail, which only the session knows.
   const std::vector<uint32_t> prompt = Concat(Concat(base, Tokens(700, 15)), Tokens(8000, 20));
   PromptPlan plan = PlanAndOpen(worker, prompt, {"short", "other", "long", "none"});
   EXPECT_EQ(plan.session, "long");
@@ -86,8 +87,9 @@ TEST_F(PromptPlannerTest, OneTokenIsLeftAndNoSessionIsNeededWhereKeysReachAsFar)
   const std::vector<uint32_t> base = Tokens(0, 64);
   Save(base, "s");
   SessionWorker worker(&store_, {});
+  // Rows of the session's last page, which is full and so found without its name.
   PromptPlan plan = PlanAndOpen(worker, base, {"s"});
-  EXPECT_EQ(plan.session, "s");
+  EXPECT_EQ(plan.session, "");
   EXPECT_EQ(plan.reuse.reused_tokens, 63u);
   EXPECT_EQ(plan.reuse.limit, ReuseLimit::kWholePrompt);
   plan = PlanAndOpen(worker, Concat(base, Tokens(5000, 5)), {"s"});
