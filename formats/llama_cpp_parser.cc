@@ -101,6 +101,7 @@ class LlamaCppState::Parser {
           absl::StrCat("read llama.cpp state: version ", layout.version, ", known are 2 and 3"));
     }
     PT_ASSIGN_OR_RETURN(const uint32_t n, in_.TakeLittleEndian<uint32_t>("number of tokens"));
+    if (n > kMaxStateTokens) return in_.DataLoss(n, " tokens, at most ", kMaxStateTokens);
     PT_ASSIGN_OR_RETURN(const absl::string_view raw, in_.TakeRun("tokens", n, 4));
     ByteParser tokens("llama.cpp state", raw);
     std::vector<uint32_t>& out = out_.state_.tokens.emplace();
@@ -142,6 +143,7 @@ class LlamaCppState::Parser {
 
   absl::Status ParseCells(uint32_t cells, LlamaCppLayout::Body* body, RowBlock* block) {
     const uint32_t ext_bytes = hints_.cell_ext_bytes;
+    if (cells > kMaxStateTokens) return in_.DataLoss(cells, " cells, at most ", kMaxStateTokens);
     // A cell of one sequence: position, 1, extension, sequence id.
     PT_ASSIGN_OR_RETURN(const absl::string_view raw, in_.TakeRun("cells", cells, 12 + ext_bytes));
     ByteParser in("llama.cpp state", raw);

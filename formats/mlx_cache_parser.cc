@@ -17,6 +17,8 @@ namespace {
 constexpr uint64_t kMaxLayers = 4096;
 // Tokens, rows and elements of a row are far below this, so that products of three do not overflow.
 constexpr uint64_t kMaxCount = uint64_t{1} << 31;
+// Layers of one model are of a few kinds, and those of a kind hold the same rows in the same order.
+constexpr size_t kMaxRowOrders = 16;
 
 template <typename... Args>
 absl::Status Bad(const Args&... args) {
@@ -320,6 +322,10 @@ class MlxCache::Parser {
       size_t b = 0;
       while (b < orders.size() && orders[b].Key() != order.Key()) ++b;
       if (b == orders.size()) {
+        if (order.valid > kMaxStateTokens || orders.size() == kMaxRowOrders) {
+          return Bad("layer ", i, " has ", order.valid, " rows, at most ", kMaxStateTokens,
+                     ", in the order number ", orders.size() + 1, ", at most ", kMaxRowOrders);
+        }
         orders.push_back(order);
         RowBlock& block = out_.state_.blocks.emplace_back();
         block.positions.reserve(order.valid);

@@ -88,6 +88,7 @@ absl::Status ParseHeader(ByteParser* in, NativeHeader* header) {
   }
   PT_ASSIGN_OR_RETURN(header->canonical_length, in->TakeLittleEndian<uint64_t>("canonical length"));
   PT_ASSIGN_OR_RETURN(const uint64_t n, in->TakeLittleEndian<uint64_t>("number of tokens"));
+  if (n > kMaxStateTokens) return in->DataLoss(n, " tokens, at most ", kMaxStateTokens);
   if (header->canonical_length > n) {
     return in->DataLoss("canonical length ", header->canonical_length, " of ", n, " tokens");
   }
@@ -100,6 +101,7 @@ absl::Status ParseHeader(ByteParser* in, NativeHeader* header) {
   header->tokens.reserve(n);
   for (uint64_t i = 0; i < n; ++i) header->tokens.push_back(tokens.Take<uint32_t>());
   PT_ASSIGN_OR_RETURN(const uint64_t m, in->TakeLittleEndian<uint64_t>("number of inputs"));
+  if (m > n) return in->DataLoss(m, " inputs of ", n, " tokens");
   PT_ASSIGN_OR_RETURN(const absl::string_view raw_inputs, in->TakeRun("inputs", m, 40));
   LittleEndianReader inputs(raw_inputs);
   for (uint64_t i = 0; i < m; ++i) {

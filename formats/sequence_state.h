@@ -19,6 +19,10 @@
 
 namespace pagetide {
 
+// Tokens, and rows of a block, that a file may declare: more than any model's context, and little
+// enough that what is kept of them in memory (4 bytes each) cannot exhaust it.
+inline constexpr uint64_t kMaxStateTokens = uint64_t{1} << 24;
+
 // One K or V row of one layer: all heads of one token.
 struct RowShape {
   // Absent: packed bytes that no type of ours describes.

@@ -97,6 +97,7 @@ struct PromptOptions {
   bool allow_full_reuse = false;
   bool no_reuse = false;
   bool skip_store = false;
+  bool whole_pages_only = false;  // no rows of a page that begins alike
   // The rows that will be appended come from elsewhere: none of their pages gets a key, so that no
   // prompt finds them, and canonical_length stays 0 until the sequence is cut to nothing.
   bool is_private = false;

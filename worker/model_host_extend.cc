@@ -68,15 +68,19 @@ uint64_t ModelHostImpl::AdoptMatch(Sequence& sequence, const LongerPrompt& longe
   return after - before;
 }
 
+uint32_t ModelHostImpl::NumGroupsThatKnow(const PrefixKey& key) {
+  uint32_t known = 0;
+  for (uint32_t g = 0; g < num_groups(); ++g) known += IsKnown(g, key);
+  return known;
+}
+
 bool ModelHostImpl::IsOver(const Sequence& sequence, uint64_t revision, const PrefixKey& next,
-                           MonotonicTime give_up) {
+                           uint32_t known_before, MonotonicTime give_up) {
   const MonotonicTime now = clock_->MonotonicNow();
   if (now >= give_up || sequence.closed || sequence.pending || sequence.revision != revision) {
     return true;
   }
-  for (uint32_t g = 0; g < num_groups(); ++g) {
-    if (IsKnown(g, next)) return true;
-  }
+  if (NumGroupsThatKnow(next) != known_before) return true;
   return !claims_.IsHeldByOther(next, sequence.number, now);
 }
 
@@ -86,7 +90,8 @@ absl::StatusOr<ExtendResult> ModelHostImpl::ExtendMatch(const Tenant& tenant,
                                                         MonotonicTime deadline) {
   if (request.tokens.empty()) return absl::InvalidArgumentError("tokens is empty");
   PT_RETURN_IF_ERROR(ValidateTokens(request.tokens, request.inputs, request.expected_length));
-  const PromptOptions options{.allow_full_reuse = request.allow_full_reuse};
+  const PromptOptions options{.allow_full_reuse = request.allow_full_reuse,
+                              .whole_pages_only = true};
   const auto extend = [&]() -> absl::StatusOr<ExtendResult> {
     MutexLock lock(&mu_);
     const MonotonicTime give_up = std::min(deadline, clock_->MonotonicNow() + request.wait);
@@ -100,7 +105,8 @@ absl::StatusOr<ExtendResult> ModelHostImpl::ExtendMatch(const Tenant& tenant,
                               request.expected_length, " != length ", sequence->length())),
                           "LENGTH_MISMATCH", {{"length", absl::StrCat(sequence->length())}});
       }
-      if (!sequence->is_canonical()) {
+      // The second: rows that come from elsewhere are private from the first on.
+      if (!sequence->is_canonical() || sequence->canonical_limit <= sequence->length()) {
         return WithReason(absl::FailedPreconditionError(absl::StrCat(
                               "extend sequence ", handle.id.ToString(),
                               ": an edit moved its rows from ", sequence->canonical_rows(), " of ",
@@ -145,7 +151,9 @@ absl::StatusOr<ExtendResult> ModelHostImpl::ExtendMatch(const Tenant& tenant,
           }
           if (!std::exchange(has_waited, true)) ++counters_.claims_waited_for;
           ++num_waiting_claims_;
-          while (!IsOver(*sequence, revision, longer.keys[next], give_up)) {
+          // A page that is known already and could not be used is not what is waited for.
+          const uint32_t known_before = NumGroupsThatKnow(longer.keys[next]);
+          while (!IsOver(*sequence, revision, longer.keys[next], known_before, give_up)) {
             changed_.WaitWithTimeout(&mu_, kLookAgain);
           }
           --num_waiting_claims_;

@@ -368,7 +368,8 @@ class ModelHostImpl final : public ModelHost {
       ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
   // Of a wait for another's claim on the page `next`: it came, the claim ended, or the caller did.
   bool IsOver(const Sequence& sequence, uint64_t revision, const PrefixKey& next,
-              MonotonicTime give_up) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
+              uint32_t known_before, MonotonicTime give_up) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
+  uint32_t NumGroupsThatKnow(const PrefixKey& key) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
 
   // --- saved state (model_host_sessions.cc) ---
   // The length to open; the refusals of OpenSaved.

@@ -146,7 +146,7 @@ absl::StatusOr<ModelHostImpl::Match> ModelHostImpl::MatchPrompt(
   }
 
   // Before pages are chosen, since asking gives the mutex up.
-  if (cause != ReuseLimit::kStoreUnavailable && !options.skip_store) {
+  if (cause != ReuseLimit::kStoreUnavailable && !options.skip_store && !options.whole_pages_only) {
     const uint64_t at = FindUsablePages(keys, max_pages).num_pages * page_size;
     const uint64_t end = std::min<uint64_t>(limit, at + page_size);
     AdoptPartialFromStore(tenant, root, keys, at / page_size, tokens.subspan(at, end - at),
@@ -319,7 +319,9 @@ void ModelHostImpl::AdoptPartialFromStore(const Tenant& tenant, const PrefixKey&
     is_known = is_known && known[g] == next.size();
     queries.push_back({parent, Geometry(g).fingerprint(), next});
   }
-  if (is_known || clock_->MonotonicNow() < ask_partial_again_at_) return;
+  const MonotonicTime now = clock_->MonotonicNow();
+  // A deadline that the look-up of full pages used up says nothing about the store.
+  if (is_known || now < ask_partial_again_at_ || now >= deadline) return;
   mu_.Unlock();
   const absl::StatusOr<std::vector<PartialResult>> found =
       store_->FindPartialPages(queries, deadline);

@@ -14,6 +14,7 @@ namespace {
 
 constexpr uint32_t kMaxQueries = 65536;
 constexpr int kMaxForkTries = 16;
+constexpr int kMaxReadTries = 16;
 
 }  // namespace
 
@@ -85,51 +86,82 @@ class ModelHostImpl::PinnedRowsImpl final : public ModelHost::PinnedRows {
 absl::StatusOr<std::shared_ptr<const ModelHost::PinnedRows>> ModelHostImpl::PinRows(
     const Tenant& tenant, SequenceId id, uint32_t group, uint64_t begin, uint64_t end,
     MonotonicTime deadline) {
+  // The extents that hold rows [first, last) of the group, and what to call the range.
+  struct Plan {
+    uint64_t first = 0;
+    uint64_t last = 0;
+    std::vector<Extent> extents;
+  };
+  const auto plan_of = [&](const Sequence& sequence) -> absl::StatusOr<Plan> {
+    mu_.AssertHeld();
+    const PageTable& table = sequence.tables[group];
+    const GroupTraits& traits = traits_[group];
+    Plan plan;
+    plan.first = begin;
+    plan.last = end == 0 ? sequence.length() : end;
+    bool pins_held = begin == kHeldRows;
+    if (traits.is_state && !table.empty() && plan.last <= sequence.length()) {
+      pins_held = true;  // the state is what there is to read
+      plan.last = sequence.length();
+    }
+    if (pins_held) plan.first = table.empty() ? plan.last : table.extents().front().first_row;
+    if (plan.first > plan.last || plan.last > sequence.length()) {
+      return absl::InvalidArgumentError(absl::StrCat("rows [", plan.first, ", ", plan.last,
+                                                     ") are not within the ", sequence.length(),
+                                                     " committed"));
+    }
+    if (const uint64_t gap = table.FirstGap(plan.first, plan.last); gap < plan.last && !pins_held) {
+      return RowsLacking(absl::StrCat("read rows [", plan.first, ", ", plan.last, ")"),
+                         {group, gap});
+    }
+    if (!traits.is_whole) {
+      plan.extents = table.Cover(plan.first, plan.last);
+      return plan;
+    }
+    // Whole pages only: those that hold a row of the range.
+    for (const Extent& extent : table.extents()) {
+      if (extent.end_row() > plan.first && extent.first_row < plan.last) {
+        plan.extents.push_back(extent);
+      }
+    }
+    return plan;
+  };
   const auto pin = [&]() -> absl::StatusOr<std::shared_ptr<const PinnedRows>> {
     MutexLock lock(&mu_);
-    PT_ASSIGN_OR_RETURN(SequencePtr sequence, FindSequence(tenant, id));
-    if (!sequence->pending) PT_RETURN_IF_ERROR(CutIfLost(*sequence));
     if (group >= num_groups()) {
       return absl::InvalidArgumentError(
           absl::StrCat("group = ", group, " is not below ", num_groups()));
     }
-    const PageTable& table = sequence->tables[group];
-    const GroupTraits& traits = traits_[group];
-    uint64_t last = end == 0 ? sequence->length() : end;
-    if (traits.is_state && !table.empty() && last <= sequence->length()) {
-      begin = kHeldRows;  // the state is what there is to read
-      last = sequence->length();
-    }
-    const bool pins_held = begin == kHeldRows;
-    if (pins_held) begin = table.empty() ? last : table.extents().front().first_row;
-    if (begin > last || last > sequence->length()) {
-      return absl::InvalidArgumentError(absl::StrCat(
-          "rows [", begin, ", ", last, ") are not within the ", sequence->length(), " committed"));
-    }
-    if (const uint64_t gap = table.FirstGap(begin, last); gap < last && !pins_held) {
-      return RowsLacking(absl::StrCat("read rows [", begin, ", ", last, ")"), {group, gap});
-    }
-    std::vector<Extent> extents = table.Cover(begin, last);
-    if (traits.is_whole) {
-      // Whole pages only: those that hold a row of the range.
-      extents.assign(table.extents().begin(), table.extents().end());
-      std::erase_if(extents, [&](const Extent& extent) {
-        return extent.end_row() <= begin || extent.first_row >= last;
-      });
-    }
-    Need need = NeedOf(extents);
-    Acquired got;
-    const absl::Status status = Acquire(tenant.name, need, deadline, &got);
-    if (!status.ok()) {
-      if (GetReason(status) == "PREFIX_LOST" && !sequence->pending && !sequence->closed) {
-        PT_RETURN_IF_ERROR(CutIfLost(*sequence));
+    for (int attempt = 0; attempt < kMaxReadTries; ++attempt) {
+      PT_ASSIGN_OR_RETURN(SequencePtr sequence, FindSequence(tenant, id));
+      if (!sequence->pending) PT_RETURN_IF_ERROR(CutIfLost(*sequence));
+      PT_ASSIGN_OR_RETURN(Plan plan, plan_of(*sequence));
+      Need need = NeedOf(plan.extents);
+      Acquired got;
+      const absl::Status status = Acquire(tenant.name, need, deadline, &got);
+      if (!status.ok()) {
+        if (GetReason(status) == "PREFIX_LOST" && !sequence->pending && !sequence->closed) {
+          PT_RETURN_IF_ERROR(CutIfLost(*sequence));
+        }
+        return status;
       }
-      return status;
+      // While this call waited, nothing was pinned: rows may have been given up, and their slots
+      // written anew. What is pinned must be what the sequence holds now.
+      const absl::StatusOr<Plan> now =
+          sequence->closed ? absl::AbortedError("the sequence was closed") : plan_of(*sequence);
+      if (!now.ok() || now->extents != plan.extents) {
+        ReleaseAcquired(got);
+        continue;  // says what is the matter, or takes the rows as they are now
+      }
+      std::vector<FrameId> frames;
+      for (const Extent& extent : plan.extents) {
+        frames.push_back(pages_.Get(extent.page).frame());
+      }
+      return std::make_shared<const PinnedRowsImpl>(this, group, plan.first, plan.last,
+                                                    std::move(plan.extents), std::move(frames),
+                                                    std::move(got.pinned));
     }
-    std::vector<FrameId> frames;
-    for (const Extent& extent : extents) frames.push_back(pages_.Get(extent.page).frame());
-    return std::make_shared<const PinnedRowsImpl>(this, group, begin, last, std::move(extents),
-                                                  std::move(frames), std::move(got.pinned));
+    return absl::AbortedError("read rows: the sequence kept being edited; retry");
   };
   auto rows = pin();
   Flush();
@@ -221,8 +253,14 @@ absl::StatusOr<AttendOutput> ModelHostImpl::Attend(const Tenant& tenant, const A
         }
         return status;
       }
+      // An edit or a commit may have come while this call waited for frames, and rows have gone.
+      if (sequence->closed || last > static_cast<uint64_t>(sequence->end_position()) ||
+          !check_held(rows_seen()).ok()) {
+        ReleaseAcquired(got);
+        return absl::AbortedError("attend: the sequence was edited meanwhile");
+      }
       for (const PositionedRun& run : runs_seen(rows_seen())) {
-        // An edit may have come while this call waited for frames. (NeedOf sorts.)
+        // (NeedOf sorts.)
         if (!std::binary_search(got.pinned.begin(), got.pinned.end(), run.extent.page)) {
           ReleaseAcquired(got);
           return absl::AbortedError("attend: the sequence was edited meanwhile");

@@ -254,9 +254,13 @@ absl::StatusOr<std::unique_ptr<SequenceExport>> BeginLlamaCpp(
   if (is_sharp) {
     if (llama.form == LlamaCppForm::kFile) llama.form = LlamaCppForm::kMemory;
     prefix = LlamaSharpPrefix(layout.llama_sharp_json, described.state.tokens->size());
-    PT_ASSIGN_OR_RETURN(const LlamaSharpFile header, ParseLlamaSharp(prefix));
-    if (header.token_count != described.state.tokens->size()) {
-      return absl::InvalidArgumentError(absl::StrCat("llama_sharp_json is of ", header.token_count,
+    const absl::StatusOr<LlamaSharpFile> header = ParseLlamaSharp(prefix);
+    if (!header.ok()) {
+      return absl::InvalidArgumentError(
+          absl::StrCat("layout.llama_sharp_json: ", header.status().message()));
+    }
+    if (header->token_count != described.state.tokens->size()) {
+      return absl::InvalidArgumentError(absl::StrCat("llama_sharp_json is of ", header->token_count,
                                                      " tokens, the sequence has ",
                                                      described.state.tokens->size()));
     }
@@ -274,8 +278,12 @@ absl::StatusOr<std::unique_ptr<SequenceExport>> BeginMlx(std::unique_ptr<Fork> f
   const uint64_t num_tokens = contents.tokens.size();
   if (!layout.mlx_layout.empty()) {
     // A cache may have room for one step more than it has rows.
-    PT_ASSIGN_OR_RETURN(MlxCache cache,
-                        MlxCache::FromLayout(layout.mlx_layout, num_tokens + 65536));
+    absl::StatusOr<MlxCache> parsed = MlxCache::FromLayout(layout.mlx_layout, num_tokens + 65536);
+    if (!parsed.ok()) {  // the caller's bytes, not stored ones
+      return absl::InvalidArgumentError(
+          absl::StrCat("layout.mlx_layout: ", parsed.status().message()));
+    }
+    MlxCache cache = *std::move(parsed);
     PT_ASSIGN_OR_RETURN(auto places, PlacesOf(cache.state(), geometry, num_tokens));
     PT_RETURN_IF_ERROR(CheckHeld(cache.state(), places, contents));
     return std::make_unique<MlxExport>(std::move(fork), std::move(cache), std::move(places),

@@ -123,6 +123,10 @@ absl::Status SequenceServiceImpl::Read(const CallContext& call, const v1::ReadRo
   if (layers.empty()) {
     for (uint32_t layer = 0; layer < group.num_layers(); ++layer) layers.push_back(layer);
   }
+  if (request.begin() == ModelHost::kHeldRows) {  // means something else to the host
+    return absl::InvalidArgumentError(absl::StrCat("rows [", request.begin(), ", ", request.end(),
+                                                   ") are not within the ", "committed ones"));
+  }
   PT_ASSIGN_OR_RETURN(const auto rows,
                       target.host->PinRows(call.tenant, target.id, request.group(), request.begin(),
                                            request.end(), call.deadline));

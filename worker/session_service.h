@@ -62,7 +62,7 @@ class SessionServiceImpl final : public v1::SessionService::Service {
  private:
   absl::StatusOr<v1::ImportSequenceResponse> Import(
       const CallContext& call, const v1::ImportSequenceRequest::Header& header,
-      grpc::ServerReader<v1::ImportSequenceRequest>* reader);
+      const grpc::ServerContext& context, grpc::ServerReader<v1::ImportSequenceRequest>* reader);
   absl::StatusOr<v1::SaveSessionResponse> Save(const CallContext& call,
                                                const v1::SaveSessionRequest& request);
   absl::StatusOr<v1::LoadSessionResponse> Load(const CallContext& call,

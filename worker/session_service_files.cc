@@ -81,8 +81,14 @@ void LayoutToProto(const ImportResult& result, v1::FileLayout* proto) {
     proto->set_llama_sharp_json(layout.llama_sharp_json);
   } else if (result.format == StateFormat::kMlx) {
     proto->set_mlx_legacy(layout.mlx_legacy);
-    for (const auto& [key, value] : layout.mlx_metadata) {
-      (*proto->mutable_mlx_metadata())[key] = value;
+    // What would not fit into an answer is left out, like a layout beyond the limit.
+    uint64_t metadata_bytes = 0;
+    for (const auto& [key, value] : layout.mlx_metadata)
+      metadata_bytes += key.size() + value.size();
+    if (metadata_bytes <= kMaxLayoutBytes) {
+      for (const auto& [key, value] : layout.mlx_metadata) {
+        (*proto->mutable_mlx_metadata())[key] = value;
+      }
     }
     // Beyond the limit the caller makes a new header of the same rows.
     if (layout.mlx_layout.size() <= kMaxLayoutBytes) proto->set_mlx_layout(layout.mlx_layout);
@@ -140,7 +146,7 @@ grpc::Status SessionServiceImpl::ExportSequence(
 
 absl::StatusOr<v1::ImportSequenceResponse> SessionServiceImpl::Import(
     const CallContext& call, const v1::ImportSequenceRequest::Header& header,
-    grpc::ServerReader<v1::ImportSequenceRequest>* reader) {
+    const grpc::ServerContext& context, grpc::ServerReader<v1::ImportSequenceRequest>* reader) {
   const auto name = [&] { return absl::StrCat("import ", header.request_id()); };
   if (imports_running_.fetch_add(1) >= import_limits_.max_running) {
     imports_running_.fetch_sub(1);
@@ -180,6 +186,9 @@ absl::StatusOr<v1::ImportSequenceResponse> SessionServiceImpl::Import(
     }
     PT_RETURN_IF_ERROR(spool->Append(message.data()));
   }
+  // A stream that broke looks like one that ended.
+  if (context.IsCancelled())
+    return absl::CancelledError(absl::StrCat(name(), ": the stream broke"));
   PT_ASSIGN_OR_RETURN(const absl::string_view file, spool->Map());
   PT_ASSIGN_OR_RETURN(const ImportResult result,
                       ImportSequenceFile(host, call.tenant, file, options, call.deadline));
@@ -207,8 +216,8 @@ grpc::Status SessionServiceImpl::ImportSequence(
   auto answer = memos_->OncePerTenant<v1::ImportSequenceResponse>(
       call.tenant.name, first.header().request_id(), DigestOfMessage(first), call.deadline,
       [&]() -> absl::StatusOr<v1::ImportSequenceResponse> {
-        auto imported = Import(call, first.header(), reader);
-        // A stream that broke looks like one that ended: the caller gets nothing of it.
+        auto imported = Import(call, first.header(), *context, reader);
+        // Broken meanwhile: the caller gets nothing of it.
         if (imported.ok() && context->IsCancelled()) {
           const auto target = FindSequence(*worker_, imported->state().sequence_id());
           if (target.ok()) {

@@ -189,7 +189,7 @@ TEST_F(PrefillTest, A7LayersArriveThroughAStagingOfNoMoreThanTwo) {
   const std::vector<uint32_t> tokens = TestTokens(1, 1024);
   auto state = OpenAlone();
   ASSERT_OK(state);
-  TestContext context;
+  TestContext context(absl::Seconds(500));
   v1::AppendTokensResponse response;
   auto writer = client_->sequences().AppendTokens(&context, &response);
   v1::AppendTokensRequest message;
@@ -286,7 +286,7 @@ TEST_F(PrefillTest, A8CallsThatNeedNoFramePassOneThatWaitsAtMost64Times) {
   TestContext context;
   v1::GetBlockTableRequest pin;
   pin.set_sequence_id(reader->sequence_id());
-  pin.mutable_lease()->set_seconds(30);
+  pin.mutable_lease()->set_seconds(300);
   v1::GetBlockTableResponse pinned;
   ASSERT_OK(FromGrpcStatus(client_->sequences().GetBlockTable(&context, pin, &pinned)));
   absl::StatusOr<uint64_t> granted;
