@@ -286,7 +286,7 @@ TEST_F(PrefillTest, A8CallsThatNeedNoFramePassOneThatWaitsAtMost64Times) {
   TestContext context;
   v1::GetBlockTableRequest pin;
   pin.set_sequence_id(reader->sequence_id());
-  pin.mutable_lease()->set_seconds(300);
+  pin.mutable_lease()->set_seconds(30);
   v1::GetBlockTableResponse pinned;
   ASSERT_OK(FromGrpcStatus(client_->sequences().GetBlockTable(&context, pin, &pinned)));
   absl::StatusOr<uint64_t> granted;
