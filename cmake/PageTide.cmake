@@ -10,13 +10,10 @@ option(PAGETIDE_PRECOMPILE "Use precompiled headers (GCC only; cmake/Precompiled
 set(PAGETIDE_SANITIZE "" CACHE STRING "Comma list for -fsanitize= (address,undefined or thread)")
 
 find_program(CCACHE_PROGRAM ccache)
-if(CCACHE_PROGRAM AND NOT CMAKE_CXX_COMPILER_LAUNCHER)
+# Not with precompiled headers: for each file ccache would read them once more, hundreds of MB, to hash what it includes.
+if(CCACHE_PROGRAM AND NOT CMAKE_CXX_COMPILER_LAUNCHER AND NOT PAGETIDE_PRECOMPILE)
   set(CMAKE_C_COMPILER_LAUNCHER "${CCACHE_PROGRAM}")
   set(CMAKE_CXX_COMPILER_LAUNCHER "${CCACHE_PROGRAM}")
-  if(PAGETIDE_PRECOMPILE)
-    # ccache keeps objects made with precompiled headers only if it need not ask when these were made.
-    set(CMAKE_CXX_COMPILER_LAUNCHER env CCACHE_SLOPPINESS=pch_defines,time_macros "${CCACHE_PROGRAM}")
-  endif()
 endif()
 find_program(LLD_PROGRAM NAMES ld.lld ld.lld-14)
 if(LLD_PROGRAM AND CMAKE_CXX_COMPILER_ID STREQUAL "GNU")

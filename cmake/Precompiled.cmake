@@ -1,5 +1,6 @@
 # Precompiled headers, for whole builds on small machines (the presets dev, release, asan and tsan turn them on): the headers of gRPC, of
-# PageTide's protocol and of GoogleTest are parsed once for all files instead of once a file, a third of all compile time.
+# PageTide's protocol and of GoogleTest are parsed once for all files instead of once a file. Who builds the same tree again and again
+# is better off with ccache, which does not go with them: -DPAGETIDE_PRECOMPILE=OFF.
 #
 # Included last (its option stands in PageTide.cmake): pagetide_precompile() runs when every target is known, and picks for each the header that fits what it links.
 # GCC uses a precompiled header only for files that are compiled with the very flags it was made with, and reads the plain
@@ -45,7 +46,7 @@ function(pagetide_precompiled_header name header position)
   add_library(${name} OBJECT "${PROJECT_SOURCE_DIR}/cmake/precompiled/empty.cc")
   set_target_properties(${name} PROPERTIES POSITION_INDEPENDENT_CODE OFF)
   target_include_directories(${name} PRIVATE "${PROJECT_SOURCE_DIR}")
-  target_compile_options(${name} PRIVATE ${position} -fpch-preprocess)
+  target_compile_options(${name} PRIVATE ${position})
   target_link_libraries(${name} PRIVATE ${ARGN})
   target_precompile_headers(${name} PRIVATE "${PROJECT_SOURCE_DIR}/cmake/precompiled/${header}.h")
 endfunction()
@@ -92,7 +93,6 @@ function(pagetide_precompile)
       list(APPEND made ${name})
     endif()
     target_precompile_headers(${target} REUSE_FROM ${name})
-    target_compile_options(${target} PRIVATE -fpch-preprocess)  # lets ccache see through the header
   endforeach()
 endfunction()
 
