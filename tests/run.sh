@@ -24,12 +24,12 @@ build() {
   local targets=()
   local target
   for target in "$@"; do targets+=(--target "$target"); done
-  # ninja's own progress line needs a terminal; a CI log gets the errors and the last line.
+  # ninja's own progress line needs a terminal; a CI log gets the failed steps and the last line.
   if [ -t 1 ]; then
     cmake --build --preset "$preset" -j "$jobs" "${targets[@]}"
   else
     cmake --build --preset "$preset" -j "$jobs" "${targets[@]}" > "build-$preset.log" 2>&1 ||
-      { grep -E -A 20 'FAILED|error|warning' "build-$preset.log" | head -200; return 1; }
+      { grep -E -A 30 '^FAILED:|: (fatal )?error:|: internal compiler error' "build-$preset.log" | cut -c 1-400 | head -200; return 1; }
     tail -n 1 "build-$preset.log"
   fi
 }
