@@ -23,7 +23,7 @@ endif()
 set(PAGETIDE_WARNINGS -Wall -Wextra -Wno-unused-parameter -Wno-missing-field-initializers)
 if(CMAKE_CXX_COMPILER_ID STREQUAL "GNU" AND CMAKE_CXX_COMPILER_VERSION VERSION_LESS 13)
   # False alarms of GCC 12 about std::string (its bugs 105329 and 105651); clang's checks of the same name stay on.
-  list(APPEND PAGETIDE_WARNINGS -Wno-array-bounds -Wno-restrict -Wno-stringop-overflow)
+  list(APPEND PAGETIDE_WARNINGS -Wno-array-bounds -Wno-restrict -Wno-stringop-overflow -Wno-stringop-overread)
 endif()
 add_compile_options("$<$<COMPILE_LANGUAGE:C,CXX>:${PAGETIDE_WARNINGS}>")
 # One position for libraries and programs: there are no shared libraries, and the same flags everywhere let all share

@@ -198,7 +198,9 @@ TEST_F(SequenceAlgebraTest, RefusalsChangeNothing) {
   };
   for (const Case& c : cases) {
     EXPECT_EQ(c.status.code(), c.code) << c.what << ": " << c.status;
-    if (*c.reason != 0) EXPECT_EQ(GetReason(c.status), c.reason) << c.what << ": " << c.status;
+    if (*c.reason != 0) {
+      EXPECT_EQ(GetReason(c.status), c.reason) << c.what << ": " << c.status;
+    }
     EXPECT_FALSE(c.status.message().empty()) << c.what;
   }
   v1::RemoveRangeRequest old;

@@ -19,7 +19,7 @@ namespace pagetide {
 namespace {
 
 using ::pagetide::testing::TestContext;
-using ::pagetide::testing::TestPage;
+using ::pagetide::testing::TestPageBytes;
 using ::pagetide::testing::TestRow;
 using ::pagetide::testing::TestTokens;
 using ::testing::HasSubstr;

@@ -72,8 +72,8 @@ std::string TestRows(const GroupGeometry& group, const std::vector<uint32_t>& to
   return rows;
 }
 
-std::string TestPage(const GroupGeometry& group, const std::vector<uint32_t>& tokens,
-                     uint64_t end) {
+std::string TestPageBytes(const GroupGeometry& group, const std::vector<uint32_t>& tokens,
+                          uint64_t end) {
   uint64_t x = 0;
   for (uint64_t i = 0; i < end; ++i) x = Mix(x ^ tokens[i]);
   std::string page(group.page_bytes(), '\0');
@@ -172,7 +172,7 @@ absl::StatusOr<v1::AppendTokensResponse> WorkerClient::Append(const v1::Sequence
       uint64_t last = is_state ? end : state.length() / page_tokens * page_tokens;
       for (uint32_t p = 0; open && (p == 0 || last < end); ++p) {
         last = std::min<uint64_t>(end, last + page_tokens);
-        const std::string page = TestPage(group, tokens, last);
+        const std::string page = TestPageBytes(group, tokens, last);
         for (size_t at = 0; open && at < page.size(); at += kPartBytes) {
           v1::RowPart* part = message.mutable_rows();
           part->Clear();
@@ -276,7 +276,7 @@ absl::StatusOr<uint64_t> WorkerClient::VerifyPages(const std::string& sequence_i
     last = part.first_token() + part.num_tokens();
     if (part.kind() == v1::ROW_KIND_PAGE && last <= tokens.size() &&
         part.data() ==
-            TestPage(group, tokens, last).substr(part.page_offset(), part.data().size())) {
+            TestPageBytes(group, tokens, last).substr(part.page_offset(), part.data().size())) {
       continue;
     }
     wrong = absl::DataLossError(absl::StrCat("page with tokens [", part.first_token(), ", ", last,

@@ -43,7 +43,8 @@ std::string TestRows(const GroupGeometry& group, const std::vector<uint32_t>& to
                      uint64_t begin, uint64_t end, uint32_t layer, RowKind kind);
 
 // What a page that is whole holds, or a state: a function of all tokens up to its last.
-std::string TestPage(const GroupGeometry& group, const std::vector<uint32_t>& tokens, uint64_t end);
+std::string TestPageBytes(const GroupGeometry& group, const std::vector<uint32_t>& tokens,
+                          uint64_t end);
 
 // `count` tokens that differ between seeds from the first on.
 std::vector<uint32_t> TestTokens(uint64_t seed, size_t count);
@@ -61,7 +62,7 @@ class WorkerClient {
                                                   const std::vector<uint32_t>& tokens, size_t end,
                                                   const std::string& request_id = "");
   // Number of bytes compared. DATA_LOSS when a row differs from what TestRow says, or a page from
-  // what TestPage says, or one is missing.
+  // what TestPageBytes says, or one is missing.
   absl::StatusOr<uint64_t> Verify(const std::string& sequence_id,
                                   const std::vector<uint32_t>& tokens, uint64_t begin,
                                   uint64_t end);
