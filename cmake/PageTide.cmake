@@ -125,6 +125,8 @@ function(pagetide_test name)
   add_executable(${name} ${ARG_SRCS})
   target_include_directories(${name} PRIVATE "${PROJECT_SOURCE_DIR}")
   target_link_libraries(${name} PRIVATE ${ARG_LIBS} GTest::gmock GTest::gtest GTest::gtest_main)
+  # Less than what they test: a fifth less time to compile.
+  target_compile_options(${name} PRIVATE "$<$<CONFIG:RelWithDebInfo>:-O1>")
   target_compile_definitions(${name} PRIVATE PAGETIDE_SOURCE_DIR="${PROJECT_SOURCE_DIR}"
                                              PAGETIDE_BINARY_DIR="${CMAKE_BINARY_DIR}")
   set_target_properties(${name} PROPERTIES RUNTIME_OUTPUT_DIRECTORY "${CMAKE_BINARY_DIR}/tests")

@@ -4,7 +4,7 @@
 #
 # Included last (its option stands in PageTide.cmake): pagetide_precompile() runs when every target is known, and picks for each the header that fits what it links.
 # GCC uses a precompiled header only for files that are compiled with the very flags it was made with, and reads the plain
-# headers otherwise: targets with code generation of their own (kernels, decoder) get none.
+# headers otherwise: targets with code generation of their own (kernels, decoder, libraries for tests) get none.
 
 # Sets OUT to TRUE if TARGET links NEEDLE, directly or through other targets of this build.
 function(pagetide_links target needle out)
@@ -51,13 +51,20 @@ endfunction()
 
 function(pagetide_precompile)
   pagetide_targets_below("${PROJECT_SOURCE_DIR}" targets)
+  get_property(common_options DIRECTORY "${PROJECT_SOURCE_DIR}" PROPERTY COMPILE_OPTIONS)
   foreach(target IN LISTS targets)
     get_target_property(type ${target} TYPE)
     get_target_property(options ${target} COMPILE_OPTIONS)
-    if(NOT type MATCHES "STATIC_LIBRARY|EXECUTABLE" OR options MATCHES "-ffp-contract|-O[0-9]")
+    pagetide_links(${target} GTest::gtest tests)
+    list(REMOVE_ITEM options ${common_options})
+    # What pagetide_test() gives to every test, and nothing else has.
+    set(own_options)
+    if(tests)
+      set(own_options "$<$<CONFIG:RelWithDebInfo>:-O1>")
+    endif()
+    if(NOT type MATCHES "STATIC_LIBRARY|EXECUTABLE" OR NOT "${options}" STREQUAL "${own_options}")
       continue()
     endif()
-    pagetide_links(${target} GTest::gtest tests)
     pagetide_links(${target} pt_proto speaks)
     if(speaks)
       set(header services)
@@ -74,6 +81,9 @@ function(pagetide_precompile)
     set(precompiled "pt_precompiled_${header}")
     if(NOT TARGET ${precompiled})
       pagetide_precompiled_header(${precompiled} ${header} ${libs})
+      if(tests)
+        target_compile_options(${precompiled} PRIVATE ${own_options})
+      endif()
     endif()
     target_precompile_headers(${target} REUSE_FROM ${precompiled})
   endforeach()

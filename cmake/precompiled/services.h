@@ -2,6 +2,7 @@
 // leave out an #include.
 #include "cmake/precompiled/domain.h"
 
+#include <CLI/CLI.hpp>
 #include <grpcpp/grpcpp.h>
 
 #include "pagetide/v1/admin.grpc.pb.h"
