@@ -266,14 +266,21 @@ absl::Status ParseWith(size_t offset, T value) {
 }
 
 TEST(LlamaCppTest, HugeCountsAreDataLossBeforeAnythingIsAllocated) {
-  const std::pair<size_t, const char*> cases[] = {
-      {8, "tokens needs 2147483648"},
-      {24, "a body has 2147483648 streams"},
-      {28, "cells needs 2147483648"},
-      {72, "a body has 2147483648 layers"},
+  struct Case {
+    size_t offset;
+    uint32_t count;
+    const char* text;
   };
-  for (const auto& [offset, text] : cases) {
-    const absl::Status status = ParseWith(offset, uint32_t{1} << 31);
+  const Case cases[] = {
+      {8, 1u << 31, "2147483648 tokens, at most 16777216"},
+      {8, 1u << 24, "tokens needs 16777216"},
+      {24, 1u << 31, "a body has 2147483648 streams"},
+      {28, 1u << 31, "2147483648 cells, at most 16777216"},
+      {28, 1u << 24, "cells needs 16777216"},
+      {72, 1u << 31, "a body has 2147483648 layers"},
+  };
+  for (const auto& [offset, count, text] : cases) {
+    const absl::Status status = ParseWith(offset, count);
     EXPECT_TRUE(absl::IsDataLoss(status)) << offset << ": " << status;
     EXPECT_THAT(std::string(status.message()), HasSubstr(text));
   }
