@@ -13,6 +13,7 @@
 
 #include "base/clock.h"
 #include "base/executor.h"
+#include "base/thread_group.h"
 #include "core/page_store.h"
 #include "pagetide/v1/page_store.grpc.pb.h"
 
@@ -122,7 +123,9 @@ class PageStoreServiceImpl final : public v1::PageStoreService::WithRawCallbackM
   const uint64_t incarnation_;
   std::atomic<bool> ending_{false};  // relaxed: polled
   std::atomic<int> num_watchers_{0};
-  ThreadPoolExecutor executor_;  // last: its threads end before the rest goes
+  // Last: their threads end before the rest goes.
+  ThreadGroup watch_threads_{"store-watch"};
+  ThreadPoolExecutor executor_;
 };
 
 }  // namespace pagetide

@@ -1,9 +1,8 @@
 // The three streams of PageStoreServiceImpl: PutPages, GetPages, WatchStore.
 #include <algorithm>
 #include <cstring>
-#include <deque>
+#include <optional>
 #include <string>
-#include <thread>
 #include <utility>
 #include <vector>
 
@@ -16,6 +15,7 @@
 #include "rpc/byte_buffer.h"
 #include "rpc/status_mapping.h"
 #include "services/page_store_service.h"
+#include "services/read_ahead.h"
 
 namespace pagetide {
 
@@ -176,54 +176,33 @@ grpc::ServerReadReactor<grpc::ByteBuffer>* PageStoreServiceImpl::PutPages(
 
 // ---- GetPages ----------------------------------------------------------------------------------
 // A task reads pages ahead of the wire, up to half of max_stream_bytes; writes lend slices of the
-// page buffers to gRPC.
+// page buffers to gRPC. ReadAhead says what comes next.
 class PageStoreServiceImpl::GetStream final : public grpc::ServerWriteReactor<grpc::ByteBuffer> {
  public:
   GetStream(PageStoreServiceImpl* service, grpc::CallbackServerContext* context,
             const grpc::ByteBuffer* request)
       : service_(*service), deadline_(service->DeadlineOf(*context)) {
-    absl::Status status = Decode(*request);
-    if (status.ok()) {
-      is_reading_ = true;
-      status = service_.executor_.Schedule([this] { ReadAhead(); });
+    const absl::Status decoded = Decode(*request);
+    if (!decoded.ok()) {
+      Finish(ToGrpcStatus(decoded));
+      return;
     }
-    if (!status.ok()) Finish(ToGrpcStatus(status));
+    read_ahead_.emplace(keys_.size(), service_.options_.max_stream_bytes / 2);
+    Take(read_ahead_->Begin());
   }
 
   void OnWriteDone(bool ok) override {
-    bool read_more = false;
-    {
-      MutexLock lock(&mu_);
-      is_writing_ = false;
-      queued_bytes_ -= queue_.front().payload_bytes;
-      queue_.pop_front();
-      if (!ok) error_ = absl::CancelledError("get pages: the stream broke");
-      read_more = error_.ok() && !is_reading_ && next_page_ < keys_.size() &&
-                  queued_bytes_ < service_.options_.max_stream_bytes / 2;
-      if (read_more) is_reading_ = true;
-    }
-    if (read_more) {
-      const absl::Status scheduled = service_.executor_.Schedule([this] { ReadAhead(); });
-      if (!scheduled.ok()) {
-        MutexLock lock(&mu_);
-        is_reading_ = false;
-        error_ = WithRetryDelay(scheduled, absl::Milliseconds(100));
-      }
-    }
-    Advance(/*reading_ended=*/false, absl::OkStatus());
+    Take(read_ahead_->WriterTurn(ok ? absl::OkStatus()
+                                    : absl::CancelledError("get pages: the stream broke")));
   }
   void OnCancel() override {
-    MutexLock lock(&mu_);
-    if (error_.ok()) error_ = absl::CancelledError("get pages: cancelled");
+    if (read_ahead_) Take(read_ahead_->CancelTurn(absl::CancelledError("get pages: cancelled")));
   }
   void OnDone() override { delete this; }
 
  private:
-  struct Message {
-    grpc::ByteBuffer bytes;
-    uint64_t payload_bytes = 0;
-  };
   using Body = std::shared_ptr<std::byte[]>;  // shared by the slices on their way
+  using Turn = ReadAhead<grpc::ByteBuffer>::Turn;
 
   absl::Status Decode(const grpc::ByteBuffer& bytes) {
     v1::GetPagesRequest request;
@@ -252,25 +231,27 @@ class PageStoreServiceImpl::GetStream final : public grpc::ServerWriteReactor<gr
     return absl::OkStatus();
   }
 
-  // Runs on a worker thread; only one at a time. The stream may be gone once it has said that it
-  // ended.
-  void ReadAhead() {
-    absl::Status status;
-    for (;;) {
-      size_t index = 0;
-      {
-        MutexLock lock(&mu_);
-        if (!error_.ok() || next_page_ >= keys_.size() ||
-            queued_bytes_ >= service_.options_.max_stream_bytes / 2) {
-          break;
-        }
-        index = next_page_++;
-      }
-      status = ReadPage(index);
-      if (!status.ok()) break;
-      Advance(/*reading_ended=*/false, absl::OkStatus());
+  // Does what a turn says, but for reading. After it the stream may be gone, unless the turn gave
+  // the reader an item.
+  void Take(Turn turn) {
+    if (turn.write != nullptr) StartWrite(turn.write);
+    if (turn.finish) Finish(ToGrpcStatus(*turn.finish));
+    if (!turn.start_reader) return;
+    const absl::Status scheduled = service_.executor_.Schedule([this] { Read(); });
+    if (!scheduled.ok()) {
+      Take(read_ahead_->ReaderTurn(WithRetryDelay(scheduled, absl::Milliseconds(100))));
     }
-    Advance(/*reading_ended=*/true, status);
+  }
+
+  // Runs on a worker thread; only one at a time.
+  void Read() {
+    absl::Status read;
+    for (;;) {
+      const Turn turn = read_ahead_->ReaderTurn(read);
+      Take(turn);
+      if (!turn.read) return;
+      read = ReadPage(*turn.read);
+    }
   }
 
   absl::Status ReadPage(size_t index) {
@@ -291,7 +272,7 @@ class PageStoreServiceImpl::GetStream final : public grpc::ServerWriteReactor<gr
       header.set_outcome(result.outcome == GetOutcome::kQuarantined
                              ? v1::GetPagesResponse::OUTCOME_QUARANTINED
                              : v1::GetPagesResponse::OUTCOME_MISS);
-      Push({EncodeMessage(header), 0});
+      read_ahead_->Push(EncodeMessage(header), 0);
       return absl::OkStatus();
     }
     header.set_outcome(v1::GetPagesResponse::OUTCOME_HIT);
@@ -301,58 +282,19 @@ class PageStoreServiceImpl::GetStream final : public grpc::ServerWriteReactor<gr
     for (uint64_t at = 0; at < body_bytes; at += kPagePartBytes) {
       const uint64_t n = std::min<uint64_t>(kPagePartBytes, body_bytes - at);
       const std::span<const std::byte> part = bytes.subspan(at, n);
-      Push({EncodeWithPayload(header, kPageBodyField, LendSlice(part, Body(body))), n});
+      read_ahead_->Push(EncodeWithPayload(header, kPageBodyField, LendSlice(part, Body(body))), n);
       header.Clear();
       header.set_index(static_cast<uint32_t>(index));
     }
     return absl::OkStatus();
   }
 
-  void Push(Message message) {
-    MutexLock lock(&mu_);
-    queued_bytes_ += message.payload_bytes;
-    queue_.push_back(std::move(message));
-  }
-
-  // Starts the next write, or finishes when all is said and no task is running. Only the caller
-  // that starts or finishes touches the stream after the lock: it then owns that step.
-  void Advance(bool reading_ended, absl::Status error) {
-    const grpc::ByteBuffer* next = nullptr;
-    absl::Status end;
-    {
-      MutexLock lock(&mu_);
-      if (reading_ended) is_reading_ = false;
-      if (error_.ok()) error_ = std::move(error);
-      if (is_writing_ || is_finished_) return;
-      if (error_.ok() && !queue_.empty()) {
-        is_writing_ = true;
-        next = &queue_.front().bytes;
-      } else if (!is_reading_ && (!error_.ok() || next_page_ >= keys_.size())) {
-        is_finished_ = true;
-        end = error_;
-      } else {
-        return;
-      }
-    }
-    if (next != nullptr) {
-      StartWrite(next);
-    } else {
-      Finish(ToGrpcStatus(end));
-    }
-  }
-
   PageStoreServiceImpl& service_;
   const MonotonicTime deadline_;
-  std::vector<PageKey> keys_;                         // const after construction
-  std::vector<std::optional<Checksum128>> expected_;  // const after construction
-  Mutex mu_;
-  std::deque<Message> queue_ ABSL_GUARDED_BY(mu_);  // the front one is on its way if is_writing_
-  uint64_t queued_bytes_ ABSL_GUARDED_BY(mu_) = 0;
-  size_t next_page_ ABSL_GUARDED_BY(mu_) = 0;
-  bool is_reading_ ABSL_GUARDED_BY(mu_) = false;
-  bool is_writing_ ABSL_GUARDED_BY(mu_) = false;
-  bool is_finished_ ABSL_GUARDED_BY(mu_) = false;
-  absl::Status error_ ABSL_GUARDED_BY(mu_);
+  // Const after construction.
+  std::vector<PageKey> keys_;
+  std::vector<std::optional<Checksum128>> expected_;
+  std::optional<ReadAhead<grpc::ByteBuffer>> read_ahead_;  // absent: the request was refused
 };
 
 grpc::ServerWriteReactor<grpc::ByteBuffer>* PageStoreServiceImpl::GetPages(
@@ -376,7 +318,7 @@ class PageStoreServiceImpl::WatchStream final
           "watch store: ", watchers - 1, " watchers, at most ", service_.options_.max_watchers))));
       return;
     }
-    thread_ = std::thread([this] { Run(); });
+    service_.watch_threads_.Start([this] { Run(); });
   }
   ~WatchStream() override { service_.num_watchers_.fetch_sub(1); }
 
@@ -392,17 +334,8 @@ class PageStoreServiceImpl::WatchStream final
     MutexLock lock(&mu_);
     is_broken_ = true;
   }
-  void OnDone() override {
-    // gRPC may call this from the thread that called Finish: it is about to return then.
-    if (thread_.joinable()) {
-      if (thread_.get_id() == std::this_thread::get_id()) {
-        thread_.detach();
-      } else {
-        thread_.join();
-      }
-    }
-    delete this;
-  }
+  // May come from the watch's own thread, inside Finish: the service joins it.
+  void OnDone() override { delete this; }
 
  private:
   void Run() {
@@ -411,6 +344,7 @@ class PageStoreServiceImpl::WatchStream final
           return Send(snapshot, snapshot_end, events);
         },
         deadline_);
+    // The last thing it does: nothing of the stream is there afterwards.
     Finish(
         ToGrpcStatus(ended.ok() ? absl::UnavailableError("watch store: the store drains") : ended));
   }
@@ -449,10 +383,9 @@ class PageStoreServiceImpl::WatchStream final
 
   PageStoreServiceImpl& service_;
   const MonotonicTime deadline_;
-  // Owned by thread_.
+  // Owned by the watch's thread.
   uint64_t number_ = 0;
   MonotonicTime last_message_;
-  std::thread thread_;
   Mutex mu_;
   CondVar written_;
   bool is_writing_ ABSL_GUARDED_BY(mu_) = false;
