@@ -32,19 +32,8 @@ struct RetentionFlags : WorkerFlags {
   int64_t priority = -1;  // -1: the default
 };
 
-struct Connection {
-  std::shared_ptr<grpc::Channel> channel;
-  std::unique_ptr<Edits> edits;
-};
-absl::StatusOr<Connection> Connect(const RetentionFlags& flags) {
-  PT_ASSIGN_OR_RETURN(const std::string address, FindWorker(flags));
-  Connection connection;
-  connection.channel = MakeChannel(address);
-  connection.edits = v1::SequenceEditService::NewStub(connection.channel);
-  return connection;
-}
-
-absl::StatusOr<v1::SequenceRef> RefOf(const RetentionFlags& flags, const Connection& worker) {
+absl::StatusOr<v1::SequenceRef> RefOf(const RetentionFlags& flags,
+                                      const WorkerConnection<v1::SequenceEditService>& worker) {
   const auto stub = v1::SequenceService::NewStub(worker.channel);
   v1::GetSequenceRequest request;
   request.set_sequence_id(flags.sequence);
@@ -72,14 +61,14 @@ std::string EndOf(const v1::PinInfo& pin) {
 }
 
 absl::Status RunList(const RetentionFlags& flags, std::ostream& out) {
-  PT_ASSIGN_OR_RETURN(const Connection worker, Connect(flags));
+  PT_ASSIGN_OR_RETURN(const auto worker, ConnectWorker<v1::SequenceEditService>(flags));
   v1::ListPinsRequest request;
   request.set_page_size(1000);
   request.set_name_prefix(flags.prefix);
   v1::ListPinsResponse all, page;
   do {
     page.Clear();
-    PT_RETURN_IF_ERROR(CallWorker(flags, *worker.edits, &Edits::ListPins, request, &page));
+    PT_RETURN_IF_ERROR(CallWorker(flags, *worker.stub, &Edits::ListPins, request, &page));
     all.mutable_pins()->MergeFrom(page.pins());
     request.set_page_token(page.next_page_token());
   } while (!page.next_page_token().empty());
@@ -97,13 +86,13 @@ absl::Status RunList(const RetentionFlags& flags, std::ostream& out) {
 }
 
 absl::Status RunAdd(const RetentionFlags& flags, std::ostream& out) {
-  PT_ASSIGN_OR_RETURN(const Connection worker, Connect(flags));
+  PT_ASSIGN_OR_RETURN(const auto worker, ConnectWorker<v1::SequenceEditService>(flags));
   v1::PinRangeRequest request;
   request.set_name(flags.name);
   PT_RETURN_IF_ERROR(SetRange(flags, &request));
   PT_ASSIGN_OR_RETURN(*request.mutable_sequence(), RefOf(flags, worker));
   v1::PinRangeResponse response;
-  PT_RETURN_IF_ERROR(CallWorker(flags, *worker.edits, &Edits::PinRange, request, &response));
+  PT_RETURN_IF_ERROR(CallWorker(flags, *worker.stub, &Edits::PinRange, request, &response));
   if (flags.is_json) return PrintJson(response, out);
   const v1::PinInfo& pin = response.pin();
   out << "pinned " << pin.name() << ": tokens [" << pin.begin() << ", " << pin.end() << "), "
@@ -113,25 +102,25 @@ absl::Status RunAdd(const RetentionFlags& flags, std::ostream& out) {
 }
 
 absl::Status RunRemove(const RetentionFlags& flags, std::ostream& out) {
-  PT_ASSIGN_OR_RETURN(const Connection worker, Connect(flags));
+  PT_ASSIGN_OR_RETURN(const auto worker, ConnectWorker<v1::SequenceEditService>(flags));
   v1::UnpinRangeRequest request;
   request.set_name(flags.name);
   v1::UnpinRangeResponse response;
-  PT_RETURN_IF_ERROR(CallWorker(flags, *worker.edits, &Edits::UnpinRange, request, &response));
+  PT_RETURN_IF_ERROR(CallWorker(flags, *worker.stub, &Edits::UnpinRange, request, &response));
   if (flags.is_json) return PrintJson(response, out);
   out << "unpinned " << flags.name << "\n";
   return absl::OkStatus();
 }
 
 absl::Status RunRetain(const RetentionFlags& flags, std::ostream& out) {
-  PT_ASSIGN_OR_RETURN(const Connection worker, Connect(flags));
+  PT_ASSIGN_OR_RETURN(const auto worker, ConnectWorker<v1::SequenceEditService>(flags));
   v1::SetRangeRetentionRequest request;
   v1::RangeRetention& range = *request.add_ranges();
   PT_RETURN_IF_ERROR(SetRange(flags, &range));
   if (flags.priority >= 0) range.set_priority(static_cast<uint32_t>(flags.priority));
   PT_ASSIGN_OR_RETURN(*request.mutable_sequence(), RefOf(flags, worker));
   v1::SetRangeRetentionResponse response;
-  PT_RETURN_IF_ERROR(CallWorker(flags, *worker.edits, &Edits::SetRetention, request, &response));
+  PT_RETURN_IF_ERROR(CallWorker(flags, *worker.stub, &Edits::SetRetention, request, &response));
   if (flags.is_json) return PrintJson(response, out);
   out << "set for " << response.pages() << " pages; wrote "
       << FormatByteSize(response.bytes_written()) << "\n";

@@ -29,18 +29,6 @@ struct SessionFlags : WorkerFlags {
   int64_t length = -1;                // -1: all
 };
 
-struct Connection {
-  std::shared_ptr<grpc::Channel> channel;
-  std::unique_ptr<v1::SessionService::Stub> sessions;
-};
-absl::StatusOr<Connection> Connect(const SessionFlags& flags) {
-  PT_ASSIGN_OR_RETURN(const std::string address, FindWorker(flags));
-  Connection connection;
-  connection.channel = MakeChannel(address);
-  connection.sessions = v1::SessionService::NewStub(connection.channel);
-  return connection;
-}
-
 std::vector<std::string> Row(const v1::SessionInfo& session) {
   return {session.name(),
           absl::StrCat(session.version()),
@@ -54,15 +42,15 @@ const std::vector<std::string> kHeading = {"NAME",  "VERSION", "TOKENS",  "PAGES
                                            "BYTES", "MODEL",   "SAVED AT"};
 
 absl::Status RunList(const SessionFlags& flags, std::ostream& out) {
-  PT_ASSIGN_OR_RETURN(const Connection worker, Connect(flags));
+  PT_ASSIGN_OR_RETURN(const auto worker, ConnectWorker<v1::SessionService>(flags));
   v1::ListSessionsRequest request;
   request.set_page_size(1000);
   request.set_name_prefix(flags.prefix);
   v1::ListSessionsResponse all, page;
   do {
     page.Clear();
-    PT_RETURN_IF_ERROR(CallWorker(flags, *worker.sessions, &v1::SessionService::Stub::ListSessions,
-                                  request, &page));
+    PT_RETURN_IF_ERROR(
+        CallWorker(flags, *worker.stub, &v1::SessionService::Stub::ListSessions, request, &page));
     all.mutable_sessions()->MergeFrom(page.sessions());
     request.set_page_token(page.next_page_token());
   } while (!page.next_page_token().empty());
@@ -74,12 +62,12 @@ absl::Status RunList(const SessionFlags& flags, std::ostream& out) {
 }
 
 absl::Status RunShow(const SessionFlags& flags, std::ostream& out) {
-  PT_ASSIGN_OR_RETURN(const Connection worker, Connect(flags));
+  PT_ASSIGN_OR_RETURN(const auto worker, ConnectWorker<v1::SessionService>(flags));
   v1::PeekSessionRequest request;
   request.set_name(flags.name);
   v1::PeekSessionResponse response;
-  PT_RETURN_IF_ERROR(CallWorker(flags, *worker.sessions, &v1::SessionService::Stub::PeekSession,
-                                request, &response));
+  PT_RETURN_IF_ERROR(
+      CallWorker(flags, *worker.stub, &v1::SessionService::Stub::PeekSession, request, &response));
   if (flags.is_json) return PrintJson(response, out);
   const std::vector<std::string> row = Row(response.session());
   std::vector<std::vector<std::string>> rows = {{"SESSION", response.session().name()}};
@@ -92,7 +80,7 @@ absl::Status RunShow(const SessionFlags& flags, std::ostream& out) {
 }
 
 absl::Status RunSave(const SessionFlags& flags, std::ostream& out) {
-  PT_ASSIGN_OR_RETURN(const Connection worker, Connect(flags));
+  PT_ASSIGN_OR_RETURN(const auto worker, ConnectWorker<v1::SessionService>(flags));
   v1::GetSequenceRequest get;
   get.set_sequence_id(flags.sequence);
   v1::GetSequenceResponse sequence;
@@ -113,8 +101,8 @@ absl::Status RunSave(const SessionFlags& flags, std::ostream& out) {
     (*request.mutable_metadata())[entry.substr(0, at)] = entry.substr(at + 1);
   }
   v1::SaveSessionResponse response;
-  PT_RETURN_IF_ERROR(CallWorker(flags, *worker.sessions, &v1::SessionService::Stub::SaveSession,
-                                request, &response));
+  PT_RETURN_IF_ERROR(
+      CallWorker(flags, *worker.stub, &v1::SessionService::Stub::SaveSession, request, &response));
   if (flags.is_json) return PrintJson(response, out);
   out << "saved " << response.name() << ", version " << response.version() << ": "
       << response.tokens() << " tokens, " << response.pages() << " pages; wrote "
@@ -124,14 +112,14 @@ absl::Status RunSave(const SessionFlags& flags, std::ostream& out) {
 }
 
 absl::Status RunLoad(const SessionFlags& flags, std::ostream& out) {
-  PT_ASSIGN_OR_RETURN(const Connection worker, Connect(flags));
+  PT_ASSIGN_OR_RETURN(const auto worker, ConnectWorker<v1::SessionService>(flags));
   v1::LoadSessionRequest request;
   request.set_name(flags.name);
   if (flags.expected_version >= 0) request.set_version(flags.expected_version);
   if (flags.length >= 0) request.set_length(flags.length);
   v1::LoadSessionResponse response;
-  PT_RETURN_IF_ERROR(CallWorker(flags, *worker.sessions, &v1::SessionService::Stub::LoadSession,
-                                request, &response));
+  PT_RETURN_IF_ERROR(
+      CallWorker(flags, *worker.stub, &v1::SessionService::Stub::LoadSession, request, &response));
   if (flags.is_json) return PrintJson(response, out);
   out << "sequence " << response.state().sequence_id() << " on " << response.state().worker_id()
       << ": " << response.state().length() << " tokens, " << response.restoring_pages()
@@ -140,12 +128,12 @@ absl::Status RunLoad(const SessionFlags& flags, std::ostream& out) {
 }
 
 absl::Status RunDelete(const SessionFlags& flags, std::ostream& out) {
-  PT_ASSIGN_OR_RETURN(const Connection worker, Connect(flags));
+  PT_ASSIGN_OR_RETURN(const auto worker, ConnectWorker<v1::SessionService>(flags));
   v1::DeleteSessionRequest request;
   request.set_name(flags.name);
   if (flags.expected_version >= 0) request.set_expected_version(flags.expected_version);
   v1::DeleteSessionResponse response;
-  PT_RETURN_IF_ERROR(CallWorker(flags, *worker.sessions, &v1::SessionService::Stub::DeleteSession,
+  PT_RETURN_IF_ERROR(CallWorker(flags, *worker.stub, &v1::SessionService::Stub::DeleteSession,
                                 request, &response));
   if (flags.is_json) return PrintJson(response, out);
   out << "deleted " << flags.name << ", version " << response.deleted_version() << "\n";

@@ -8,10 +8,13 @@
 
 #include <CLI/CLI.hpp>
 #include <chrono>
+#include <memory>
 #include <string>
 
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
+#include "base/status_macros.h"
+#include "rpc/channel.h"
 #include "rpc/status_mapping.h"
 
 namespace pagetide {
@@ -32,6 +35,21 @@ absl::StatusOr<std::string> FindWorker(const WorkerFlags& flags);
 
 // "90s", "15m", "24h". INVALID_ARGUMENT names --ttl.
 absl::Status ParseTtl(const std::string& text, google::protobuf::Duration* ttl);
+
+// The worker that FindWorker names, and its Service.
+template <typename Service>
+struct WorkerConnection {
+  std::shared_ptr<grpc::Channel> channel;
+  std::unique_ptr<typename Service::Stub> stub;
+};
+template <typename Service>
+absl::StatusOr<WorkerConnection<Service>> ConnectWorker(const WorkerFlags& flags) {
+  PT_ASSIGN_OR_RETURN(const std::string address, FindWorker(flags));
+  WorkerConnection<Service> connection;
+  connection.channel = MakeChannel(address);
+  connection.stub = Service::NewStub(connection.channel);
+  return connection;
+}
 
 template <typename Stub, typename Method, typename Request, typename Response>
 absl::Status CallWorker(const WorkerFlags& flags, Stub& stub, Method method, const Request& request,
