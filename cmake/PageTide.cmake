@@ -7,6 +7,7 @@ option(PAGETIDE_WITH_CUDA "Build the CUDA device; fails where the toolkit is not
 option(PAGETIDE_BUILD_TESTS "Build the tests" ON)
 option(PAGETIDE_FUZZ "Build tests/fuzz with libFuzzer, all code instrumented (clang only)" OFF)
 option(PAGETIDE_PRECOMPILE "Use precompiled headers (GCC only; cmake/Precompiled.cmake)" OFF)
+option(PAGETIDE_UNITY "Compile eight files of a library together: a whole build takes half the time, one file's takes longer" OFF)
 set(PAGETIDE_SANITIZE "" CACHE STRING "Comma list for -fsanitize= (address,undefined or thread)")
 
 find_program(CCACHE_PROGRAM ccache)
@@ -93,6 +94,7 @@ function(pagetide_library name)
   add_library(${name} STATIC ${ARG_SRCS})
   target_include_directories(${name} PUBLIC "${PROJECT_SOURCE_DIR}")
   target_link_libraries(${name} PUBLIC ${ARG_LIBS} PRIVATE ${ARG_PRIVATE_LIBS})
+  set_target_properties(${name} PROPERTIES UNITY_BUILD ${PAGETIDE_UNITY} UNITY_BUILD_BATCH_SIZE 8)
 endfunction()
 
 function(pagetide_binary name)

@@ -12,7 +12,6 @@ namespace {
 
 // llama.cpp has at most 256 sequences in a context; layers are far fewer than this.
 constexpr uint32_t kMaxStreams = 4096;
-constexpr uint32_t kMaxLayers = 4096;
 constexpr size_t kMaxBodies = 2;
 
 struct GgmlType {

@@ -14,7 +14,6 @@
 namespace pagetide {
 namespace {
 
-constexpr uint64_t kMaxLayers = 4096;
 // Tokens, rows and elements of a row are far below this, so that products of three do not overflow.
 constexpr uint64_t kMaxCount = uint64_t{1} << 31;
 // Layers of one model are of a few kinds, and those of a kind hold the same rows in the same order.

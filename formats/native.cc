@@ -15,7 +15,6 @@ namespace {
 
 constexpr uint16_t kVersion = 1;
 constexpr uint32_t kMaxGroups = 64;
-constexpr uint32_t kMaxLayers = 4096;
 constexpr uint64_t kTrailerBytes = 64;
 constexpr absl::string_view kFormat = "PageTide sequence file";
 

@@ -22,6 +22,8 @@ namespace pagetide {
 // Tokens, and rows of a block, that a file may declare: more than any model's context, and little
 // enough that what is kept of them in memory (4 bytes each) cannot exhaust it.
 inline constexpr uint64_t kMaxStateTokens = uint64_t{1} << 24;
+// Layers that a file may declare: some ten times the deepest model's.
+inline constexpr uint32_t kMaxLayers = 4096;
 
 // One K or V row of one layer: all heads of one token.
 struct RowShape {

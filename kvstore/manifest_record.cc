@@ -14,9 +14,9 @@
 namespace pagetide {
 namespace {
 
-constexpr uint32_t kMagic = 0x464d5450;       // "PTMF"
-constexpr uint32_t kEntryMagic = 0x454d5450;  // "PTME"
-constexpr uint16_t kVersion = 2;              // 1 had no summary, expiry and priority
+constexpr uint32_t kManifestMagic = 0x464d5450;  // "PTMF"
+constexpr uint32_t kEntryMagic = 0x454d5450;     // "PTME"
+constexpr uint16_t kVersion = 2;                 // 1 had no summary, expiry and priority
 constexpr uint16_t kEntryVersion = 1;
 constexpr uint8_t kExpires = 1;
 constexpr size_t kHeadBytes = 4 + 2;
@@ -91,7 +91,7 @@ std::string EncodeManifest(const ManifestRecord& manifest) {
   std::string out;
   out.reserve(160 + manifest.name.size() + manifest.summary.size() +
               manifest.pages.size() * kPageBytes + manifest.payload.size());
-  AppendLittleEndian<uint32_t>(&out, kMagic);
+  AppendLittleEndian<uint32_t>(&out, kManifestMagic);
   AppendLittleEndian<uint16_t>(&out, kVersion);
   AppendLittleEndian<uint64_t>(&out, manifest.version);
   AppendTerms(&out, manifest);
@@ -112,7 +112,7 @@ std::string EncodeManifest(const ManifestRecord& manifest) {
 absl::StatusOr<ManifestRecord> ParseManifest(absl::string_view bytes) {
   LittleEndianReader head(bytes);
   uint16_t version = 0;
-  PT_RETURN_IF_ERROR(CheckHead("manifest", &head, kMagic, 1, kVersion, &version));
+  PT_RETURN_IF_ERROR(CheckHead("manifest", &head, kManifestMagic, 1, kVersion, &version));
   PT_ASSIGN_OR_RETURN(const absl::string_view body, CheckedBody("manifest", bytes));
   LittleEndianReader in(body.substr(kHeadBytes));
   ManifestRecord manifest;

@@ -9,7 +9,7 @@
 namespace pagetide {
 namespace {
 
-constexpr uint32_t kMagic = 0x47505450;  // "PTPG"
+constexpr uint32_t kPageMagic = 0x47505450;  // "PTPG"
 constexpr size_t kHeaderChecksumOffset = 184;
 constexpr uint16_t kHasPrefix = 1;
 constexpr uint16_t kHasParent = 2;
@@ -83,7 +83,7 @@ std::string EncodeHeader(const PageRecordMeta& meta, PageCodec codec, uint64_t s
   static constexpr Digest kZero;
   std::string out;
   out.reserve(PageRecordHeaderBytes(meta));
-  AppendLittleEndian<uint32_t>(&out, kMagic);
+  AppendLittleEndian<uint32_t>(&out, kPageMagic);
   AppendLittleEndian<uint16_t>(&out, kPageRecordVersion);
   AppendLittleEndian<uint16_t>(&out, static_cast<uint16_t>(PageRecordHeaderBytes(meta)));
   AppendLittleEndian<uint64_t>(&out, meta.body_bytes);
@@ -124,7 +124,7 @@ absl::StatusOr<PageRecordHeader> ParsePageRecordHeader(absl::string_view bytes) 
   }
   LittleEndianReader in(bytes.substr(0, kPageRecordFixedBytes));
   const uint32_t magic = in.Take<uint32_t>();
-  if (magic != kMagic)
+  if (magic != kPageMagic)
     return absl::DataLossError(absl::StrCat("page record: magic 0x", absl::Hex(magic)));
   const uint16_t version = in.Take<uint16_t>();
   if (version != kPageRecordVersion) {

@@ -10,7 +10,7 @@
 namespace pagetide::replay_internal {
 namespace {
 
-struct Record {
+struct MooncakeRecord {
   double arrival_ms;
   int64_t input_tokens;
   int64_t output_tokens;
@@ -18,8 +18,8 @@ struct Record {
   size_t line;
 };
 
-absl::StatusOr<Record> ParseRecord(const nlohmann::json& object, JsonLines& lines) {
-  Record record;
+absl::StatusOr<MooncakeRecord> ParseRecord(const nlohmann::json& object, JsonLines& lines) {
+  MooncakeRecord record;
   record.line = lines.line();
   PT_ASSIGN_OR_RETURN(record.arrival_ms,
                       lines.Number(object, "", "timestamp", 0, kMaxTraceSeconds * 1000));
@@ -51,11 +51,11 @@ absl::StatusOr<Record> ParseRecord(const nlohmann::json& object, JsonLines& line
 class MooncakeTrace final : public TraceSource {
  public:
   // `records` by arrival.
-  explicit MooncakeTrace(std::vector<Record> records) : records_(std::move(records)) {}
+  explicit MooncakeTrace(std::vector<MooncakeRecord> records) : records_(std::move(records)) {}
 
   absl::StatusOr<std::optional<TraceRequest>> Next() override {
     if (next_ == records_.size()) return std::nullopt;
-    const Record& record = records_[next_++];
+    const MooncakeRecord& record = records_[next_++];
     TraceRequest request;
     request.arrival = absl::Milliseconds(record.arrival_ms);
     request.input_tokens = record.input_tokens;
@@ -73,7 +73,7 @@ class MooncakeTrace final : public TraceSource {
   size_t num_pages() const override { return interner_.size(); }
 
  private:
-  const std::vector<Record> records_;
+  const std::vector<MooncakeRecord> records_;
   size_t next_ = 0;
   PageInterner interner_;
 };
@@ -82,19 +82,20 @@ class MooncakeTrace final : public TraceSource {
 
 absl::StatusOr<std::unique_ptr<TraceSource>> OpenMooncakeTrace(const std::string& path) {
   PT_ASSIGN_OR_RETURN(JsonLines lines, JsonLines::Open(path));
-  std::vector<Record> records;
+  std::vector<MooncakeRecord> records;
   nlohmann::json object;
   while (true) {
     PT_ASSIGN_OR_RETURN(const bool has_line, lines.Next(object));
     if (!has_line) break;
-    PT_ASSIGN_OR_RETURN(Record record, ParseRecord(object, lines));
+    PT_ASSIGN_OR_RETURN(MooncakeRecord record, ParseRecord(object, lines));
     records.push_back(std::move(record));
   }
   if (records.empty()) {
     return absl::InvalidArgumentError(absl::StrCat("read trace ", path, ": no requests"));
   }
-  std::stable_sort(records.begin(), records.end(),
-                   [](const Record& a, const Record& b) { return a.arrival_ms < b.arrival_ms; });
+  std::stable_sort(
+      records.begin(), records.end(),
+      [](const MooncakeRecord& a, const MooncakeRecord& b) { return a.arrival_ms < b.arrival_ms; });
   return std::make_unique<MooncakeTrace>(std::move(records));
 }
 

@@ -23,7 +23,7 @@ struct IdRange {
 
 // A request before its session has a place in time. The ranges stay ranges: they are a hundredth of
 // the ids.
-struct Record {
+struct WekaRecord {
   double seconds;  // within the session, then within the mix
   int64_t input_tokens;
   int64_t output_tokens;
@@ -37,7 +37,7 @@ struct Record {
 class SessionParser {
  public:
   SessionParser(JsonLines& lines, absl::flat_hash_map<std::string, uint64_t>& name_space_of_model,
-                uint64_t& num_name_spaces, std::vector<Record>& records)
+                uint64_t& num_name_spaces, std::vector<WekaRecord>& records)
       : lines_(lines),
         name_space_of_model_(name_space_of_model),
         num_name_spaces_(num_name_spaces),
@@ -80,7 +80,7 @@ class SessionParser {
 
   absl::Status ParseRequest(const nlohmann::json& request, const std::string& where,
                             double seconds) {
-    Record record;
+    WekaRecord record;
     record.seconds = seconds;
     record.line = lines_.line();
     record.blocks_per_page = kTracePageTokens / block_tokens_;
@@ -128,15 +128,15 @@ class SessionParser {
   JsonLines& lines_;
   absl::flat_hash_map<std::string, uint64_t>& name_space_of_model_;
   uint64_t& num_name_spaces_;
-  std::vector<Record>& records_;
+  std::vector<WekaRecord>& records_;
   int64_t block_tokens_ = 0;
 };
 
 // Sorts a session's requests, cuts pauses and moves it to `start_seconds` of the mix.
-void PlaceInTime(std::vector<Record>::iterator begin, std::vector<Record>::iterator end,
+void PlaceInTime(std::vector<WekaRecord>::iterator begin, std::vector<WekaRecord>::iterator end,
                  double start_seconds, double max_gap_seconds) {
   std::stable_sort(begin, end,
-                   [](const Record& a, const Record& b) { return a.seconds < b.seconds; });
+                   [](const WekaRecord& a, const WekaRecord& b) { return a.seconds < b.seconds; });
   double cut = begin->seconds;  // of the session's time so far
   double previous = begin->seconds;
   for (auto it = begin; it != end; ++it) {
@@ -149,11 +149,11 @@ void PlaceInTime(std::vector<Record>::iterator begin, std::vector<Record>::itera
 class WekaTrace final : public TraceSource {
  public:
   // `records` by time.
-  explicit WekaTrace(std::vector<Record> records) : records_(std::move(records)) {}
+  explicit WekaTrace(std::vector<WekaRecord> records) : records_(std::move(records)) {}
 
   absl::StatusOr<std::optional<TraceRequest>> Next() override {
     if (next_ == records_.size()) return std::nullopt;
-    const Record& record = records_[next_++];
+    const WekaRecord& record = records_[next_++];
     TraceRequest request;
     request.arrival = absl::Seconds(record.seconds);
     request.input_tokens = record.input_tokens;
@@ -178,7 +178,7 @@ class WekaTrace final : public TraceSource {
   size_t num_pages() const override { return interner_.size(); }
 
  private:
-  const std::vector<Record> records_;
+  const std::vector<WekaRecord> records_;
   size_t next_ = 0;
   PageInterner interner_;
 };
@@ -194,7 +194,7 @@ absl::StatusOr<std::unique_ptr<TraceSource>> OpenWekaTrace(const std::string& pa
                                                    window, " s, max_idle_gap ", max_gap, " s"));
   }
   PT_ASSIGN_OR_RETURN(JsonLines lines, JsonLines::Open(path));
-  std::vector<Record> records;
+  std::vector<WekaRecord> records;
   uint64_t num_name_spaces = 0;
   // Not std::uniform_real_distribution: its values differ between standard libraries.
   std::mt19937_64 rng(options.seed);
@@ -214,7 +214,7 @@ absl::StatusOr<std::unique_ptr<TraceSource>> OpenWekaTrace(const std::string& pa
     return absl::InvalidArgumentError(absl::StrCat("read trace ", path, ": no requests"));
   }
   std::stable_sort(records.begin(), records.end(),
-                   [](const Record& a, const Record& b) { return a.seconds < b.seconds; });
+                   [](const WekaRecord& a, const WekaRecord& b) { return a.seconds < b.seconds; });
   return std::make_unique<WekaTrace>(std::move(records));
 }
 

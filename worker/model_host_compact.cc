@@ -11,7 +11,7 @@
 namespace pagetide {
 namespace {
 
-constexpr int kMaxTries = 8;
+constexpr int kMaxCompactTries = 8;
 
 }  // namespace
 
@@ -147,7 +147,7 @@ absl::StatusOr<CompactResult> ModelHostImpl::Compact(const Tenant& tenant,
   absl::StatusOr<CompactResult> result = absl::AbortedError("compact: not tried");
   {
     MutexLock lock(&mu_);
-    for (int i = 0; i < kMaxTries && absl::IsAborted(result.status()); ++i) {
+    for (int i = 0; i < kMaxCompactTries && absl::IsAborted(result.status()); ++i) {
       result = CompactOnce(tenant, handle, max_rows, apply_shifts, deadline);
     }
   }

@@ -12,9 +12,8 @@
 namespace pagetide {
 namespace {
 
-constexpr absl::Duration kLookAgain = absl::Milliseconds(100);
 // A sequence that others keep changing is its caller's mistake.
-constexpr int kMaxTries = 16;
+constexpr int kMaxExtendTries = 16;
 
 }  // namespace
 
@@ -96,7 +95,7 @@ absl::StatusOr<ExtendResult> ModelHostImpl::ExtendMatch(const Tenant& tenant,
     MutexLock lock(&mu_);
     const MonotonicTime give_up = std::min(deadline, clock_->MonotonicNow() + request.wait);
     bool has_waited = false;
-    for (int tries = 0; tries < kMaxTries;) {
+    for (int tries = 0; tries < kMaxExtendTries;) {
       PT_ASSIGN_OR_RETURN(SequencePtr sequence, FindForChange(tenant, handle));
       PT_RETURN_IF_ERROR(CutIfLost(*sequence));
       if (request.expected_length != sequence->length()) {

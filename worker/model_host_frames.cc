@@ -14,15 +14,7 @@
 #include "worker/model_host_impl.h"
 
 namespace pagetide {
-namespace {
-
-// Pages a store call carries at most.
-constexpr size_t kBatchPages = 8;
-// How often a waiting call looks again by itself, in case a wake-up came from outside (a lease that
-// ended, the store's back-off).
-constexpr absl::Duration kLookAgain = absl::Milliseconds(100);
-
-}  // namespace
+namespace {}  // namespace
 
 bool ModelHostImpl::CanSpill() const {
   return store_ != nullptr && clock_->MonotonicNow() >= spill_again_at_;

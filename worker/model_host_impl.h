@@ -14,6 +14,7 @@
 
 #include "absl/container/btree_map.h"
 #include "absl/container/flat_hash_map.h"
+#include "absl/time/time.h"
 #include "base/mutex.h"
 #include "core/compaction.h"
 #include "core/compute_claims.h"
@@ -26,6 +27,12 @@
 #include "worker/model_host.h"
 
 namespace pagetide {
+
+// Pages a store call carries at most, all of them in frames meanwhile.
+inline constexpr size_t kBatchPages = 8;
+// How often a waiting call looks again by itself, in case a wake-up came from outside (a lease that
+// ended, the store's back-off).
+inline constexpr absl::Duration kLookAgain = absl::Milliseconds(100);
 
 class ModelHostImpl final : public ModelHost {
  public:

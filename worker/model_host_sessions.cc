@@ -14,10 +14,6 @@
 namespace pagetide {
 namespace {
 
-// Pages that are in frames for one store call.
-constexpr size_t kBatchPages = 8;
-constexpr absl::Duration kLookAgain = absl::Milliseconds(100);
-
 absl::Status PrefixLost(absl::string_view what) {
   return WithReason(absl::FailedPreconditionError(absl::StrCat("save: ", what)), "PREFIX_LOST");
 }

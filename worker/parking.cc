@@ -10,14 +10,11 @@
 #include "base/error_info.h"
 #include "base/log.h"
 #include "base/status_macros.h"
+#include "worker/manifest_races.h"
 
 namespace pagetide {
 namespace {
 
-// How often pages may vanish between their put and the manifest's check.
-constexpr int kMaxPutAgain = 3;
-// How often two parks of one sequence may meet.
-constexpr int kMaxRaces = 8;
 constexpr absl::Duration kMaxTtl = absl::Hours(24 * 366);
 constexpr char kParkedValue[] = "parked";
 constexpr char kFenceKeyPrefix[] = "sequence/";

@@ -9,20 +9,16 @@
 #include "base/error_info.h"
 #include "base/little_endian.h"
 #include "base/status_macros.h"
+#include "worker/manifest_races.h"
 
 namespace pagetide {
 namespace {
 
 constexpr uint16_t kSummaryVersion = 1;
 constexpr size_t kDigestBytes = 32;
-// How often pages may vanish between their put and what is said of them.
-constexpr int kMaxPutAgain = 3;
-// How often a pin may lose the race for the next version of its name.
-constexpr int kMaxRaces = 8;
 constexpr size_t kMaxRanges = 64;
-constexpr absl::Duration kMaxTtl = kMaxPinTime;
 
-std::string NamePrefix(const Tenant& tenant) {
+std::string PinNamePrefix(const Tenant& tenant) {
   return absl::StrCat("pin/", tenant.name, "/");
 }
 
@@ -31,10 +27,10 @@ absl::Status PinNotFound(absl::string_view name) {
 }
 
 absl::Status CheckTtl(absl::string_view field, const std::optional<absl::Duration>& ttl) {
-  if (!ttl || (*ttl > absl::ZeroDuration() && *ttl <= kMaxTtl)) return absl::OkStatus();
+  if (!ttl || (*ttl > absl::ZeroDuration() && *ttl <= kMaxPinTime)) return absl::OkStatus();
   return absl::InvalidArgumentError(absl::StrCat(field, " is ", absl::FormatDuration(*ttl),
                                                  ", must be above 0 and at most ",
-                                                 absl::FormatDuration(kMaxTtl)));
+                                                 absl::FormatDuration(kMaxPinTime)));
 }
 
 // The end of `range` in a sequence of `length` tokens.
@@ -264,7 +260,7 @@ absl::StatusOr<std::optional<Pin>> Retentions::FindAnswer(const Tenant& tenant,
   PT_RETURN_IF_ERROR(CheckStore());
   PT_RETURN_IF_ERROR(ValidateName("name", request.name));
   if (request.request_id.empty()) return std::nullopt;
-  const std::string root = NamePrefix(tenant);
+  const std::string root = PinNamePrefix(tenant);
   PT_ASSIGN_OR_RETURN(const ManifestEntry current,
                       Stat(absl::StrCat(root, request.name), deadline));
   if (current.version == 0 || current.request_id != request.request_id) return std::nullopt;
@@ -291,7 +287,7 @@ absl::StatusOr<Pin> Retentions::PinRange(const Tenant& tenant, ModelHost* host,
                         EndOf("range", request.range, snapshot->state().length()));
     snapshot->SelectRows(request.range.begin, end);
     ManifestRecord manifest;
-    manifest.name = absl::StrCat(NamePrefix(tenant), request.name);
+    manifest.name = absl::StrCat(PinNamePrefix(tenant), request.name);
     manifest.request_id = request.request_id;
     for (int race = 0; race < kMaxRaces; ++race) {
       PT_ASSIGN_OR_RETURN(const ManifestEntry current, Stat(manifest.name, deadline));
@@ -323,7 +319,7 @@ absl::Status Retentions::Unpin(const Tenant& tenant, absl::string_view name,
     PT_RETURN_IF_ERROR(CheckStore());
     PT_RETURN_IF_ERROR(ValidateName("name", name));
     PT_ASSIGN_OR_RETURN(const WriteFence fence, fence_->Get(deadline));
-    const std::string manifest = absl::StrCat(NamePrefix(tenant), name);
+    const std::string manifest = absl::StrCat(PinNamePrefix(tenant), name);
     for (int race = 0; race < kMaxRaces; ++race) {
       PT_ASSIGN_OR_RETURN(const ManifestEntry current, Stat(manifest, deadline));
       if (current.version == 0) return PinNotFound(name);
@@ -344,7 +340,7 @@ absl::StatusOr<std::vector<Pin>> Retentions::List(const Tenant& tenant, absl::st
                                                   absl::string_view after, size_t limit,
                                                   MonotonicTime deadline) {
   PT_RETURN_IF_ERROR(CheckStore());
-  const std::string root = NamePrefix(tenant);
+  const std::string root = PinNamePrefix(tenant);
   PT_ASSIGN_OR_RETURN(
       const std::vector<ManifestEntry> found,
       store_->ListManifests(absl::StrCat(root, prefix),

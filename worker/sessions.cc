@@ -7,22 +7,19 @@
 #include "absl/strings/string_view.h"
 #include "base/error_info.h"
 #include "base/status_macros.h"
+#include "worker/manifest_races.h"
 
 namespace pagetide {
 namespace {
 
-// How often pages may vanish between their put and the manifest's check.
-constexpr int kMaxPutAgain = 3;
-// How often an unconditional save may lose the race for the next version.
-constexpr int kMaxRaces = 8;
 constexpr size_t kMaxCountedSessions = 10000;
 
-std::string NamePrefix(const Tenant& tenant) {
+std::string SessionNamePrefix(const Tenant& tenant) {
   return absl::StrCat("session/", tenant.name, "/");
 }
 
-std::string ManifestName(const Tenant& tenant, absl::string_view name) {
-  return absl::StrCat(NamePrefix(tenant), name);
+std::string SessionManifestName(const Tenant& tenant, absl::string_view name) {
+  return absl::StrCat(SessionNamePrefix(tenant), name);
 }
 
 absl::Status SessionNotFound(absl::string_view name) {
@@ -92,7 +89,7 @@ absl::StatusOr<StoredSession> Sessions::Read(const Tenant& tenant, absl::string_
                                              MonotonicTime deadline) {
   PT_RETURN_IF_ERROR(CheckStore());
   PT_RETURN_IF_ERROR(ValidateName("name", name));
-  const std::string manifest_name = ManifestName(tenant, name);
+  const std::string manifest_name = SessionManifestName(tenant, name);
   absl::StatusOr<ManifestRecord> manifest = store_->GetManifest(manifest_name, deadline);
   if (absl::IsNotFound(manifest.status())) return SessionNotFound(name);
   PT_RETURN_IF_ERROR(manifest.status());
@@ -118,7 +115,7 @@ absl::StatusOr<std::optional<SaveAnswer>> Sessions::FindAnswer(const Tenant& ten
   PT_RETURN_IF_ERROR(ValidateName("name", request.name));
   if (request.request_id.empty()) return std::nullopt;
   PT_ASSIGN_OR_RETURN(const ManifestEntry current,
-                      Stat(ManifestName(tenant, request.name), deadline));
+                      Stat(SessionManifestName(tenant, request.name), deadline));
   if (current.version == 0 || current.request_id != request.request_id) return std::nullopt;
   absl::StatusOr<StoredSession> session = Read(tenant, request.name, nullptr, deadline);
   if (absl::IsNotFound(session.status())) return std::nullopt;
@@ -180,7 +177,7 @@ absl::StatusOr<SaveAnswer> Sessions::Save(const Tenant& tenant, ModelHost* host,
     PT_ASSIGN_OR_RETURN(const std::unique_ptr<StateSnapshot> snapshot,
                         host->Snapshot(tenant, request.sequence, request.keep_tokens));
     ManifestRecord manifest;
-    manifest.name = ManifestName(tenant, request.name);
+    manifest.name = SessionManifestName(tenant, request.name);
     manifest.request_id = request.request_id;
     for (int race = 0; race < kMaxRaces; ++race) {
       PT_ASSIGN_OR_RETURN(const ManifestEntry current, Stat(manifest.name, deadline));
@@ -251,7 +248,7 @@ absl::StatusOr<LoadedSession> Sessions::Load(const Tenant& tenant, absl::string_
   if (loaded.ok()) {
     MutexLock lock(&mu_);
     if (loads_.size() >= kMaxCountedSessions) loads_.clear();
-    ++loads_[ManifestName(tenant, name)];
+    ++loads_[SessionManifestName(tenant, name)];
   }
   return loaded;
 }
@@ -266,7 +263,7 @@ absl::StatusOr<std::vector<ListedSession>> Sessions::List(const Tenant& tenant,
                                                           absl::string_view after, size_t limit,
                                                           MonotonicTime deadline) {
   PT_RETURN_IF_ERROR(CheckStore());
-  const std::string root = NamePrefix(tenant);
+  const std::string root = SessionNamePrefix(tenant);
   PT_ASSIGN_OR_RETURN(
       const std::vector<ManifestEntry> found,
       store_->ListManifests(absl::StrCat(root, prefix),
@@ -290,7 +287,7 @@ absl::StatusOr<uint64_t> Sessions::Delete(const Tenant& tenant, absl::string_vie
     PT_RETURN_IF_ERROR(CheckStore());
     PT_RETURN_IF_ERROR(ValidateName("name", name));
     PT_ASSIGN_OR_RETURN(const WriteFence fence, fence_->Get(deadline));
-    const std::string manifest = ManifestName(tenant, name);
+    const std::string manifest = SessionManifestName(tenant, name);
     for (int race = 0; race < kMaxRaces; ++race) {
       PT_ASSIGN_OR_RETURN(const ManifestEntry current, Stat(manifest, deadline));
       if (current.version == 0) return SessionNotFound(name);
@@ -313,7 +310,7 @@ absl::StatusOr<uint64_t> Sessions::Delete(const Tenant& tenant, absl::string_vie
 
 uint64_t Sessions::LoadsHere(const Tenant& tenant, absl::string_view name) const {
   MutexLock lock(&mu_);
-  const auto it = loads_.find(ManifestName(tenant, name));
+  const auto it = loads_.find(SessionManifestName(tenant, name));
   return it == loads_.end() ? 0 : it->second;
 }
 

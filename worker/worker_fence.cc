@@ -11,7 +11,7 @@ namespace pagetide {
 namespace {
 
 // Writers of one ownership record are few: one worker, and whoever takes its sequences over.
-constexpr int kMaxTries = 8;
+constexpr int kMaxFenceTries = 8;
 
 }  // namespace
 
@@ -57,7 +57,7 @@ absl::StatusOr<WriteFence> WorkerFence::Advance(uint64_t lease_epoch, MonotonicT
   // Names one lease of one life: whoever reads it back knows that the record is theirs already.
   const std::string mine =
       absl::StrCat(absl::Hex(incarnation_, absl::kZeroPad16), " lease ", lease_epoch);
-  for (int attempt = 0; attempt < kMaxTries; ++attempt) {
+  for (int attempt = 0; attempt < kMaxFenceTries; ++attempt) {
     const absl::StatusOr<StoreRecord> record =
         store_->GetRecord(kOwnerRecordKind, ownership_key_, deadline);
     if (!record.ok() && !absl::IsNotFound(record.status())) return record.status();

@@ -12,7 +12,7 @@ namespace pagetide {
 namespace {
 
 using Router = v1::RouterService::StubInterface;
-using Service = v1::SessionService::StubInterface;
+using Sessions = v1::SessionService::StubInterface;
 
 }  // namespace
 
@@ -42,7 +42,7 @@ absl::StatusOr<LoadedSequence> Client::LoadOn(std::shared_ptr<WorkerConnection> 
   if (options.length) request.set_length(*options.length);
   PT_ASSIGN_OR_RETURN(
       v1::LoadSessionResponse response,
-      CallUnary(worker->call_options(), worker->sessions(), &Service::LoadSession, request));
+      CallUnary(worker->call_options(), worker->sessions(), &Sessions::LoadSession, request));
   LoadedSequence loaded;
   loaded.sequence.reset(
       new Sequence(std::move(worker), std::move(model), std::move(*response.mutable_state())));
@@ -92,7 +92,7 @@ absl::StatusOr<v1::PeekSessionResponse> Client::PeekSession(absl::string_view na
   v1::PeekSessionRequest request;
   request.set_name(std::string(name));
   request.set_with_tokens(with_tokens);
-  return CallUnary(worker->call_options(), worker->sessions(), &Service::PeekSession, request);
+  return CallUnary(worker->call_options(), worker->sessions(), &Sessions::PeekSession, request);
 }
 
 absl::StatusOr<std::vector<v1::SessionInfo>> Client::ListSessions(absl::string_view prefix) {
@@ -104,7 +104,7 @@ absl::StatusOr<std::vector<v1::SessionInfo>> Client::ListSessions(absl::string_v
   do {
     PT_ASSIGN_OR_RETURN(
         const v1::ListSessionsResponse response,
-        CallUnary(worker->call_options(), worker->sessions(), &Service::ListSessions, request));
+        CallUnary(worker->call_options(), worker->sessions(), &Sessions::ListSessions, request));
     sessions.insert(sessions.end(), response.sessions().begin(), response.sessions().end());
     request.set_page_token(response.next_page_token());
   } while (!request.page_token().empty());
@@ -119,7 +119,7 @@ absl::StatusOr<uint64_t> Client::DeleteSession(absl::string_view name,
   if (expected_version) request.set_expected_version(*expected_version);
   PT_ASSIGN_OR_RETURN(
       const v1::DeleteSessionResponse response,
-      CallUnary(worker->call_options(), worker->sessions(), &Service::DeleteSession, request));
+      CallUnary(worker->call_options(), worker->sessions(), &Sessions::DeleteSession, request));
   return response.deleted_version();
 }
 

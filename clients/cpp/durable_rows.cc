@@ -8,7 +8,7 @@
 namespace pagetide {
 namespace {
 
-using Service = v1::SequenceEditService::StubInterface;
+using Edits = v1::SequenceEditService::StubInterface;
 
 void SetTtl(absl::Duration ttl, google::protobuf::Duration* out) {
   out->set_seconds(absl::ToInt64Seconds(ttl));
@@ -29,7 +29,7 @@ absl::StatusOr<v1::SetRangeRetentionResponse> Sequence::SetRetention(
     if (range.priority) proto->set_priority(*range.priority);
     if (range.ttl) SetTtl(*range.ttl, proto->mutable_ttl());
   }
-  return CallUnary(worker_->call_options(), worker_->edits(), &Service::SetRetention, request);
+  return CallUnary(worker_->call_options(), worker_->edits(), &Edits::SetRetention, request);
 }
 
 absl::StatusOr<v1::PinRangeResponse> Sequence::Pin(absl::string_view name,
@@ -41,7 +41,7 @@ absl::StatusOr<v1::PinRangeResponse> Sequence::Pin(absl::string_view name,
   request.set_begin(options.begin);
   if (options.end) request.set_end(*options.end);
   if (options.ttl) SetTtl(*options.ttl, request.mutable_ttl());
-  return CallUnary(worker_->call_options(), worker_->edits(), &Service::PinRange, request);
+  return CallUnary(worker_->call_options(), worker_->edits(), &Edits::PinRange, request);
 }
 
 absl::StatusOr<v1::ParkSequenceResponse> Sequence::Park(bool keep_open) {
@@ -77,7 +77,7 @@ absl::Status Client::Unpin(absl::string_view name) {
   PT_ASSIGN_OR_RETURN(const std::shared_ptr<WorkerConnection> worker, AnyWorker());
   v1::UnpinRangeRequest request;
   request.set_name(std::string(name));
-  return CallUnary(worker->call_options(), worker->edits(), &Service::UnpinRange, request).status();
+  return CallUnary(worker->call_options(), worker->edits(), &Edits::UnpinRange, request).status();
 }
 
 absl::StatusOr<std::vector<v1::PinInfo>> Client::ListPins(absl::string_view prefix) {
@@ -89,7 +89,7 @@ absl::StatusOr<std::vector<v1::PinInfo>> Client::ListPins(absl::string_view pref
   do {
     PT_ASSIGN_OR_RETURN(
         const v1::ListPinsResponse response,
-        CallUnary(worker->call_options(), worker->edits(), &Service::ListPins, request));
+        CallUnary(worker->call_options(), worker->edits(), &Edits::ListPins, request));
     pins.insert(pins.end(), response.pins().begin(), response.pins().end());
     request.set_page_token(response.next_page_token());
   } while (!request.page_token().empty());

@@ -9,7 +9,7 @@
 namespace pagetide {
 namespace {
 
-using Service = v1::SequenceEditService::StubInterface;
+using Edits = v1::SequenceEditService::StubInterface;
 
 }  // namespace
 
@@ -20,7 +20,7 @@ absl::StatusOr<v1::EditSequenceResponse> Sequence::Edit(std::span<const v1::Sequ
   request.mutable_edits()->Add(edits.begin(), edits.end());
   PT_ASSIGN_OR_RETURN(
       v1::EditSequenceResponse response,
-      CallUnary(worker_->call_options(), worker_->edits(), &Service::EditSequence, request));
+      CallUnary(worker_->call_options(), worker_->edits(), &Edits::EditSequence, request));
   state_ = response.state();
   return response;
 }
@@ -79,7 +79,7 @@ absl::Status Sequence::Clear(bool zero_data) {
   request.set_zero_data(zero_data);
   PT_ASSIGN_OR_RETURN(
       v1::ClearSequenceResponse response,
-      CallUnary(worker_->call_options(), worker_->edits(), &Service::ClearSequence, request));
+      CallUnary(worker_->call_options(), worker_->edits(), &Edits::ClearSequence, request));
   state_ = std::move(*response.mutable_state());
   return absl::OkStatus();
 }
@@ -87,7 +87,7 @@ absl::Status Sequence::Clear(bool zero_data) {
 absl::StatusOr<v1::GetPositionExtentResponse> Sequence::PositionExtent() {
   v1::GetPositionExtentRequest request;
   request.set_sequence_id(state_.sequence_id());
-  return CallUnary(worker_->call_options(), worker_->edits(), &Service::GetPositionExtent, request);
+  return CallUnary(worker_->call_options(), worker_->edits(), &Edits::GetPositionExtent, request);
 }
 
 absl::Status Sequence::Reorder(std::span<Sequence* const> sequences,
@@ -101,7 +101,7 @@ absl::Status Sequence::Reorder(std::span<Sequence* const> sequences,
   const WorkerConnection& worker = *sequences.front()->worker_;
   PT_ASSIGN_OR_RETURN(
       v1::ReorderSequencesResponse response,
-      CallUnary(worker.call_options(), worker.edits(), &Service::ReorderSequences, request));
+      CallUnary(worker.call_options(), worker.edits(), &Edits::ReorderSequences, request));
   for (size_t i = 0; i < sequences.size(); ++i) {
     sequences[i]->state_ = std::move(*response.mutable_states(static_cast<int>(i)));
   }
