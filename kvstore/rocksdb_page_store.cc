@@ -161,23 +161,28 @@ PutPageResult RocksdbPageStore::PutOne(const PutPage& page, Durability level,
   result.status = ValidatePutPage(page);
   if (!result.status.ok()) return result;
 
-  const KeyedLock::Hold hold(&keys_, {PageLock(meta.key)});
-  if (const auto held = index_.Find(meta.key); held.has_value() && !held->quarantined) {
+  const auto is_present = [&] {
+    const std::optional<IndexedPage> held = index_.Find(meta.key);
+    if (!held.has_value() || held->quarantined) return false;
     index_.Touch({&meta.key, 1}, /*read=*/false);
     result.already_present = true;
     result.checksum = held->checksum;
-    return result;
-  }
+    return true;
+  };
+  if (is_present()) return result;
   const std::span<const std::byte> stored = Compress(page.body, &scratch->encoder);
   const std::string header = stored.size() == page.body.size()
                                  ? EncodePageRecordHeader(meta)
                                  : EncodeCompressedRecordHeader(meta, stored.size());
   const uint64_t record_bytes = header.size() + stored.size();
+  // Without the key's lock: reclaim takes it, to drop what is quarantined under this key.
   result.status = WaitForRoom(record_bytes, level, deadline);
   if (!result.status.ok()) {
     counters_.pages_refused.fetch_add(1, std::memory_order_relaxed);
     return result;
   }
+  const KeyedLock::Hold hold(&keys_, {PageLock(meta.key)});
+  if (is_present()) return result;  // another was faster
   auto range = segments_->Reserve(record_bytes);
   if (!range.ok()) {
     result.status = range.status();

@@ -499,6 +499,31 @@ TEST_F(RocksdbPageStoreTest, AFullStoreOfProtectedPagesRefusesPutsAndServesReads
   EXPECT_EQ(Stats().state, "serving");
 }
 
+TEST_F(RocksdbPageStoreTest, APutThatWaitsForRoomDoesNotBlockTheReclaimOfItsDamagedPage) {
+  RocksdbPageStoreOptions options = Options();
+  options.capacity_bytes = 8 * kMiB;
+  options.clock = Clock::Real();
+  options.put_wait = absl::Seconds(60);  // what the two would wait for each other
+  Open(options);
+  std::vector<TestPage> pages;
+  for (uint64_t i = 0; i < 100; ++i) {
+    pages.push_back(MakeTestPage(i, 128 * kKiB));
+    if (!Put(pages.back()).status.ok()) break;
+    ASSERT_TRUE(Save(absl::StrCat("m", i), {pages.back()})->committed);
+  }
+  ASSERT_EQ(Stats().state, "full");
+  // The first to go, and the one that is put again.
+  const FoundRecord oldest = FindStoredRecord(dir_.path(), pages[0].meta.key);
+  FlipFileBit(oldest.file, (oldest.offset + 1000) * 8);
+  ASSERT_EQ(Get(pages[0]), GetOutcome::kQuarantined);
+  for (size_t i = 0; i + 1 < pages.size(); ++i) {
+    ASSERT_TRUE(store_->DeleteManifest(absl::StrCat("m", i), 1, std::nullopt, kForEver).ok());
+  }
+  const PutPageResult put = Put(pages[0]);
+  EXPECT_TRUE(put.status.ok()) << put.status;
+  EXPECT_EQ(Get(pages[0]), GetOutcome::kHit);
+}
+
 TEST_F(RocksdbPageStoreTest, APagePutForAManifestIsNotEvictedBeforeItIsNamed) {
   // Everything else is protected, so that a fresh page is the only one that could go.
   RocksdbPageStoreOptions options = Options();
