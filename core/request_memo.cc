@@ -39,6 +39,8 @@ void RequestMemo::Remember(absl::string_view request_id, const Digest& body, std
   const auto it = by_age_.insert(
       by_age_.end(), {std::string(request_id), body, std::move(answer), now + options_.ttl});
   by_id_.emplace(it->request_id, it);
+  num_bytes_ += BytesOf(*it);
+  while (num_bytes_ > options_.max_bytes && by_age_.size() > 1) ForgetOldest();
 }
 
 size_t RequestMemo::size() const {
@@ -46,7 +48,13 @@ size_t RequestMemo::size() const {
   return by_age_.size();
 }
 
+size_t RequestMemo::num_bytes() const {
+  MutexLock lock(&mu_);
+  return num_bytes_;
+}
+
 void RequestMemo::ForgetOldest() {
+  num_bytes_ -= BytesOf(by_age_.front());
   by_id_.erase(by_age_.front().request_id);
   by_age_.pop_front();
 }

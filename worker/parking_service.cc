@@ -45,7 +45,7 @@ absl::StatusOr<v1::ParkSequenceResponse> SequenceServiceImpl::Park(
   park.sequence = target.handle;
   PT_ASSIGN_OR_RETURN(const ParkAnswer answer,
                       parking_->Park(call.tenant, target.host, park, call.deadline));
-  if (!answer.is_open) memos_->ForgetSequence(request.sequence().sequence_id());
+  if (!answer.is_open) memos_->ForgetSequence(call.tenant.name, request.sequence().sequence_id());
   return ToProto(id, answer);
 }
 

@@ -105,8 +105,8 @@ grpc::Status PrefixServiceImpl::ExtendMatch(grpc::ServerContext* context,
                                             v1::ExtendMatchResponse* response) {
   const CallContext call = MakeCallContext(*context, *worker_);
   auto answer = memos_->OncePerSequence<v1::ExtendMatchResponse>(
-      request->sequence().sequence_id(), request->request_id(), DigestOfMessage(*request),
-      call.deadline, [&] { return Extend(call, *request); });
+      call.tenant.name, request->sequence().sequence_id(), request->request_id(),
+      DigestOfMessage(*request), call.deadline, [&] { return Extend(call, *request); });
   if (!answer.ok()) return ToGrpcStatus(answer.status());
   *response = *std::move(answer);
   return grpc::Status::OK;

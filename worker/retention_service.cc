@@ -84,8 +84,8 @@ grpc::Status SequenceEditServiceImpl::SetRetention(grpc::ServerContext* context,
     return answer;
   };
   auto answer = memos_->OncePerSequence<v1::SetRangeRetentionResponse>(
-      request->sequence().sequence_id(), request->request_id(), DigestOfMessage(*request),
-      call.deadline, set);
+      call.tenant.name, request->sequence().sequence_id(), request->request_id(),
+      DigestOfMessage(*request), call.deadline, set);
   if (!answer.ok()) return ToGrpcStatus(answer.status());
   *response = *std::move(answer);
   return grpc::Status::OK;

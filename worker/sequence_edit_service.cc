@@ -140,8 +140,9 @@ template <typename Request, typename Response>
 grpc::Status Once(RequestMemos& memos, const CallContext& call, absl::string_view sequence_id,
                   const Request& request, Response* response,
                   absl::FunctionRef<absl::StatusOr<Response>()> make) {
-  absl::StatusOr<Response> answer = memos.OncePerSequence<Response>(
-      sequence_id, request.request_id(), DigestOfMessage(request), call.deadline, make);
+  absl::StatusOr<Response> answer =
+      memos.OncePerSequence<Response>(call.tenant.name, sequence_id, request.request_id(),
+                                      DigestOfMessage(request), call.deadline, make);
   if (!answer.ok()) return ToGrpcStatus(answer.status());
   *response = *std::move(answer);
   return grpc::Status::OK;

@@ -259,7 +259,7 @@ grpc::Status SequenceServiceImpl::CloseSequence(grpc::ServerContext* context,
       PT_RETURN_IF_ERROR(
           parking_->Drop(call.tenant, target->id, request->epoch(), call.deadline).status());
     }
-    memos_->ForgetSequence(request->sequence_id());
+    memos_->ForgetSequence(call.tenant.name, request->sequence_id());
     worker_->NoteClosed(target->id);
     return absl::OkStatus();
   };

@@ -173,8 +173,8 @@ grpc::Status SequenceServiceImpl::CommitStep(grpc::ServerContext* context,
     *identity.mutable_tokens() = item.tokens();
     *identity.mutable_indices() = item.indices();
     auto result = memos_->OncePerSequence<v1::CommitStepResponse::Result>(
-        item.sequence().sequence_id(), request->request_id(), DigestOfMessage(identity),
-        call.deadline, [&] { return CommitItem(call, item); });
+        call.tenant.name, item.sequence().sequence_id(), request->request_id(),
+        DigestOfMessage(identity), call.deadline, [&] { return CommitItem(call, item); });
     if (result.ok()) {
       *response->add_results() = *std::move(result);
       continue;
@@ -195,8 +195,8 @@ grpc::Status SequenceServiceImpl::Accept(grpc::ServerContext* context,
   v1::CommitStepRequest::Item identity = request->item();
   identity.clear_rows();
   auto answer = memos_->OncePerSequence<v1::AcceptResponse>(
-      identity.sequence().sequence_id(), request->request_id(), DigestOfMessage(identity),
-      call.deadline, [&]() -> absl::StatusOr<v1::AcceptResponse> {
+      call.tenant.name, identity.sequence().sequence_id(), request->request_id(),
+      DigestOfMessage(identity), call.deadline, [&]() -> absl::StatusOr<v1::AcceptResponse> {
         const v1::CommitStepRequest::Item& item = request->item();
         PT_ASSIGN_OR_RETURN(const HandleTarget target, FindSequence(*worker_, item.sequence()));
         if (item.indices().empty()) {

@@ -25,11 +25,11 @@ grpc::Status SequenceServiceImpl::AppendRaw(grpc::ServerContext* context, RawStr
       return absl::InvalidArgumentError("the first message of an append must be its header");
     }
     const v1::AppendHeader& header = first.header();
-    PT_ASSIGN_OR_RETURN(
-        const v1::AppendTokensResponse response,
-        memos_->OncePerSequence<v1::AppendTokensResponse>(
-            header.sequence().sequence_id(), header.request_id(), DigestOfMessage(header),
-            call.deadline, [&] { return Append(call, context, header, stream); }));
+    PT_ASSIGN_OR_RETURN(const v1::AppendTokensResponse response,
+                        memos_->OncePerSequence<v1::AppendTokensResponse>(
+                            call.tenant.name, header.sequence().sequence_id(), header.request_id(),
+                            DigestOfMessage(header), call.deadline,
+                            [&] { return Append(call, context, header, stream); }));
     // A caller that left before its answer asks again with the same request_id.
     stream->Write(EncodeMessage(response));
     return absl::OkStatus();

@@ -216,8 +216,8 @@ grpc::Status SessionServiceImpl::CreateCheckpoint(grpc::ServerContext* context,
     return answer;
   };
   auto answer = memos_->OncePerSequence<v1::CreateCheckpointResponse>(
-      request->sequence().sequence_id(), request->request_id(), DigestOfMessage(*request),
-      call.deadline, create);
+      call.tenant.name, request->sequence().sequence_id(), request->request_id(),
+      DigestOfMessage(*request), call.deadline, create);
   if (!answer.ok()) return ToGrpcStatus(answer.status());
   *response = *std::move(answer);
   return grpc::Status::OK;
@@ -238,8 +238,8 @@ grpc::Status SessionServiceImpl::RestoreCheckpoint(grpc::ServerContext* context,
     return answer;
   };
   auto answer = memos_->OncePerSequence<v1::RestoreCheckpointResponse>(
-      request->sequence().sequence_id(), request->request_id(), DigestOfMessage(*request),
-      call.deadline, restore);
+      call.tenant.name, request->sequence().sequence_id(), request->request_id(),
+      DigestOfMessage(*request), call.deadline, restore);
   if (!answer.ok()) return ToGrpcStatus(answer.status());
   *response = *std::move(answer);
   return grpc::Status::OK;

@@ -75,6 +75,26 @@ TEST(RequestMemoTest, TheOldestGoesFirst) {
   EXPECT_EQ(memo.size(), 2u);
 }
 
+TEST(RequestMemoTest, BytesAreBoundedAndTheOldestGoFirst) {
+  FakeClock clock;
+  constexpr size_t kAnswer = 1000 - RequestMemo::kEntryBytes - 1;  // with an id of one character
+  RequestMemo memo({.max_entries = 10'000, .max_bytes = 3000}, &clock);
+  for (const char* id : {"a", "b", "c"}) memo.Remember(id, kBody, std::string(kAnswer, id[0]));
+  EXPECT_EQ(memo.size(), 3u);
+  EXPECT_EQ(memo.num_bytes(), 3000u);
+  memo.Remember("d", kBody, std::string(kAnswer, 'd'));
+  EXPECT_EQ(memo.size(), 3u);
+  EXPECT_EQ(Answer(memo, "a"), "");
+  EXPECT_EQ(Answer(memo, "b"), std::string(kAnswer, 'b'));
+  // One that is larger than all room is kept alone: its caller may ask again at once.
+  memo.Remember("e", kBody, std::string(10'000, 'e'));
+  EXPECT_EQ(memo.size(), 1u);
+  EXPECT_EQ(Answer(memo, "e"), std::string(10'000, 'e'));
+  memo.Remember("f", kBody, "F");
+  EXPECT_EQ(memo.size(), 1u);
+  EXPECT_EQ(memo.num_bytes(), RequestMemo::kEntryBytes + 2);
+}
+
 TEST(RequestMemoTest, WithoutRoomNothingIsRemembered) {
   FakeClock clock;
   RequestMemo memo({.max_entries = 0, .ttl = absl::Hours(1)}, &clock);

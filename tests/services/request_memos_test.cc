@@ -18,9 +18,9 @@ using Answer = v1::GetSequenceRequest;  // any message with a text field
 class RequestMemosTest : public ::testing::Test {
  protected:
   absl::StatusOr<Answer> Call(const std::string& sequence, const std::string& id,
-                              const std::string& body) {
+                              const std::string& body, const std::string& tenant = "t") {
     return memos_.OncePerSequence<Answer>(
-        sequence, id, Sha256Of(body), Soon(), [&]() -> absl::StatusOr<Answer> {
+        tenant, sequence, id, Sha256Of(body), Soon(), [&]() -> absl::StatusOr<Answer> {
           ++calls_;
           if (!failure_.ok()) return failure_;
           Answer answer;
@@ -59,8 +59,53 @@ TEST_F(RequestMemosTest, TheLast32OfASequenceAreKeptAndForgottenWithIt) {
   for (int i = 0; i < 33; ++i) ASSERT_TRUE(Call("s", absl::StrCat(i), "x").ok());
   EXPECT_EQ(Call("s", "1", "x")->sequence_id(), "run 2");
   EXPECT_EQ(Call("s", "0", "x")->sequence_id(), "run 34");
-  memos_.ForgetSequence("s");
+  memos_.ForgetSequence("another", "s");
+  EXPECT_EQ(Call("s", "32", "x")->sequence_id(), "run 33");
+  memos_.ForgetSequence("t", "s");
   EXPECT_EQ(Call("s", "32", "x")->sequence_id(), "run 35");
+}
+
+TEST_F(RequestMemosTest, AnotherTenantGetsNoAnswerOfAnyonesSequence) {
+  EXPECT_EQ(Call("s", "1", "x", "a")->sequence_id(), "run 1");
+  EXPECT_EQ(Call("s", "1", "x", "b")->sequence_id(), "run 2");
+  // Not even that the id was used.
+  EXPECT_EQ(Call("s", "1", "another body", "c")->sequence_id(), "run 3");
+  // However the names are cut.
+  EXPECT_EQ(Call("bs", "1", "x", "a")->sequence_id(), "run 4");
+  EXPECT_EQ(Call("s", "1", "x", "ab")->sequence_id(), "run 5");
+}
+
+TEST_F(RequestMemosTest, WhatFailsLeavesNoScopeBehind) {
+  failure_ = absl::NotFoundError("no such sequence");
+  for (int i = 0; i < 100; ++i) EXPECT_FALSE(Call(absl::StrCat("s", i), "1", "x").ok());
+  EXPECT_EQ(memos_.num_scopes(), 0u);
+  EXPECT_EQ(memos_.num_bytes(), 0u);
+}
+
+TEST_F(RequestMemosTest, AllScopesTogetherAreBoundedInBytes) {
+  RequestMemos::Options options;
+  options.max_bytes = 10'000;
+  RequestMemos memos(options, Clock::Real());
+  int calls = 0;
+  const auto call = [&](const std::string& sequence) {
+    return memos.OncePerSequence<Answer>("t", sequence, "1", Sha256Of("x"), Soon(),
+                                         [&]() -> absl::StatusOr<Answer> {
+                                           ++calls;
+                                           Answer answer;
+                                           answer.set_sequence_id(std::string(3000, 'a'));
+                                           return answer;
+                                         });
+  };
+  for (const char* sequence : {"a", "b", "a", "c"}) ASSERT_TRUE(call(sequence).ok());
+  EXPECT_EQ(calls, 3);
+  EXPECT_EQ(memos.num_scopes(), 3u);
+  ASSERT_TRUE(call("d").ok());  // the one used least recently goes
+  EXPECT_EQ(memos.num_scopes(), 3u);
+  EXPECT_LE(memos.num_bytes(), 10'000u);
+  ASSERT_TRUE(call("a").ok());
+  EXPECT_EQ(calls, 4);
+  ASSERT_TRUE(call("b").ok());
+  EXPECT_EQ(calls, 5);
 }
 
 TEST_F(RequestMemosTest, RepeatsThatComeAtOnceRunOnce) {
