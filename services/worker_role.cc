@@ -225,7 +225,8 @@ WorkerRole::~WorkerRole() {
 
 void WorkerRole::Drain(absl::Duration timeout) {
   parts_->is_draining = true;
-  parts_->journal.Wake();
+  // Now: routers must not send more here until the next heartbeat.
+  for (const std::unique_ptr<RouterLink>& link : parts_->links) link->ReportLoad();
   parts_->server->Drain(timeout);
 }
 

@@ -48,6 +48,14 @@ RouterLink::~RouterLink() {
   thread_.join();
 }
 
+void RouterLink::ReportLoad() {
+  {
+    MutexLock lock(&mu_);
+    is_load_news_ = true;
+  }
+  journal_->Wake();
+}
+
 bool RouterLink::is_attached() const {
   MutexLock lock(&mu_);
   return is_attached_;
@@ -169,7 +177,12 @@ void RouterLink::WriteReports(Stream* stream) {
   MonotonicTime next_load = clock->MonotonicNow();
   while (!IsEnding()) {
     const MonotonicTime now = clock->MonotonicNow();
-    if (now >= next_load) {
+    bool is_load_due = now >= next_load;
+    {
+      MutexLock lock(&mu_);
+      is_load_due = std::exchange(is_load_news_, false) || is_load_due;
+    }
+    if (is_load_due) {
       if (!WriteLoad(stream, ++load_number) || !WriteSequences(stream, &sequence_position)) return;
       MutexLock lock(&mu_);
       next_load = now + heartbeat_;

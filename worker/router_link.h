@@ -51,6 +51,9 @@ class RouterLink {
   RouterLink(const RouterLink&) = delete;
   RouterLink& operator=(const RouterLink&) = delete;
 
+  // Reports the load now, not with the next heartbeat: what it says is news. Does not wait for it.
+  void ReportLoad();
+
   // The router has welcomed this worker on the present stream.
   bool is_attached() const;
   // Streams that were welcomed since start.
@@ -88,6 +91,7 @@ class RouterLink {
   bool is_broken_ ABSL_GUARDED_BY(mu_) = false;  // the present stream
   bool is_attached_ ABSL_GUARDED_BY(mu_) = false;
   bool is_snapshot_asked_ ABSL_GUARDED_BY(mu_) = false;
+  bool is_load_news_ ABSL_GUARDED_BY(mu_) = false;
   absl::Duration heartbeat_ ABSL_GUARDED_BY(mu_);
   uint64_t num_attachments_ ABSL_GUARDED_BY(mu_) = 0;
   uint64_t num_snapshots_ ABSL_GUARDED_BY(mu_) = 0;

@@ -1,4 +1,5 @@
 // The router over real gRPC on loopback, with the memory store: models, decisions, Attach streams.
+#include <atomic>
 #include <memory>
 #include <string>
 #include <vector>
@@ -34,13 +35,15 @@ class RouterServiceTest : public ::testing::Test {
  protected:
   static constexpr absl::Duration kHeartbeat = absl::Milliseconds(100);
 
+  absl::Duration heartbeat_ = kHeartbeat;
+
   RouterServiceTest() { StartRouter("127.0.0.1:0"); }
 
   void StartRouter(const std::string& address) {
     RouterRole::Options options;
     options.server.addresses = {address};
     options.server.metrics_address = "";
-    options.heartbeat = kHeartbeat;
+    options.heartbeat = heartbeat_;
     options.deployment_secret = std::string(kDevelopmentSecret);
     auto role = RouterRole::Start(std::move(options), &store_, &clock_);
     ASSERT_TRUE(role.ok()) << role.status();
@@ -501,6 +504,30 @@ TEST_F(RouterServiceTest, ALinkReportsResidencySequencesAndLoad) {
   }));
   EXPECT_EQ(link.num_snapshots(), 1u);  // digests agreed all the time
   EXPECT_EQ(link.num_attachments(), 1u);
+}
+
+TEST_F(RouterServiceTest, ALinkReportsNewsOfItsLoadBeforeTheNextHeartbeat) {
+  heartbeat_ = absl::Hours(1);
+  role_.reset();
+  StartRouter("127.0.0.1:0");
+  const v1::Model model = Register();
+  ReportJournal journal;
+  std::atomic<bool> is_draining{false};
+  RouterLink::Options options = LinkOptions("w1", 1);
+  options.heartbeat = heartbeat_;
+  RouterLink link(options, MakeChannel(role_->address()), &journal, [&] {
+    v1::LoadReport load = TestLoad(model.model_digest());
+    load.set_draining(is_draining);
+    return load;
+  });
+  // The first one came.
+  ASSERT_TRUE(Eventually([&] { return Worker("w1").total_frames() == 1000; }));
+  ASSERT_EQ(Worker("w1").state(), "serving");
+  is_draining = true;
+  link.ReportLoad();
+  EXPECT_TRUE(Eventually([&] { return Worker("w1").state() == "draining"; }));
+  v1::AssignSequenceResponse response;
+  EXPECT_FALSE(Assign(TestPrompt("tiny", TestTokens(100)), &response).ok());
 }
 
 TEST_F(RouterServiceTest, ALinkThatFellBehindSendsASnapshot) {
