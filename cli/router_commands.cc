@@ -103,13 +103,19 @@ absl::Status RunShowSequence(const RouterFlags& flags, const std::string& sequen
   v1::RouterGetSequenceResponse found;
   PT_RETURN_IF_ERROR(Call(flags, &Stub::GetSequence, where, &found));
   const auto worker = v1::SequenceService::NewStub(MakeChannel(found.sequence().address()));
-  grpc::ClientContext context;
-  context.set_deadline(std::chrono::system_clock::now() +
-                       std::chrono::seconds(flags.timeout_seconds));
   v1::GetBlockTableRequest request;
   request.set_sequence_id(sequence_id);
   v1::GetBlockTableResponse table;
-  PT_RETURN_IF_ERROR(FromGrpcStatus(worker->GetBlockTable(&context, request, &table)));
+  do {
+    grpc::ClientContext context;
+    context.set_deadline(std::chrono::system_clock::now() +
+                         std::chrono::seconds(flags.timeout_seconds));
+    v1::GetBlockTableResponse page;
+    PT_RETURN_IF_ERROR(FromGrpcStatus(worker->GetBlockTable(&context, request, &page)));
+    table.mutable_extents()->MergeFrom(page.extents());
+    *table.mutable_state() = std::move(*page.mutable_state());
+    request.set_page_token(page.next_page_token());
+  } while (!request.page_token().empty());
   if (flags.is_json) return PrintJson(table, out);
   PrintSequenceMap(table, out);
   return absl::OkStatus();

@@ -17,6 +17,7 @@
 #include "rpc/channel.h"
 #include "rpc/metrics.h"
 #include "rpc/model_codec.h"
+#include "rpc/stream_deadlines.h"
 #include "worker/cpu_device.h"
 #include "worker/parking.h"
 #include "worker/prefix_service.h"
@@ -101,6 +102,7 @@ struct WorkerRole::Parts {
   std::unique_ptr<WorkerFence> fence;
   std::unique_ptr<LocalPlane> local_plane;
   std::unique_ptr<RequestMemos> memos;
+  std::unique_ptr<StreamDeadlines> stream_deadlines;
   std::unique_ptr<Retentions> retentions;
   std::unique_ptr<Sessions> sessions;
   std::unique_ptr<PromptPlanner> planner;
@@ -150,6 +152,7 @@ absl::StatusOr<std::unique_ptr<WorkerRole>> WorkerRole::Start(Options options, P
   }
   LocalPlane* const local_plane = parts->local_plane.get();
   parts->memos = std::make_unique<RequestMemos>(RequestMemos::Options(), clock);
+  parts->stream_deadlines = std::make_unique<StreamDeadlines>(clock, parts->metrics.get());
   parts->admin_service = std::make_unique<WorkerAdminService>(worker, local_plane);
   if (store != nullptr) {
     parts->store_lease = std::make_unique<StoreLeaseKeeper>(
@@ -177,9 +180,11 @@ absl::StatusOr<std::unique_ptr<WorkerRole>> WorkerRole::Start(Options options, P
   parts->prefix_service =
       std::make_unique<PrefixServiceImpl>(worker, parts->memos.get(), parts->planner.get());
   parts->sequence_service = std::make_unique<SequenceServiceImpl>(
-      worker, parts->memos.get(), local_plane, parts->planner.get(), parts->parking.get());
-  parts->session_service = std::make_unique<SessionServiceImpl>(
-      worker, parts->sessions.get(), parts->memos.get(), options.import_limits);
+      worker, parts->memos.get(), local_plane, parts->planner.get(), parts->parking.get(),
+      parts->stream_deadlines.get());
+  parts->session_service =
+      std::make_unique<SessionServiceImpl>(worker, parts->sessions.get(), parts->memos.get(),
+                                           parts->stream_deadlines.get(), options.import_limits);
   worker->Start();
   PT_ASSIGN_OR_RETURN(parts->server,
                       RpcServer::Create(options.server,

@@ -267,6 +267,11 @@ struct BlockTableEntry {
   uint32_t pins = 0;
 };
 
+struct BlockTable {
+  SequenceInfo info;
+  std::vector<BlockTableEntry> entries;
+};
+
 struct FrameEntry {
   FrameId frame;
   std::string state;  // free, resident, spilling, restoring
@@ -311,6 +316,7 @@ struct HostCounters {
   uint64_t claims_waited_for = 0;
   uint64_t acquire_waits = 0;
   uint64_t acquire_timeouts = 0;
+  uint64_t writes_expired = 0;  // reservations whose lease ended, appends that idled
   uint64_t prefixes_lost = 0;
   uint64_t edits = 0;          // transactions that went through
   uint64_t edits_refused = 0;  // transactions refused
@@ -397,6 +403,8 @@ class ModelHost {
     uint64_t max_open_sequences = 100000;
     uint64_t max_sequence_tokens = uint64_t{1} << 22;
     uint64_t max_waiting_calls = 4096;
+    // An append of which no row comes for so long is aborted: it holds frames.
+    absl::Duration max_append_idle = absl::Seconds(60);
     // Calls that need no frame, as all their pages are resident, may pass one that waits for
     // frames, so often: they pin pages that it may be waiting for.
     uint32_t max_overtakes = 64;
@@ -457,8 +465,7 @@ class ModelHost {
   virtual absl::StatusOr<SequenceInfo> KeepRows(const Tenant& tenant,
                                                 const SequenceHandle& sequence,
                                                 std::span<const std::vector<RowSpan>> held) = 0;
-  virtual absl::StatusOr<std::vector<BlockTableEntry>> GetBlockTable(const Tenant& tenant,
-                                                                     SequenceId id) = 0;
+  virtual absl::StatusOr<BlockTable> GetBlockTable(const Tenant& tenant, SequenceId id) = 0;
   // OK if it is closed already. A pending write is aborted.
   virtual absl::Status Close(const Tenant& tenant, SequenceId id, uint64_t epoch) = 0;
   // The number of an open sequence, whoever's it is; 0, which none has, if it is not open.
@@ -493,7 +500,8 @@ class ModelHost {
 
   // --- pending writes ---
   // pin_prefix: the whole sequence is made resident and stays pinned until commit or abort, so that
-  // Attend under the pending id never waits for frames.
+  // Attend under the pending id never waits for frames. Rows must keep coming: an append that idles
+  // for max_append_idle is aborted.
   virtual absl::StatusOr<PendingSlot> BeginAppend(
       const Tenant& tenant, const SequenceHandle& sequence, absl::string_view append_id,
       uint64_t expected_length, std::span<const uint32_t> tokens,
@@ -503,10 +511,11 @@ class ModelHost {
                                                            std::span<const ReserveItem> items,
                                                            absl::Duration lease, bool pin_prefix,
                                                            MonotonicTime deadline) = 0;
-  // Pending id of an open append. Waits (bounded) while the append is in line for its frames.
-  // NOT_FOUND (APPEND_NOT_FOUND) when there is none.
+  // Pending id of an open append. Waits while the append is in line for its frames, to the
+  // deadline. NOT_FOUND (APPEND_NOT_FOUND) when there is none.
   virtual absl::StatusOr<uint64_t> FindAppend(const Tenant& tenant, SequenceId id,
-                                              absl::string_view append_id) = 0;
+                                              absl::string_view append_id,
+                                              MonotonicTime deadline) = 0;
   // INVALID_ARGUMENT when the run lies outside the pending write or `num_bytes` is not what it
   // needs; of a page any number of its bytes, in order.
   virtual absl::Status WriteRows(const Tenant& tenant, SequenceId id, uint64_t pending_id,
@@ -532,10 +541,22 @@ class ModelHost {
   virtual absl::StatusOr<AttendOutput> Attend(const Tenant& tenant, const AttendQuery& query,
                                               MonotonicTime deadline) = 0;
 
-  // Pins what it reads until destroyed.
-  class PinnedRows {
+  // Keeps pages in their frames until destroyed.
+  class PinnedPages {
    public:
-    virtual ~PinnedRows() = default;
+    virtual ~PinnedPages() = default;
+  };
+  struct PinnedTable : BlockTable {
+    std::shared_ptr<const PinnedPages> pages;  // shared with the calls that answer from the table
+  };
+  // A sequence's table with all its pages resident and pinned, of all groups at once: each entry
+  // has a frame, and what the frame holds of it stays as it is while `pages` lives.
+  virtual absl::StatusOr<PinnedTable> PinTable(const Tenant& tenant, SequenceId id,
+                                               MonotonicTime deadline) = 0;
+
+  // Pins what it reads until destroyed.
+  class PinnedRows : public PinnedPages {
+   public:
     virtual uint64_t begin() const = 0;
     virtual uint64_t end() const = 0;
     // Consecutive runs of the rows of one layer in order, each inside one page, as offsets in
@@ -603,13 +624,14 @@ class ModelHost {
   // Drops cached pages that no sequence references. `zero_data`: their frames are zeroed before
   // anybody gets them.
   virtual uint64_t ClearCache(bool zero_data) = 0;
-  // Aborts reservations whose lease ended, retries spilling, starts background spills. Call it
-  // every 100 ms or so.
+  // Aborts reservations whose lease ended and appends that idle, retries spilling, starts
+  // background spills. Call it every 100 ms or so.
   virtual void Tick() = 0;
   // Waits for running spills and restores.
   virtual void Quiesce() = 0;
 
-  virtual std::vector<FrameEntry> DumpFrames(uint32_t group) = 0;
+  // In order of frame, those behind `after` (0: all), at most `limit`.
+  virtual std::vector<FrameEntry> DumpFrames(uint32_t group, uint32_t after, uint32_t limit) = 0;
   virtual std::vector<PoolUsage> Usage() = 0;
   virtual HostCounters Counters() = 0;
   virtual HostLoad Load() = 0;

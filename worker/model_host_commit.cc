@@ -111,7 +111,7 @@ absl::StatusOr<CommitResult> ModelHostImpl::CommitRows(const Tenant& tenant,
     PT_ASSIGN_OR_RETURN(SequencePtr sequence, FindSequence(tenant, handle.id));
     PT_RETURN_IF_ERROR(CheckHandle(*sequence, handle));
     PT_ASSIGN_OR_RETURN(Pending * pending, FindPending(*sequence, pending_id));
-    const bool is_append = !pending->append_id.empty();
+    const bool is_append = pending->is_append();
     if (is_append != tokens.empty() || tokens.size() > pending->num_tokens) {
       return absl::InvalidArgumentError(
           absl::StrCat("commit: ", tokens.size(), " tokens given, ",

@@ -90,6 +90,10 @@ absl::StatusOr<bool> ModelHostImpl::Progress(Ticket& ticket) {
     ticket.got.pinned = all;
     ticket.has_pins = true;
   }
+  // Not again and again while it lacks frames: it stands in front of calls that need no store.
+  for (PageId id : ticket.restoring) {
+    if (pages_.Get(id).state() == PageState::kStored) return RestoreFailed();
+  }
   bool done = true;
   std::vector<PageId> restores;
   for (uint32_t g = 0; g < num_groups(); ++g) {
@@ -118,8 +122,13 @@ absl::StatusOr<bool> ModelHostImpl::Progress(Ticket& ticket) {
     }
     done = done && wanted == 0;
   }
+  ticket.restoring.insert(ticket.restoring.end(), restores.begin(), restores.end());
   StartRestores(restores);
   return done;
+}
+
+absl::Status ModelHostImpl::RestoreFailed() const {
+  return absl::UnavailableError(absl::StrCat("restore a page: ", last_store_error_.message()));
 }
 
 bool ModelHostImpl::MayOvertake(const Ticket& ticket) {
@@ -212,8 +221,7 @@ absl::Status ModelHostImpl::Acquire(const std::string& tenant, const Need& need,
         }
         if (page.state() == PageState::kStored) {
           // Its restore was given up because the store did not answer.
-          status =
-              absl::UnavailableError(absl::StrCat("restore a page: ", last_store_error_.message()));
+          status = RestoreFailed();
           break;
         }
         ready = ready && (is_write ? page.state() == PageState::kResident : page.is_readable());

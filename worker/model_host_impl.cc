@@ -41,6 +41,10 @@ absl::Status ModelHost::Options::Validate() const {
                                                    " and ", spill_high_watermark,
                                                    " are not 0 < low <= high <= 1"));
   }
+  if (max_append_idle <= absl::ZeroDuration()) {
+    return absl::InvalidArgumentError(absl::StrCat(
+        "max_append_idle is ", absl::FormatDuration(max_append_idle), ", must be > 0"));
+  }
   if (max_open_sequences == 0 || max_sequence_tokens == 0 || max_waiting_calls == 0) {
     return absl::InvalidArgumentError(
         "max_open_sequences, max_sequence_tokens and max_waiting_calls must be > 0");
@@ -318,34 +322,6 @@ std::vector<SequenceInfo> ModelHostImpl::List(const Tenant& tenant, uint64_t aft
   return out;
 }
 
-absl::StatusOr<std::vector<BlockTableEntry>> ModelHostImpl::GetBlockTable(const Tenant& tenant,
-                                                                          SequenceId id) {
-  MutexLock lock(&mu_);
-  PT_ASSIGN_OR_RETURN(SequencePtr sequence, FindSequence(tenant, id));
-  std::vector<BlockTableEntry> out;
-  for (uint32_t g = 0; g < num_groups(); ++g) {
-    for (const PositionedRun& run : sequence->Runs(g, 0, sequence->num_rows())) {
-      const Extent& extent = run.extent;
-      const Page& page = pages_.Get(extent.page);
-      BlockTableEntry entry;
-      entry.group = g;
-      entry.first_row = extent.first_row;
-      entry.first_position = static_cast<uint64_t>(run.first_position);
-      entry.shift = extent.shift;
-      entry.first_slot = extent.first_slot;
-      entry.count = extent.count;
-      entry.page = extent.page;
-      entry.page_state = std::string(PageStateName(page.state()));
-      if (page.has_frame()) entry.frame = page.frame();
-      entry.key = page.page_key();
-      entry.references = page.refs();
-      entry.pins = page.pins();
-      out.push_back(std::move(entry));
-    }
-  }
-  return out;
-}
-
 absl::Status ModelHostImpl::Close(const Tenant& tenant, SequenceId id, uint64_t epoch) {
   {
     MutexLock lock(&mu_);
@@ -419,9 +395,14 @@ void ModelHostImpl::Tick() {
     const MonotonicTime now = clock_->MonotonicNow();
     std::vector<SequencePtr> expired;
     for (const auto& [number, sequence] : sequences_) {
-      if (sequence->pending && sequence->pending->expires <= now) expired.push_back(sequence);
+      const Pending* const pending = sequence->pending.get();
+      if (pending == nullptr || pending->expires > now) continue;
+      // Of an append rows are coming right now, or all have come.
+      if (pending->is_append() && pending->is_busy()) continue;
+      expired.push_back(sequence);
     }
     for (const SequencePtr& sequence : expired) {
+      if (!sequence->pending->aborted) ++counters_.writes_expired;
       sequence->pending->aborted = true;
       Settle(*sequence);
     }
@@ -497,18 +478,20 @@ void ModelHostImpl::Flush() {
   listener_(out);
 }
 
-std::vector<FrameEntry> ModelHostImpl::DumpFrames(uint32_t group) {
+std::vector<FrameEntry> ModelHostImpl::DumpFrames(uint32_t group, uint32_t after, uint32_t limit) {
   std::vector<FrameEntry> out;
-  if (group >= num_groups()) return out;
-  out.resize(num_frames_);
+  if (group >= num_groups() || after >= num_frames_) return out;
+  out.resize(std::min(limit, num_frames_ - after));
   MutexLock lock(&mu_);
-  for (uint32_t f = 1; f <= num_frames_; ++f) {
-    out[f - 1].frame = FrameId(f);
-    out[f - 1].state = pages_.frames(group).IsFree(FrameId(f)) ? "free" : "granted";
+  for (uint32_t i = 0; i < out.size(); ++i) {
+    out[i].frame = FrameId(after + 1 + i);
+    out[i].state = pages_.frames(group).IsFree(out[i].frame) ? "free" : "granted";
   }
   pages_.ForEachPage([&](const Page& page) {
     if (page.group() != group || !page.has_frame()) return;
-    FrameEntry& entry = out[page.frame().value() - 1];
+    const uint32_t frame = page.frame().value();
+    if (frame <= after || frame - after > out.size()) return;
+    FrameEntry& entry = out[frame - after - 1];
     entry.state = std::string(PageStateName(page.state()));
     entry.page = page.id();
     entry.rows = page.rows();
@@ -557,7 +540,7 @@ HostLoad ModelHostImpl::Load() {
   load.open_sequences = sequences_.size();
   load.running_calls = running_calls_;
   for (const auto& [number, sequence] : sequences_) {
-    if (sequence->pending && !sequence->pending->append_id.empty()) {
+    if (sequence->pending && sequence->pending->is_append()) {
       load.queued_prefill_tokens += sequence->pending->num_tokens;
     }
   }

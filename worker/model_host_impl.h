@@ -60,7 +60,8 @@ class ModelHostImpl final : public ModelHost {
   absl::StatusOr<SequenceContents> ReadContents(const Tenant&, SequenceId) override;
   absl::StatusOr<SequenceInfo> KeepRows(const Tenant&, const SequenceHandle&,
                                         std::span<const std::vector<RowSpan>>) override;
-  absl::StatusOr<std::vector<BlockTableEntry>> GetBlockTable(const Tenant&, SequenceId) override;
+  absl::StatusOr<BlockTable> GetBlockTable(const Tenant&, SequenceId) override;
+  absl::StatusOr<PinnedTable> PinTable(const Tenant&, SequenceId, MonotonicTime) override;
   absl::Status Close(const Tenant&, SequenceId, uint64_t) override;
   uint64_t NumberOf(SequenceId id) const override;
   absl::Status CloseUnchanged(const Tenant&, const SequenceHandle&) override;
@@ -79,7 +80,8 @@ class ModelHostImpl final : public ModelHost {
                                           MonotonicTime) override;
   absl::StatusOr<std::vector<PendingSlot>> Reserve(const Tenant&, std::span<const ReserveItem>,
                                                    absl::Duration, bool, MonotonicTime) override;
-  absl::StatusOr<uint64_t> FindAppend(const Tenant&, SequenceId, absl::string_view) override;
+  absl::StatusOr<uint64_t> FindAppend(const Tenant&, SequenceId, absl::string_view,
+                                      MonotonicTime) override;
   absl::Status WriteRows(const Tenant&, SequenceId, uint64_t, const RowRun&, uint64_t,
                          RowSource) override;
   absl::StatusOr<CommitResult> Commit(const Tenant&, const SequenceHandle&, uint64_t,
@@ -109,7 +111,7 @@ class ModelHostImpl final : public ModelHost {
   uint64_t ClearCache(bool zero_data) override;
   void Tick() override;
   void Quiesce() override;
-  std::vector<FrameEntry> DumpFrames(uint32_t) override;
+  std::vector<FrameEntry> DumpFrames(uint32_t, uint32_t, uint32_t) override;
   std::vector<PoolUsage> Usage() override;
   HostCounters Counters() override;
   HostLoad Load() override;
@@ -118,7 +120,22 @@ class ModelHostImpl final : public ModelHost {
 
  private:
   class PinnedRowsImpl;
+  class PinnedPagesImpl;
   class SnapshotImpl;
+
+  // Pins of pages, given back when it goes. Made with the lock held, destroyed without.
+  class PagePins {
+   public:
+    PagePins(ModelHostImpl* host, std::vector<PageId> pages)
+        : host_(host), pages_(std::move(pages)) {}
+    ~PagePins();
+    PagePins(const PagePins&) = delete;
+    PagePins& operator=(const PagePins&) = delete;
+
+   private:
+    ModelHostImpl* const host_;
+    const std::vector<PageId> pages_;
+  };
 
   // Rows behind the committed length of one sequence.
   struct Pending {
@@ -149,8 +166,10 @@ class ModelHostImpl final : public ModelHost {
     std::vector<std::vector<uint64_t>> page_bytes_arrived;
     uint64_t pages_created = 0;
     MonotonicTime began;
+    // Of a reservation fixed when it opens; of an append put off by each run of rows.
     MonotonicTime expires = MonotonicTime::InfiniteFuture();
     bool pin_prefix = false;
+    bool is_append() const { return !append_id.empty(); }
     bool is_busy() const { return state != State::kOpen || num_writers > 0; }
   };
 
@@ -193,6 +212,7 @@ class ModelHostImpl final : public ModelHost {
     const Need* need = nullptr;
     std::string tenant;
     Acquired got;
+    std::vector<PageId> restoring;  // those of the need whose restore it began
     bool has_pins = false;
     uint32_t num_overtaken = 0;  // calls that were served before it, though it was first in line
   };
@@ -282,6 +302,10 @@ class ModelHostImpl final : public ModelHost {
   // Reports frame changes and deletes stale private records. Never with the lock held.
   void Flush() ABSL_LOCKS_EXCLUDED(mu_);
 
+  // --- tables (model_host_tables.cc) ---
+  std::vector<BlockTableEntry> BlockTableOf(const Sequence& sequence) const
+      ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
+
   // --- edits (model_host_edits.cc) ---
   class EditableSequences;
   absl::StatusOr<EditResult> EditLocked(const Tenant& tenant,
@@ -310,8 +334,10 @@ class ModelHostImpl final : public ModelHost {
       ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
   // Not first in line, but with nothing to wait for.
   bool MayOvertake(const Ticket& ticket) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
+  absl::Status RestoreFailed() const ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
   void ReleaseAcquired(Acquired& acquired) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
-  // One step for the head of the line. True when all its frames are assigned.
+  // One step for the head of the line. True when all its frames are assigned. UNAVAILABLE when a
+  // restore that it began was given up.
   absl::StatusOr<bool> Progress(Ticket& ticket) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
   // Tries to have `count` free frames: evicts clean pages, starts spills of others. True if there.
   bool MakeRoom(uint32_t group, uint32_t count) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);

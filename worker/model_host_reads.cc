@@ -39,16 +39,7 @@ class ModelHostImpl::PinnedRowsImpl final : public ModelHost::PinnedRows {
         end_(end),
         extents_(std::move(extents)),
         frames_(std::move(frames)),
-        pinned_(std::move(pinned)) {}
-
-  ~PinnedRowsImpl() override {
-    {
-      MutexLock lock(&host_->mu_);
-      for (PageId id : pinned_) host_->pages_.Unpin(host_->pages_.Get(id));
-      host_->changed_.SignalAll();
-    }
-    host_->Flush();
-  }
+        pins_(host, std::move(pinned)) {}
 
   uint64_t begin() const override { return begin_; }
   uint64_t end() const override { return end_; }
@@ -80,7 +71,7 @@ class ModelHostImpl::PinnedRowsImpl final : public ModelHost::PinnedRows {
   const uint64_t end_;
   const std::vector<Extent> extents_;
   const std::vector<FrameId> frames_;  // frames of extents_: pinned, so they stay
-  const std::vector<PageId> pinned_;
+  const PagePins pins_;
 };
 
 absl::StatusOr<std::shared_ptr<const ModelHost::PinnedRows>> ModelHostImpl::PinRows(

@@ -12,8 +12,6 @@ namespace {
 
 constexpr uint32_t kMaxReservedTokens = 1024;
 constexpr absl::Duration kMaxLease = absl::Minutes(5);
-// How long a call under an append waits for the append to get its frames.
-constexpr absl::Duration kMaxAppendWait = absl::Seconds(30);
 
 absl::Status CheckPositions(const SequenceRows& rows, uint64_t num_tokens) {
   if (rows.end_position() + static_cast<int64_t>(num_tokens) <= kMaxPosition + 1) {
@@ -337,6 +335,7 @@ absl::StatusOr<PendingSlot> ModelHostImpl::BeginAppend(
     const absl::Status opened = OpenWrites(tenant.name, {sequence}, deadline);
     if (opened.ok()) {
       Pending& pending = *sequence->pending;
+      pending.expires = clock_->MonotonicNow() + options_.max_append_idle;
       if (pool_->host_view() != nullptr) {
         for (const std::vector<PageId>& targets : pending.targets) {
           pending.checksums.emplace_back(targets.size());
@@ -424,9 +423,9 @@ absl::StatusOr<std::vector<PendingSlot>> ModelHostImpl::Reserve(const Tenant& te
 }
 
 absl::StatusOr<uint64_t> ModelHostImpl::FindAppend(const Tenant& tenant, SequenceId id,
-                                                   absl::string_view append_id) {
+                                                   absl::string_view append_id,
+                                                   MonotonicTime deadline) {
   MutexLock lock(&mu_);
-  const MonotonicTime give_up = clock_->MonotonicNow() + kMaxAppendWait;
   for (;;) {
     PT_ASSIGN_OR_RETURN(SequencePtr sequence, FindSequence(tenant, id));
     const Pending* pending = sequence->pending.get();
@@ -438,11 +437,12 @@ absl::StatusOr<uint64_t> ModelHostImpl::FindAppend(const Tenant& tenant, Sequenc
     }
     // Still in line for its frames: the append is known, and nothing can be done under it yet.
     if (pending->state != Pending::State::kAcquiring) return pending->id;
-    if (clock_->MonotonicNow() >= give_up) {
+    const absl::Duration left = deadline - clock_->MonotonicNow();
+    if (left <= absl::ZeroDuration()) {
       return absl::DeadlineExceededError(
           absl::StrCat("sequence ", id.ToString(), ": the append still waits for frames"));
     }
-    changed_.WaitWithTimeout(&mu_, absl::Milliseconds(100));
+    changed_.WaitWithTimeout(&mu_, std::min(left, absl::Milliseconds(100)));
   }
 }
 
@@ -544,6 +544,9 @@ absl::Status ModelHostImpl::WriteRows(const Tenant& tenant, SequenceId id, uint6
   {
     MutexLock lock(&mu_);
     --pending->num_writers;
+    if (pending->is_append()) {
+      pending->expires = clock_->MonotonicNow() + options_.max_append_idle;
+    }
     for (const Piece& piece : pieces) {
       if (piece.checksum != nullptr) piece.checksum->Release();
     }

@@ -2,9 +2,17 @@
 
 #include <utility>
 
+#include "absl/strings/numbers.h"
 #include "absl/strings/str_cat.h"
+#include "absl/strings/strip.h"
+#include "base/error_info.h"
 
 namespace pagetide {
+namespace {
+
+constexpr char kIdPrefix[] = "pin-";
+
+}  // namespace
 
 PinLeases::~PinLeases() {
   Clear();
@@ -19,18 +27,66 @@ absl::Status PinLeases::CheckDuration(const char* field, absl::Duration duration
 
 absl::StatusOr<std::string> PinLeases::Add(Pins pins, absl::Duration duration,
                                            std::function<void()> on_end) {
-  const MonotonicTime ends = clock_->MonotonicNow() + duration;
+  return Add(Lease{.ends = clock_->MonotonicNow() + duration,
+                   .pins = std::move(pins),
+                   .on_end = std::move(on_end)});
+}
+
+absl::StatusOr<std::string> PinLeases::AddTable(absl::string_view tenant, Table table,
+                                                absl::Duration duration) {
+  return Add(Lease{.ends = clock_->MonotonicNow() + duration,
+                   .tenant = std::string(tenant),
+                   .table = std::move(table)});
+}
+
+absl::StatusOr<std::string> PinLeases::Add(Lease lease) {
+  const size_t num_extents = lease.table == nullptr ? 0 : lease.table->entries.size();
+  absl::Status refused;
   {
     MutexLock lock(&mu_);
-    if (leases_.size() < options_.max_leases) {
-      const uint64_t id = next_++;
-      leases_.emplace(id, Lease{ends, std::move(pins), std::move(on_end)});
-      return absl::StrCat("pin-", id);
+    if (leases_.size() >= options_.max_leases) {
+      refused = absl::ResourceExhaustedError(absl::StrCat("lease pages: ", options_.max_leases,
+                                                          " leases are open, no more are given"));
+    } else if (num_extents > options_.max_extents - num_extents_) {
+      refused = absl::ResourceExhaustedError(
+          absl::StrCat("lease pages: a table of ", num_extents, " extents, ", num_extents_, " of ",
+                       options_.max_extents, " are leased already"));
+    } else {
+      num_extents_ += num_extents;
+      const uint64_t number = next_++;
+      leases_.emplace(number, std::move(lease));
+      return absl::StrCat(kIdPrefix, number);
     }
   }
-  if (on_end) on_end();
-  return absl::ResourceExhaustedError(
-      absl::StrCat("lease pages: ", options_.max_leases, " leases are open, no more are given"));
+  std::vector<Lease> ended;
+  ended.push_back(std::move(lease));
+  End(std::move(ended));
+  return refused;
+}
+
+absl::StatusOr<PinLeases::Table> PinLeases::FindTable(absl::string_view tenant, SequenceId sequence,
+                                                      absl::string_view lease_id) const {
+  uint64_t number = 0;
+  absl::string_view digits = lease_id;
+  if (absl::ConsumePrefix(&digits, kIdPrefix) && absl::SimpleAtoi(digits, &number)) {
+    MutexLock lock(&mu_);
+    const auto it = leases_.find(number);
+    if (it != leases_.end() && it->second.table != nullptr && it->second.tenant == tenant &&
+        it->second.table->info.id == sequence) {
+      return it->second.table;
+    }
+  }
+  return WithReason(absl::FailedPreconditionError(
+                        absl::StrCat("lease_id: no lease of that id on the table of sequence ",
+                                     sequence.ToString(), " is open; it ended, or never was")),
+                    "LEASE_ENDED");
+}
+
+PinLeases::Lease PinLeases::Take(std::map<uint64_t, Lease>::iterator at) {
+  Lease lease = std::move(at->second);
+  leases_.erase(at);
+  if (lease.table != nullptr) num_extents_ -= lease.table->entries.size();
+  return lease;
 }
 
 void PinLeases::Expire() {
@@ -39,12 +95,8 @@ void PinLeases::Expire() {
   {
     MutexLock lock(&mu_);
     for (auto it = leases_.begin(); it != leases_.end();) {
-      if (it->second.ends > now) {
-        ++it;
-        continue;
-      }
-      ended.push_back(std::move(it->second));
-      it = leases_.erase(it);
+      const auto at = it++;
+      if (at->second.ends <= now) ended.push_back(Take(at));
     }
   }
   End(std::move(ended));
@@ -54,15 +106,15 @@ void PinLeases::Clear() {
   std::vector<Lease> ended;
   {
     MutexLock lock(&mu_);
-    for (auto& [id, lease] : leases_) ended.push_back(std::move(lease));
-    leases_.clear();
+    while (!leases_.empty()) ended.push_back(Take(leases_.begin()));
   }
   End(std::move(ended));
 }
 
 void PinLeases::End(std::vector<Lease> leases) {
   for (Lease& lease : leases) {
-    lease.pins.clear();
+    lease.pins.reset();
+    lease.table.reset();
     if (lease.on_end) lease.on_end();
   }
 }

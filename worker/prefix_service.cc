@@ -124,19 +124,12 @@ absl::StatusOr<std::string> PrefixServiceImpl::LeasePrefix(const CallContext& ca
     const absl::Status closed = host->Close(tenant, info.id, info.epoch);
     if (!closed.ok()) LogWarning("worker", "close leased prefix: ", closed.message());
   };
-  PinLeases::Pins pins;
-  if (open.info.length > 0) {
-    for (uint32_t group = 0; group < host->model().geometry().num_groups(); ++group) {
-      auto pinned =
-          host->PinRows(call.tenant, open.info.id, group, ModelHost::kHeldRows, 0, call.deadline);
-      if (!pinned.ok()) {
-        close();
-        return pinned.status();
-      }
-      pins.push_back(*std::move(pinned));
-    }
+  const auto pinned = host->PinTable(call.tenant, open.info.id, call.deadline);
+  if (!pinned.ok()) {
+    close();
+    return pinned.status();
   }
-  return worker_->leases().Add(std::move(pins), duration, close);
+  return worker_->leases().Add(pinned->pages, duration, close);
 }
 
 }  // namespace pagetide

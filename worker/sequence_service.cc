@@ -6,7 +6,6 @@
 #include <utility>
 #include <vector>
 
-#include "absl/strings/numbers.h"
 #include "absl/strings/str_cat.h"
 #include "base/error_info.h"
 #include "base/log.h"
@@ -18,6 +17,8 @@ namespace {
 
 constexpr uint32_t kDefaultListSize = 100;
 constexpr uint32_t kMaxListSize = 1000;
+// Extents of a table in one answer, of at most 140 bytes each.
+constexpr uint32_t kMaxTableExtents = 16384;
 // Messages of a WatchReadiness before the last. They fit the window of a stream, so that a caller
 // who does not read them cannot block a call that holds frames or its place in the line for them.
 constexpr int kMaxReadinessNews = 256;
@@ -35,12 +36,13 @@ int MethodIndex(const char* name) {
 
 SequenceServiceImpl::SequenceServiceImpl(Worker* worker, RequestMemos* memos,
                                          LocalPlane* local_plane, const PromptPlanner* planner,
-                                         Parking* parking)
+                                         Parking* parking, StreamDeadlines* deadlines)
     : worker_(worker),
       memos_(memos),
       local_plane_(local_plane),
       planner_(planner),
-      parking_(parking) {
+      parking_(parking),
+      deadlines_(deadlines) {
   // The two bulk methods are handled as raw byte streams. On the wire a stream of one message is
   // the same as one message, so the declared kinds of the methods (and reflection) stay true.
   using Handler =
@@ -163,31 +165,62 @@ grpc::Status SequenceServiceImpl::ListWorkerSequences(grpc::ServerContext* conte
                                                       const v1::ListWorkerSequencesRequest* request,
                                                       v1::ListWorkerSequencesResponse* response) {
   const CallContext call = MakeCallContext(*context, *worker_);
-  const uint32_t limit = request->page_size() == 0 ? kDefaultListSize : request->page_size();
-  if (limit > kMaxListSize) {
-    return ToGrpcStatus(absl::InvalidArgumentError(
-        absl::StrCat("page_size is ", limit, ", must be at most ", kMaxListSize)));
-  }
+  const absl::StatusOr<uint32_t> limit =
+      ListSize(request->page_size(), kDefaultListSize, kMaxListSize);
+  if (!limit.ok()) return ToGrpcStatus(limit.status());
   uint64_t after = 0;
-  if (!request->page_token().empty() && !absl::SimpleAtoi(request->page_token(), &after)) {
-    return ToGrpcStatus(
-        absl::InvalidArgumentError("page_token is not one that ListWorkerSequences has returned"));
+  if (!request->page_token().empty()) {
+    const auto token = ParsePageToken<1>(request->page_token());
+    if (!token.ok()) return ToGrpcStatus(token.status());
+    after = token->front();
   }
   std::vector<std::pair<SequenceInfo, ModelHost*>> found;
   for (ModelHost* host : worker_->Hosts()) {
-    for (const SequenceInfo& info : host->List(call.tenant, after, limit + 1)) {
+    for (const SequenceInfo& info : host->List(call.tenant, after, *limit + 1)) {
       found.emplace_back(info, host);
     }
   }
   std::sort(found.begin(), found.end(),
             [](const auto& a, const auto& b) { return a.first.number < b.first.number; });
-  const bool more = found.size() > limit;
-  if (more) found.resize(limit);
+  const bool more = found.size() > *limit;
+  if (more) found.resize(*limit);
   for (const auto& [info, host] : found) {
     *response->add_sequences() = StateToProto(*worker_, *host, info);
   }
-  if (more) response->set_next_page_token(absl::StrCat(found.back().first.number));
+  if (more) response->set_next_page_token(MakePageToken({found.back().first.number}));
   return grpc::Status::OK;
+}
+
+absl::StatusOr<PinLeases::Table> SequenceServiceImpl::TableOf(
+    const CallContext& call, const v1::GetBlockTableRequest& request, const SequenceTarget& target,
+    uint32_t page_size, std::string* lease_id) {
+  PT_ASSIGN_OR_RETURN(const absl::Duration lease, DurationFromProto("lease", request.lease()));
+  const bool wants_lease = lease > absl::ZeroDuration();
+  if (wants_lease && (!request.lease_id().empty() || !request.page_token().empty())) {
+    return absl::InvalidArgumentError(
+        "lease is for the first page of a table; the next ones name its lease_id");
+  }
+  PinLeases& leases = worker_->leases();
+  if (!request.lease_id().empty()) {
+    *lease_id = request.lease_id();
+    return leases.FindTable(call.tenant.name, target.id, request.lease_id());
+  }
+  if (!wants_lease) {
+    PT_ASSIGN_OR_RETURN(BlockTable table, target.host->GetBlockTable(call.tenant, target.id));
+    return std::make_shared<const ModelHost::PinnedTable>(
+        ModelHost::PinnedTable{std::move(table), nullptr});
+  }
+  PT_RETURN_IF_ERROR(leases.CheckDuration("lease", lease));
+  PT_ASSIGN_OR_RETURN(ModelHost::PinnedTable pinned,
+                      target.host->PinTable(call.tenant, target.id, call.deadline));
+  const auto table = std::make_shared<const ModelHost::PinnedTable>(std::move(pinned));
+  // What this answer holds whole nobody asks for again.
+  if (table->entries.size() <= page_size) {
+    PT_ASSIGN_OR_RETURN(*lease_id, leases.Add(table->pages, lease, nullptr));
+  } else {
+    PT_ASSIGN_OR_RETURN(*lease_id, leases.AddTable(call.tenant.name, table, lease));
+  }
+  return table;
 }
 
 grpc::Status SequenceServiceImpl::GetBlockTable(grpc::ServerContext* context,
@@ -197,24 +230,30 @@ grpc::Status SequenceServiceImpl::GetBlockTable(grpc::ServerContext* context,
   const auto get = [&]() -> absl::Status {
     PT_ASSIGN_OR_RETURN(const SequenceTarget target,
                         FindSequence(*worker_, request->sequence_id()));
-    PT_ASSIGN_OR_RETURN(const absl::Duration lease, DurationFromProto("lease", request->lease()));
+    PT_ASSIGN_OR_RETURN(const uint32_t page_size,
+                        ListSize(request->page_size(), kMaxTableExtents, kMaxTableExtents));
     ModelHost* const host = target.host;
-    PT_ASSIGN_OR_RETURN(SequenceInfo info, host->Get(call.tenant, target.id));
-    if (lease > absl::ZeroDuration()) {
-      PT_RETURN_IF_ERROR(worker_->leases().CheckDuration("lease", lease));
-      PinLeases::Pins pins;
-      for (uint32_t g = 0; info.length > 0 && g < host->model().geometry().num_groups(); ++g) {
-        PT_ASSIGN_OR_RETURN(auto pinned, host->PinRows(call.tenant, target.id, g,
-                                                       ModelHost::kHeldRows, 0, call.deadline));
-        pins.push_back(std::move(pinned));
+    PT_ASSIGN_OR_RETURN(const PinLeases::Table table,
+                        TableOf(call, *request, target, page_size, response->mutable_lease_id()));
+    // Of the answer before: the revision it was of, and the extents up to its end.
+    uint64_t at = 0;
+    if (!request->page_token().empty()) {
+      PT_ASSIGN_OR_RETURN(const auto token, ParsePageToken<2>(request->page_token()));
+      if (token[0] != table->info.revision || token[1] >= table->entries.size()) {
+        return absl::AbortedError(absl::StrCat(
+            "page_token is of revision ", token[0], ", extent ", token[1], "; sequence ",
+            target.id.ToString(), " has revision ", table->info.revision, " and ",
+            table->entries.size(), " extents: start again, or with a lease"));
       }
-      PT_ASSIGN_OR_RETURN(*response->mutable_lease_id(),
-                          worker_->leases().Add(std::move(pins), lease, nullptr));
-      PT_ASSIGN_OR_RETURN(info, host->Get(call.tenant, target.id));
+      at = token[1];
     }
-    PT_ASSIGN_OR_RETURN(const auto table, host->GetBlockTable(call.tenant, target.id));
-    *response->mutable_state() = StateToProto(*worker_, *host, info);
-    for (const BlockTableEntry& entry : table) {
+    *response->mutable_state() = StateToProto(*worker_, *host, table->info);
+    const uint64_t end = std::min<uint64_t>(table->entries.size(), at + page_size);
+    if (end < table->entries.size()) {
+      response->set_next_page_token(MakePageToken({table->info.revision, end}));
+    }
+    for (; at < end; ++at) {
+      const BlockTableEntry& entry = table->entries[at];
       v1::GetBlockTableResponse::Extent* extent = response->add_extents();
       extent->set_group(entry.group);
       extent->set_first_position(entry.first_position);

@@ -2,16 +2,17 @@
 // row bytes are copied once, between the message's slices and the frame, or lent from the frame.
 //
 // Handlers block (for frames, for staged rows, for peers), so they run on gRPC's synchronous
-// threads. Thread-safe. The worker, the memos, the local plane and the parking outlive it; destroy
-// it after the server.
+// threads. Thread-safe. What the constructor takes outlives it; destroy it after the server.
 #ifndef PAGETIDE_WORKER_SEQUENCE_SERVICE_H_
 #define PAGETIDE_WORKER_SEQUENCE_SERVICE_H_
 
 #include <grpcpp/support/byte_buffer.h>
 
 #include <memory>
+#include <string>
 
 #include "pagetide/v1/sequence.grpc.pb.h"
+#include "rpc/stream_deadlines.h"
 #include "worker/lent_frames.h"
 #include "worker/local_plane.h"
 #include "worker/parking.h"
@@ -27,7 +28,7 @@ class SequenceServiceImpl final : public v1::SequenceService::Service {
  public:
   // `local_plane` may be null: then no call can name staging.
   SequenceServiceImpl(Worker* worker, RequestMemos* memos, LocalPlane* local_plane,
-                      const PromptPlanner* planner, Parking* parking);
+                      const PromptPlanner* planner, Parking* parking, StreamDeadlines* deadlines);
   // Waits until the transport has given back all frames that ReadRows lent to it.
   ~SequenceServiceImpl() override;
 
@@ -88,6 +89,11 @@ class SequenceServiceImpl final : public v1::SequenceService::Service {
   // Of a group without rows: each page whole, in parts.
   absl::Status ReadPages(ModelHost* host, const std::shared_ptr<const ModelHost::PinnedRows>& rows,
                          uint64_t page_bytes, RawStream* stream);
+  // The table that a GetBlockTable asks for; its lease, if any, in *lease_id.
+  absl::StatusOr<PinLeases::Table> TableOf(const CallContext& call,
+                                           const v1::GetBlockTableRequest& request,
+                                           const SequenceTarget& target, uint32_t page_size,
+                                           std::string* lease_id);
   absl::StatusOr<v1::ParkSequenceResponse> Park(const CallContext& call,
                                                 const v1::ParkSequenceRequest& request);
   absl::StatusOr<v1::ResumeSequenceResponse> Resume(const CallContext& call,
@@ -109,6 +115,7 @@ class SequenceServiceImpl final : public v1::SequenceService::Service {
   LocalPlane* const local_plane_;
   const PromptPlanner* const planner_;
   Parking* const parking_;
+  StreamDeadlines* const deadlines_;
   LentFrames lent_;
 };
 

@@ -9,6 +9,7 @@
 #include "base/log.h"
 #include "base/status_macros.h"
 #include "core/staging_layout.h"
+#include "rpc/channel.h"
 #include "rpc/status_mapping.h"
 #include "worker/sequence_service.h"
 
@@ -36,6 +37,20 @@ absl::StatusOr<std::vector<float>> FloatsOf(absl::string_view field, absl::strin
   std::vector<float> floats(count);
   std::memcpy(floats.data(), bytes.data(), bytes.size());
   return floats;
+}
+
+// Attention answers num_queries x query_heads x (v_dim + 1) floats, however little was sent.
+absl::Status CheckAnswerFits(const v1::AttendRequest& request, uint32_t v_dim) {
+  uint64_t rows = uint64_t{request.num_queries()} * request.query_heads();
+  uint64_t bytes = 0;
+  if (!__builtin_mul_overflow(rows, (uint64_t{v_dim} + 1) * sizeof(float), &bytes) &&
+      bytes <= kMaxPayloadBytes) {
+    return absl::OkStatus();
+  }
+  return absl::InvalidArgumentError(absl::StrCat(
+      "num_queries is ", request.num_queries(), ", query_heads is ", request.query_heads(),
+      ": with v_dim ", v_dim, " and one log-sum-exp each the answer exceeds ", kMaxPayloadBytes,
+      " bytes; ask for fewer queries at a time"));
 }
 
 // Writes rows that lie contiguously in memory.
@@ -328,13 +343,14 @@ absl::StatusOr<AttendOutput> SequenceServiceImpl::AttendItem(const CallContext& 
     return absl::InvalidArgumentError(
         "append_id and reservation_id are both set; at most one may be");
   }
+  PT_RETURN_IF_ERROR(CheckAnswerFits(request, group.spec().v_dim));
   PT_ASSIGN_OR_RETURN(const std::vector<float> queries,
                       FloatsOf("queries", request.queries(), request.num_queries(),
                                request.query_heads(), group.spec().k_dim));
   uint64_t pending_id = request.reservation_id();
   if (!request.append_id().empty()) {
-    PT_ASSIGN_OR_RETURN(pending_id,
-                        target.host->FindAppend(call.tenant, target.id, request.append_id()));
+    PT_ASSIGN_OR_RETURN(pending_id, target.host->FindAppend(call.tenant, target.id,
+                                                            request.append_id(), call.deadline));
   }
   if (!request.k_rows().empty() || !request.v_rows().empty() || request.rows_in_staging()) {
     PT_RETURN_IF_ERROR(CheckEpoch(target.host, call.tenant, target.id, request.epoch()));

@@ -8,7 +8,10 @@
 #include <utility>
 
 #include "absl/strings/ascii.h"
+#include "absl/strings/numbers.h"
 #include "absl/strings/str_cat.h"
+#include "absl/strings/str_join.h"
+#include "absl/strings/str_split.h"
 #include "base/status_macros.h"
 #include "services/tenant.h"
 
@@ -115,6 +118,23 @@ absl::StatusOr<uint32_t> ListSize(uint32_t page_size, uint32_t otherwise, uint32
     return absl::InvalidArgumentError(absl::StrCat("page_size is ", page_size, ", at most ", most));
   }
   return page_size == 0 ? otherwise : page_size;
+}
+
+std::string MakePageToken(std::initializer_list<uint64_t> numbers) {
+  return absl::StrJoin(numbers, ".");
+}
+
+absl::Status ParsePageToken(absl::string_view token, std::span<uint64_t> numbers) {
+  size_t n = 0;
+  for (absl::string_view part : absl::StrSplit(token, '.')) {
+    if (n == numbers.size() || !absl::SimpleAtoi(part, &numbers[n])) {
+      n = 0;
+      break;
+    }
+    ++n;
+  }
+  if (n == numbers.size()) return absl::OkStatus();
+  return absl::InvalidArgumentError("page_token is not one that this call has returned");
 }
 
 absl::Status ValidateNamePrefix(absl::string_view prefix) {

@@ -9,6 +9,9 @@
 #include <google/protobuf/timestamp.pb.h>
 #include <grpcpp/server_context.h>
 
+#include <array>
+#include <cstdint>
+#include <initializer_list>
 #include <span>
 #include <string>
 #include <vector>
@@ -24,7 +27,8 @@
 
 namespace pagetide {
 
-// Calls without a deadline get the first; none gets more than the second.
+// Calls without a deadline get the first; none gets more than the second. Streams are ended then
+// (rpc/stream_deadlines.h).
 inline constexpr absl::Duration kDefaultCallTime = absl::Seconds(30);
 inline constexpr absl::Duration kMaxCallTime = absl::Minutes(10);
 // Kept of a caller's deadline for the answer to reach it (a tenth of short deadlines).
@@ -66,6 +70,17 @@ absl::StatusOr<RowKind> RowKindFromProto(absl::string_view field, int kind);
 
 // How many entries to list; 0 wants the default. INVALID_ARGUMENT (page_size) above `most`.
 absl::StatusOr<uint32_t> ListSize(uint32_t page_size, uint32_t otherwise, uint32_t most);
+// Tokens of answers that come in pages: numbers, which mean something to the call that made them.
+// INVALID_ARGUMENT (page_token) unless it is one of N numbers.
+std::string MakePageToken(std::initializer_list<uint64_t> numbers);
+absl::Status ParsePageToken(absl::string_view token, std::span<uint64_t> numbers);
+template <size_t N>
+absl::StatusOr<std::array<uint64_t, N>> ParsePageToken(absl::string_view token) {
+  std::array<uint64_t, N> numbers{};
+  const absl::Status parsed = ParsePageToken(token, numbers);
+  if (!parsed.ok()) return parsed;
+  return numbers;
+}
 // INVALID_ARGUMENT (name_prefix) unless a name may begin so.
 absl::Status ValidateNamePrefix(absl::string_view prefix);
 

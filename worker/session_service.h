@@ -7,6 +7,7 @@
 #include <utility>
 
 #include "pagetide/v1/session.grpc.pb.h"
+#include "rpc/stream_deadlines.h"
 #include "worker/request_memos.h"
 #include "worker/service_support.h"
 #include "worker/sessions.h"
@@ -24,10 +25,11 @@ class SessionServiceImpl final : public v1::SessionService::Service {
     uint32_t max_running = 4;
   };
   SessionServiceImpl(Worker* worker, Sessions* sessions, RequestMemos* memos,
-                     ImportLimits import_limits)
+                     StreamDeadlines* deadlines, ImportLimits import_limits)
       : worker_(worker),
         sessions_(sessions),
         memos_(memos),
+        deadlines_(deadlines),
         import_limits_(std::move(import_limits)) {}
 
   grpc::Status SaveSession(grpc::ServerContext* context, const v1::SaveSessionRequest* request,
@@ -71,6 +73,7 @@ class SessionServiceImpl final : public v1::SessionService::Service {
   Worker* const worker_;
   Sessions* const sessions_;
   RequestMemos* const memos_;
+  StreamDeadlines* const deadlines_;
   const ImportLimits import_limits_;
   std::atomic<uint32_t> imports_running_{0};  // a count only: no other data hangs on it
 };

@@ -141,7 +141,9 @@ absl::Status ExportTo(Worker* worker, const CallContext& call,
 grpc::Status SessionServiceImpl::ExportSequence(
     grpc::ServerContext* context, const v1::ExportSequenceRequest* request,
     grpc::ServerWriter<v1::ExportSequenceResponse>* writer) {
-  return ToGrpcStatus(ExportTo(worker_, MakeCallContext(*context, *worker_), *request, writer));
+  const CallContext call = MakeCallContext(*context, *worker_);
+  const StreamDeadlines::Watch watch(deadlines_, context, call.deadline, "export sequence");
+  return ToGrpcStatus(ExportTo(worker_, call, *request, writer));
 }
 
 absl::StatusOr<v1::ImportSequenceResponse> SessionServiceImpl::Import(
@@ -208,6 +210,7 @@ grpc::Status SessionServiceImpl::ImportSequence(
     grpc::ServerContext* context, grpc::ServerReader<v1::ImportSequenceRequest>* reader,
     v1::ImportSequenceResponse* response) {
   const CallContext call = MakeCallContext(*context, *worker_);
+  const StreamDeadlines::Watch watch(deadlines_, context, call.deadline, "import sequence");
   v1::ImportSequenceRequest first;
   if (!reader->Read(&first) || !first.has_header()) {
     return ToGrpcStatus(absl::InvalidArgumentError("the first message has no header"));

@@ -2,7 +2,10 @@
 
 #include <unistd.h>
 
+#include <algorithm>
 #include <cstdio>
+#include <limits>
+#include <span>
 #include <utility>
 
 #include "absl/strings/str_cat.h"
@@ -12,6 +15,9 @@
 
 namespace pagetide {
 namespace {
+
+// Of one answer, of at most 90 bytes each.
+constexpr uint32_t kMaxFrames = 16384;
 
 // Resident bytes of this process; 0 where the system does not tell.
 uint64_t ResidentSetBytes() {
@@ -125,7 +131,16 @@ absl::Status WorkerAdminService::Dump(const v1::DumpFramesRequest& request,
     return absl::InvalidArgumentError(
         absl::StrCat("group is ", request.group(), ", the model has ", num_groups));
   }
-  for (const FrameEntry& entry : hosts[0]->DumpFrames(request.group())) {
+  PT_ASSIGN_OR_RETURN(const uint32_t limit, ListSize(request.page_size(), kMaxFrames, kMaxFrames));
+  uint64_t after = 0;
+  if (!request.page_token().empty()) {
+    PT_ASSIGN_OR_RETURN(const auto token, ParsePageToken<1>(request.page_token()));
+    after = std::min<uint64_t>(token[0], std::numeric_limits<uint32_t>::max());
+  }
+  // One more than fits tells whether there is more.
+  const std::vector<FrameEntry> frames =
+      hosts[0]->DumpFrames(request.group(), static_cast<uint32_t>(after), limit + 1);
+  for (const FrameEntry& entry : std::span(frames).first(std::min<size_t>(frames.size(), limit))) {
     v1::DumpFramesResponse::Frame* frame = response->add_frames();
     frame->set_frame(entry.frame.value());
     frame->set_state(entry.state);
@@ -135,6 +150,9 @@ absl::Status WorkerAdminService::Dump(const v1::DumpFramesRequest& request,
     frame->set_pins(entry.pins);
     if (entry.key.has_value()) frame->set_page_key(entry.key->digest.ToBytes());
     frame->set_stored(entry.is_stored);
+  }
+  if (frames.size() > limit) {
+    response->set_next_page_token(MakePageToken({frames[limit - 1].frame.value()}));
   }
   return absl::OkStatus();
 }

@@ -53,6 +53,8 @@ constexpr CounterName kCounters[] = {
      "Calls that waited for frames"},
     {&HostCounters::acquire_timeouts, "pagetide_worker_frame_wait_timeouts_total",
      "Calls whose deadline passed while they waited for frames"},
+    {&HostCounters::writes_expired, "pagetide_worker_writes_expired_total",
+     "Reservations whose lease ended and appends of which no rows came"},
     {&HostCounters::prefixes_lost, "pagetide_worker_prefixes_lost_total",
      "Sequences cut to a valid prefix because a restore failed"},
     {&HostCounters::edits, "pagetide_worker_edits_total",

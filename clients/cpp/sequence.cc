@@ -137,11 +137,21 @@ absl::StatusOr<std::unique_ptr<InPlaceRows>> Sequence::ReadInPlace(absl::Duratio
   request.mutable_lease()->set_seconds(absl::IDivDuration(lease, absl::Seconds(1), &rest));
   request.mutable_lease()->set_nanos(static_cast<int32_t>(absl::ToInt64Nanoseconds(rest)));
   const MonotonicTime sent = Clock::Real()->MonotonicNow();
-  PT_ASSIGN_OR_RETURN(
-      const v1::GetBlockTableResponse response,
-      CallUnary(worker_->call_options(), worker_->sequences(), &Service::GetBlockTable, request));
-  state_ = response.state();
-  return InPlaceRows::Create(std::move(memory), model_, response, sent + lease);
+  const auto call = [&]() {
+    return CallUnary(worker_->call_options(), worker_->sequences(), &Service::GetBlockTable,
+                     request);
+  };
+  PT_ASSIGN_OR_RETURN(v1::GetBlockTableResponse table, call());
+  request.clear_lease();
+  request.set_lease_id(table.lease_id());
+  while (!table.next_page_token().empty()) {
+    request.set_page_token(table.next_page_token());
+    PT_ASSIGN_OR_RETURN(const v1::GetBlockTableResponse more, call());
+    table.mutable_extents()->MergeFrom(more.extents());
+    table.set_next_page_token(more.next_page_token());
+  }
+  state_ = table.state();
+  return InPlaceRows::Create(std::move(memory), model_, table, sent + lease);
 }
 
 absl::Status Sequence::Attend(const AttendCall& call) {

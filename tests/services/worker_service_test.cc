@@ -568,6 +568,106 @@ TEST_F(WorkerServiceTest, LeasesAreBoundedInTime) {
   })) << response.ShortDebugString();
 }
 
+TEST_F(WorkerServiceTest, ABlockTableComesInPagesOfOneMoment) {
+  const auto tokens = TestTokens(32, 60);
+  v1::SequenceState state = OpenWith(tokens, 40);
+  const auto get = [&](const v1::GetBlockTableRequest& request,
+                       v1::GetBlockTableResponse* response) {
+    TestContext context;
+    response->Clear();
+    return StatusOf(client_->sequences().GetBlockTable(&context, request, response));
+  };
+  v1::GetBlockTableRequest request;
+  request.set_sequence_id(state.sequence_id());
+  request.set_page_size(2);
+  v1::GetBlockTableResponse first, second;
+  ASSERT_OK(get(request, &first));
+  ASSERT_EQ(first.extents_size(), 2);
+  request.set_page_token(first.next_page_token());
+  ASSERT_OK(get(request, &second));
+  ASSERT_EQ(second.extents_size(), 1);
+  EXPECT_EQ(second.extents(0).first_row(), 32u);
+  EXPECT_EQ(second.next_page_token(), "");
+  // Another revision is another table.
+  auto appended = client_->Append(state, tokens, 60);
+  ASSERT_OK(appended);
+  const absl::Status changed = get(request, &second);
+  EXPECT_EQ(changed.code(), absl::StatusCode::kAborted) << changed;
+  // Of a lease it stays the same table, whatever becomes of the sequence.
+  request.clear_page_token();
+  request.mutable_lease()->set_seconds(30);
+  ASSERT_OK(get(request, &first));
+  ASSERT_EQ(first.extents_size(), 2);
+  ASSERT_FALSE(first.next_page_token().empty());
+  request.set_page_token(first.next_page_token());
+  EXPECT_EQ(get(request, &second).code(), absl::StatusCode::kInvalidArgument) << "a second lease";
+  request.clear_lease();
+  request.set_lease_id(first.lease_id());
+  ASSERT_OK(client_->Rewind(appended->state(), 5));
+  ASSERT_OK(get(request, &second));
+  ASSERT_EQ(second.extents_size(), 2);
+  EXPECT_EQ(second.state().length(), 60u);
+  EXPECT_EQ(second.lease_id(), first.lease_id());
+  EXPECT_EQ(second.next_page_token(), "");
+  for (const auto& extent : second.extents()) EXPECT_TRUE(extent.has_pool_offset());
+  EXPECT_EQ(second.extents(1).first_row(), 48u);
+  EXPECT_EQ(second.extents(1).count(), 12u);
+  // Nobody's lease, a lease of another sequence, a token that is none.
+  const v1::SequenceState other = OpenWith(TestTokens(33, 20), 20);
+  v1::GetBlockTableRequest bad = request;
+  bad.set_sequence_id(other.sequence_id());
+  EXPECT_EQ(GetReason(get(bad, &second)), "LEASE_ENDED");
+  bad = request;
+  bad.set_lease_id("pin-77");
+  EXPECT_EQ(GetReason(get(bad, &second)), "LEASE_ENDED");
+  for (const char* token : {"garbage", "1", "1.2.3", "1.-2", "99.0", "1.99"}) {
+    bad = request;
+    bad.set_page_token(token);
+    const absl::Status status = get(bad, &second);
+    EXPECT_TRUE(absl::IsInvalidArgument(status) || absl::IsAborted(status)) << token << status;
+    EXPECT_THAT(std::string(status.message()), HasSubstr("page_token"));
+  }
+  bad = request;
+  bad.set_page_size(16385);
+  EXPECT_THAT(std::string(get(bad, &second).message()), HasSubstr("16385"));
+}
+
+TEST_F(WorkerServiceTest, AnAnswerOfAttentionThatFitsNoMessageIsRefusedWithTheNumbers) {
+  ModelSpec spec = model_->spec();
+  spec.name = "wide";
+  LayerGroupSpec& group = spec.geometry.groups.front();
+  group.layers = {0};
+  group.kv_heads = group.k_dim = 1;
+  group.v_dim = 65536;
+  const auto wide = std::make_shared<const Model>(Model::Create(spec).value());
+  ASSERT_OK(RegisterTestModel(*wide, &store_));
+  role_.reset();
+  StartWorker(wide->geometry().bytes_per_page_of_tokens());
+  WorkerClient client(role_->address(), wide);
+  const auto open = client.Open({});
+  ASSERT_OK(open);
+  const auto tokens = TestTokens(60, 16);
+  ASSERT_OK(client.Append(open->state(), tokens, 16));
+  v1::AttendRequest request;
+  request.set_sequence_id(open->state().sequence_id());
+  request.set_epoch(open->state().epoch());
+  const auto attend = [&](uint32_t num_queries, uint32_t query_heads) {
+    request.set_num_queries(num_queries);
+    request.set_query_heads(query_heads);
+    request.set_queries(std::string(size_t{4} * num_queries * query_heads, '\0'));
+    TestContext context;
+    v1::AttendResponse response;
+    return StatusOf(client.sequences().Attend(&context, request, &response));
+  };
+  const absl::Status refused = attend(16, 65536);  // 256 GiB of answer for 4 MiB of queries
+  EXPECT_EQ(refused.code(), absl::StatusCode::kInvalidArgument) << refused;
+  for (const char* number : {"16", "65536", "4194304"}) {
+    EXPECT_THAT(std::string(refused.message()), HasSubstr(number));
+  }
+  EXPECT_EQ(attend(16, 1).code(), absl::StatusCode::kInvalidArgument);  // the log-sum-exps too
+  ASSERT_OK(attend(15, 1));
+}
+
 TEST_F(WorkerServiceTest, ALeasedPrefixStaysResidentUnderPressure) {
   const auto tokens = TestTokens(31, 40);
   ASSERT_OK(client_->Close(OpenWith(tokens, 40)));
@@ -640,6 +740,28 @@ TEST_F(WorkerServiceTest, AdminTellsFramesAndStats) {
     held += frame.state() == "resident" || frame.state() == "spilling" ? 1 : 0;
   }
   EXPECT_EQ(held, 3);
+  EXPECT_EQ(dump.next_page_token(), "");
+  std::vector<uint32_t> numbers;
+  frames.set_page_size(6);
+  do {
+    TestContext context;
+    v1::DumpFramesResponse page;
+    ASSERT_OK(StatusOf(admin_->DumpFrames(&context, frames, &page)));
+    EXPECT_LE(page.frames_size(), 6);
+    for (const auto& frame : page.frames()) numbers.push_back(frame.frame());
+    frames.set_page_token(page.next_page_token());
+  } while (!frames.page_token().empty() && numbers.size() < 2 * kFrames);
+  ASSERT_EQ(numbers.size(), kFrames);
+  for (uint32_t i = 0; i < kFrames; ++i) EXPECT_EQ(numbers[i], i + 1);
+  for (const auto& [size, token] : {std::pair(16385u, ""), std::pair(6u, "garbage")}) {
+    frames.set_page_size(size);
+    frames.set_page_token(token);
+    TestContext context;
+    EXPECT_EQ(StatusOf(admin_->DumpFrames(&context, frames, &dump)).code(),
+              absl::StatusCode::kInvalidArgument);
+  }
+  frames.clear_page_size();
+  frames.clear_page_token();
   frames.set_group(7);
   TestContext bad_context;
   EXPECT_EQ(StatusOf(admin_->DumpFrames(&bad_context, frames, &dump)).code(),

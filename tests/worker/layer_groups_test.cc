@@ -34,7 +34,7 @@ std::string ShownOf(HostUnderTest& t, SequenceId id) {
   const SequenceInfo info = *t.host->Get(t.tenant, id);
   std::string text = absl::StrCat(info.revision, " ", info.length, " ", info.canonical_length);
   const auto table = t.host->GetBlockTable(t.tenant, id);
-  for (const BlockTableEntry& entry : *table) {
+  for (const BlockTableEntry& entry : table->entries) {
     absl::StrAppend(&text, "; ", entry.group, " ", entry.first_row, " ", entry.count, " ",
                     entry.page.value(), " ", entry.references);
   }
@@ -54,7 +54,7 @@ TEST(LayerGroupsTest, AllGroupsMoveTogether) {
   // Of the ring the page that is kept and those of the newest 15 rows; of the state one.
   uint64_t pages[4] = {};
   const auto table = t.host->GetBlockTable(t.tenant, info->id);
-  for (const BlockTableEntry& entry : *table) {
+  for (const BlockTableEntry& entry : table->entries) {
     ++pages[entry.group];
   }
   EXPECT_EQ(pages[kFull], 13u);

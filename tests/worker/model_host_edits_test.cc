@@ -36,7 +36,8 @@ TEST(ModelHostEditsTest, ClearedDataIsZeroBeforeAnybodyGetsTheFrame) {
       ASSERT_TRUE(table.ok());
       const GroupGeometry& geometry = t.model->geometry().group(0);
       std::vector<std::byte> page(geometry.page_bytes());
-      ASSERT_TRUE(t.host->pool().Read(t.host->FrameOffset(0, *table->front().frame), page).ok());
+      ASSERT_TRUE(
+          t.host->pool().Read(t.host->FrameOffset(0, *table->entries.front().frame), page).ok());
       for (uint32_t layer = 0; layer < geometry.num_layers(); ++layer) {
         const uint64_t at = geometry.RowOffset(layer, RowKind::kK, 1);
         left_over += std::count_if(page.begin() + at,

@@ -372,7 +372,7 @@ TEST(ModelHostTest, ACallUnderAnAppendWaitsUntilTheAppendHasItsFrames) {
   while (t.host->Get(t.tenant, b->info.id)->pending_tokens == 0) std::this_thread::yield();
   // The append is in line now. A call under it must find it open, not refused.
   absl::StatusOr<uint64_t> found;
-  std::thread find([&] { found = t.host->FindAppend(t.tenant, b->info.id, "b"); });
+  std::thread find([&] { found = t.host->FindAppend(t.tenant, b->info.id, "b", t.Soon()); });
   rows->reset();  // the append gets its frames
   append.join();
   find.join();
@@ -483,7 +483,7 @@ TEST(ModelHostTest, AFlippedByteInTheStoreIsAMissNeverWrongBytes) {
   // Flip a byte of the first page in its frame, as a failing memory would: the spill must notice.
   auto table = t.host->GetBlockTable(t.tenant, info->id);
   ASSERT_TRUE(table.ok());
-  const uint64_t at = t.host->FrameOffset(0, *table->front().frame);
+  const uint64_t at = t.host->FrameOffset(0, *table->entries.front().frame);
   std::byte byte;
   ASSERT_TRUE(t.host->pool().Read(at + 3, {&byte, 1}).ok());
   byte ^= std::byte{1};

@@ -19,7 +19,7 @@ absl::StatusOr<SequenceInfo> OpenAlone(HostUnderTest& t) {
 std::vector<PageId> PagesOf(HostUnderTest& t, SequenceId id) {
   std::vector<PageId> pages;
   const auto table = t.host->GetBlockTable(t.tenant, id);
-  for (const BlockTableEntry& entry : *table) {
+  for (const BlockTableEntry& entry : table->entries) {
     pages.push_back(entry.page);
   }
   return pages;

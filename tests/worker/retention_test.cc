@@ -66,7 +66,7 @@ class RetentionTest : public ::testing::Test {
     std::vector<PageKey> keys;
     const auto table = worker_.host()->GetBlockTable(worker_.tenant(), handle_.id);
     EXPECT_TRUE(table.ok()) << table.status();
-    for (const BlockTableEntry& entry : *table) {
+    for (const BlockTableEntry& entry : table->entries) {
       if (entry.key) keys.push_back(*entry.key);
     }
     return keys;

@@ -247,6 +247,11 @@ class SequenceBase:
         request.lease.FromNanoseconds(int(seconds * 1e9))
         return request
 
+    def _next_lease_request(
+            self, table: sequence_pb2.GetBlockTableResponse) -> sequence_pb2.GetBlockTableRequest:
+        return sequence_pb2.GetBlockTableRequest(
+            sequence_id=self.id, lease_id=table.lease_id, page_token=table.next_page_token)
+
     def _close_request(self) -> sequence_pb2.CloseSequenceRequest:
         return sequence_pb2.CloseSequenceRequest(sequence_id=self.id, epoch=self.state.epoch)
 

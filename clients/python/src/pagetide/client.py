@@ -488,6 +488,10 @@ class Sequence(m.SequenceBase):
         valid_until = time.monotonic() + seconds  # from before the worker's clock starts
         try:
             table = self._call("sequences", "GetBlockTable", self._lease_request(seconds))
+            while table.next_page_token:
+                more = self._call("sequences", "GetBlockTable", self._next_lease_request(table))
+                table.extents.extend(more.extents)
+                table.next_page_token = more.next_page_token
         except PageTideError as error:
             _log.info("lease pages of %s: %s", self.id, error)
             return None

@@ -1,0 +1,106 @@
+// Page tables as callers see them, and what keeps the frames that they name in place.
+#include <utility>
+
+#include "base/error_info.h"
+#include "base/status_macros.h"
+#include "worker/model_host_impl.h"
+
+namespace pagetide {
+namespace {
+
+constexpr int kMaxPinTries = 16;
+
+}  // namespace
+
+ModelHostImpl::PagePins::~PagePins() {
+  {
+    MutexLock lock(&host_->mu_);
+    for (PageId id : pages_) host_->pages_.Unpin(host_->pages_.Get(id));
+    host_->changed_.SignalAll();
+  }
+  host_->Flush();
+}
+
+class ModelHostImpl::PinnedPagesImpl final : public ModelHost::PinnedPages {
+ public:
+  PinnedPagesImpl(ModelHostImpl* host, std::vector<PageId> pinned)
+      : pins_(host, std::move(pinned)) {}
+
+ private:
+  const PagePins pins_;
+};
+
+std::vector<BlockTableEntry> ModelHostImpl::BlockTableOf(const Sequence& sequence) const {
+  std::vector<BlockTableEntry> out;
+  for (uint32_t g = 0; g < num_groups(); ++g) {
+    for (const PositionedRun& run : sequence.Runs(g, 0, sequence.num_rows())) {
+      const Extent& extent = run.extent;
+      const Page& page = *pages_.Find(extent.page);
+      BlockTableEntry entry;
+      entry.group = g;
+      entry.first_row = extent.first_row;
+      entry.first_position = static_cast<uint64_t>(run.first_position);
+      entry.shift = extent.shift;
+      entry.first_slot = extent.first_slot;
+      entry.count = extent.count;
+      entry.page = extent.page;
+      entry.page_state = std::string(PageStateName(page.state()));
+      if (page.has_frame()) entry.frame = page.frame();
+      entry.key = page.page_key();
+      entry.references = page.refs();
+      entry.pins = page.pins();
+      out.push_back(std::move(entry));
+    }
+  }
+  return out;
+}
+
+absl::StatusOr<BlockTable> ModelHostImpl::GetBlockTable(const Tenant& tenant, SequenceId id) {
+  MutexLock lock(&mu_);
+  PT_ASSIGN_OR_RETURN(SequencePtr sequence, FindSequence(tenant, id));
+  return BlockTable{InfoOf(*sequence), BlockTableOf(*sequence)};
+}
+
+absl::StatusOr<ModelHost::PinnedTable> ModelHostImpl::PinTable(const Tenant& tenant, SequenceId id,
+                                                               MonotonicTime deadline) {
+  // One need over all groups: who held one group's frames and waited for another's could wait for
+  // a call that waits for him.
+  const auto need_of = [&](const Sequence& sequence) {
+    mu_.AssertHeld();
+    std::vector<Extent> extents;
+    for (const PageTable& table : sequence.tables) {
+      extents.insert(extents.end(), table.extents().begin(), table.extents().end());
+    }
+    return NeedOf(extents);
+  };
+  const auto pin = [&]() -> absl::StatusOr<PinnedTable> {
+    MutexLock lock(&mu_);
+    for (int attempt = 0; attempt < kMaxPinTries; ++attempt) {
+      PT_ASSIGN_OR_RETURN(SequencePtr sequence, FindSequence(tenant, id));
+      if (!sequence->pending) PT_RETURN_IF_ERROR(CutIfLost(*sequence));
+      const Need need = need_of(*sequence);
+      Acquired got;
+      const absl::Status status = Acquire(tenant.name, need, deadline, &got);
+      if (!status.ok()) {
+        if (GetReason(status) == "PREFIX_LOST" && !sequence->pending && !sequence->closed) {
+          PT_RETURN_IF_ERROR(CutIfLost(*sequence));
+        }
+        return status;
+      }
+      // While this call waited, nothing was pinned, and the sequence may have changed. From here to
+      // the table nobody changes it.
+      if (sequence->closed || need_of(*sequence).pages != need.pages) {
+        ReleaseAcquired(got);
+        continue;  // says what is the matter, or takes the pages as they are now
+      }
+      return PinnedTable{{InfoOf(*sequence), BlockTableOf(*sequence)},
+                         std::make_shared<const PinnedPagesImpl>(this, std::move(got.pinned))};
+    }
+    return absl::AbortedError("pin the pages of a sequence: it kept being edited; retry");
+  };
+  auto pinned = pin();
+  Flush();
+  return pinned;
+}
+
+}  // namespace pagetide
