@@ -136,7 +136,7 @@ class Page {
   uint32_t pins() const { return pins_; }
   uint32_t depth() const { return depth_; }
   const std::optional<PageId>& parent() const { return parent_; }
-  // May its frame be taken without writing anything first?
+  // Does nobody here need the bytes in its frame? Then it may be evicted.
   bool is_clean() const { return is_stored() || refs_ == 0; }
 
  private:

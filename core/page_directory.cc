@@ -131,6 +131,13 @@ void PageDirectory::UpdateEvictable(const Page& page) {
       page.id(), page.pins() == 0 && page.state() == PageState::kResident);
 }
 
+void PageDirectory::UpdateUnstored(const Page& page) {
+  if (page.is_keyed() && page.state() == PageState::kResident && !page.is_stored())
+    unstored_.insert(page.id());
+  else
+    unstored_.erase(page.id());
+}
+
 void PageDirectory::EnterFrame(const Page& page) {
   groups_[page.group()].policy->OnInsert(page.id(), page.parent());
   UpdateEvictable(page);
@@ -149,6 +156,7 @@ void PageDirectory::LeaveFrame(Page& page, FrameId frame) {
 void PageDirectory::BeginSpill(Page& page) {
   page.BeginSpill();
   UpdateEvictable(page);
+  UpdateUnstored(page);
 }
 
 void PageDirectory::FinishSpill(Page& page, const std::optional<Page::StoredAs>& stored) {
@@ -158,6 +166,7 @@ void PageDirectory::FinishSpill(Page& page, const std::optional<Page::StoredAs>&
     return;
   }
   UpdateEvictable(page);
+  UpdateUnstored(page);
 }
 
 void PageDirectory::BeginRestore(Page& page, FrameId frame) {
@@ -189,6 +198,7 @@ void PageDirectory::SetStored(Page& page, const Page::StoredAs& stored) {
     stale_keys_.push_back(page.stored()->key);
   }
   page.SetStored(stored);
+  UpdateUnstored(page);
   if (!page.is_keyed()) sealed_.try_emplace(stored.key, page.id());
 }
 
@@ -202,6 +212,7 @@ void PageDirectory::Quarantine(Page& page) {
   ForgetSealed(page);
   const bool was_reported = page.is_readable() && page.is_keyed();
   const std::optional<FrameId> frame = page.Quarantine();
+  UpdateUnstored(page);
   if (frame) {
     groups_[page.group()].policy->OnErase(page.id());
     ReleaseFrame(page.group(), *frame);
@@ -244,6 +255,7 @@ bool PageDirectory::SetKey(Page& page, const PrefixKey& prefix, const PrefixKey&
   if (!index.InsertKeyed(prefix, parent_prefix, page.id(), std::move(tokens), has_inputs))
     return false;
   page.SetKey(prefix, parent_prefix, store_key);
+  UpdateUnstored(page);
   if (page.is_readable()) changes_.push_back({prefix, page.group(), /*removed=*/false});
   return true;
 }
@@ -272,6 +284,7 @@ void PageDirectory::Forget(Page& page) {
   }
   ForgetSealed(page);
   groups_[page.group()].index.Erase(page.id());
+  unstored_.erase(page.id());
   if (page.has_frame()) LeaveFrame(page, page.frame());
   pages_.erase(page.id());
 }
@@ -313,6 +326,13 @@ void PageDirectory::CheckInvariants() const {
     PT_CHECK(groups_[g].policy->num_resident() == num_held);
     PT_CHECK(num_held + groups_[g].frames.num_free() <= groups_[g].frames.num_frames());
   }
+  size_t num_unstored = 0;
+  for (const auto& [id, page] : pages_) {
+    if (!page->is_keyed() || page->state() != PageState::kResident || page->is_stored()) continue;
+    PT_CHECK(unstored_.contains(id));
+    ++num_unstored;
+  }
+  PT_CHECK(unstored_.size() == num_unstored);
 }
 
 }  // namespace pagetide

@@ -15,6 +15,7 @@
 #include <string>
 #include <vector>
 
+#include "absl/container/btree_set.h"
 #include "absl/container/flat_hash_map.h"
 #include "absl/strings/string_view.h"
 #include "core/eviction_policy.h"
@@ -69,6 +70,8 @@ class PageDirectory {
                     std::optional<PageId> parent, const Page::StoredAs& stored);
   // The private page that stands for this record with this body; nullptr when there is none.
   const Page* FindSealed(uint32_t group, const PageKey& key, const Checksum128& checksum) const;
+  // Resident keyed pages that the store does not have and nobody is putting there, oldest first.
+  const absl::btree_set<PageId>& unstored() const { return unstored_; }
   // nullptr when unknown.
   Page* Find(PageId id);
   const Page* Find(PageId id) const;
@@ -137,6 +140,8 @@ class PageDirectory {
 
   Page& Add(Page page);
   void UpdateEvictable(const Page& page);
+  // After whatever changed what unstored() says of the page.
+  void UpdateUnstored(const Page& page);
   void EnterFrame(const Page& page);
   void LeaveFrame(Page& page, FrameId frame);
   // Removes the page altogether: frame, index, eviction order.
@@ -149,6 +154,7 @@ class PageDirectory {
   // Private pages by the record that stands for them, so that all loads of one saved state share
   // them.
   absl::flat_hash_map<PageKey, PageId> sealed_;
+  absl::btree_set<PageId> unstored_;
   const size_t max_known_stored_;
   std::deque<PageId> known_stored_;  // oldest first; may hold ids that are gone or in use again
   uint64_t next_id_ = 1;

@@ -337,6 +337,7 @@ struct HostLoad {
   double prefill_tokens_per_second = 0;
   double store_bytes_per_second = 0;
   bool is_store_degraded = false;
+  uint64_t owed_pages = 0;  // full pages that write-through has not put yet
 };
 
 // A sequence's state at one moment, with references to its pages: it stays what it was, whatever
@@ -390,7 +391,7 @@ class ModelHost {
     std::shared_ptr<std::atomic<uint64_t>> numbers;
     // Unreferenced pages in the store that are remembered for partial matches.
     uint64_t max_known_stored_pages = 65536;
-    // Put a page into the store as soon as it is full and keyed.
+    // Put a page into the store as soon as it is full and keyed; later if the store refuses then.
     bool write_through = true;
     Durability write_through_level = Durability::kProcess;
     // Fractions of frames in use at which background spilling starts and stops.
@@ -624,8 +625,8 @@ class ModelHost {
   // Drops cached pages that no sequence references. `zero_data`: their frames are zeroed before
   // anybody gets them.
   virtual uint64_t ClearCache(bool zero_data) = 0;
-  // Aborts reservations whose lease ended and appends that idle, retries spilling, starts
-  // background spills. Call it every 100 ms or so.
+  // Aborts reservations whose lease ended and appends that idle, starts background spills, puts
+  // full pages that the store did not take when they became full. Call it every 100 ms or so.
   virtual void Tick() = 0;
   // Waits for running spills and restores.
   virtual void Quiesce() = 0;

@@ -26,7 +26,7 @@ bool ModelHostImpl::MakeRoomNow(uint32_t group, uint32_t count) {
   const std::vector<PageId> victims =
       pages_.policy(group).PickVictims(count - num_free, [this](PageId id) {
         mu_.AssertHeld();
-        return pages_.Get(id).is_clean();
+        return MayDrop(pages_.Get(id));
       });
   for (PageId id : victims) {
     pages_.Evict(pages_.Get(id));
@@ -45,7 +45,7 @@ bool ModelHostImpl::MakeRoom(uint32_t group, uint32_t count) {
   wanted -= dirty.size();
   std::erase_if(dirty, [this](PageId id) {
     mu_.AssertHeld();
-    return pages_.Get(id).is_clean();
+    return MayDrop(pages_.Get(id));
   });
   // Then pages in front of pinned ones: those that only the cache knows, and those of sequences.
   for (const bool is_used : {false, true}) {
@@ -54,12 +54,12 @@ bool ModelHostImpl::MakeRoom(uint32_t group, uint32_t count) {
         pages_.policy(group).PickAncestors(wanted, [&](PageId id) {
           mu_.AssertHeld();
           const Page& page = pages_.Get(id);
-          return is_used == (page.refs() > 0) && (page.is_clean() || CanSpill());
+          return is_used == (page.refs() > 0) && (MayDrop(page) || CanSpill());
         });
     wanted -= ancestors.size();
     for (PageId id : ancestors) {
       Page& page = pages_.Get(id);
-      if (page.is_clean()) {
+      if (MayDrop(page)) {
         pages_.Evict(page);
         ++counters_.pages_evicted;
       } else {
@@ -581,7 +581,7 @@ absl::StatusOr<ModelHost::EvictResult> ModelHostImpl::EvictPages(uint64_t max_pa
         };
         for (PageId id : take([&](PageId p) {
                mu_.AssertHeld();
-               return pages_.Get(p).is_clean();
+               return MayDrop(pages_.Get(p));
              })) {
           pages_.Evict(pages_.Get(id));
           ++counters_.pages_evicted;
@@ -591,7 +591,7 @@ absl::StatusOr<ModelHost::EvictResult> ModelHostImpl::EvictPages(uint64_t max_pa
         std::vector<PageId> dirty = take([](PageId) { return true; });
         std::erase_if(dirty, [this](PageId id) {
           mu_.AssertHeld();
-          return pages_.Get(id).is_clean();
+          return MayDrop(pages_.Get(id));
         });
         StartSpills(dirty, Durability::kCache);
         dirty_left += num_spilling_[g];

@@ -389,7 +389,6 @@ uint64_t ModelHostImpl::ClearCache(bool zero_data) {
 }
 
 void ModelHostImpl::Tick() {
-  std::vector<PageKey> stale;
   {
     MutexLock lock(&mu_);
     const MonotonicTime now = clock_->MonotonicNow();
@@ -435,6 +434,7 @@ void ModelHostImpl::Tick() {
         StartSpills(spills, Durability::kCache);
       }
     }
+    WriteThroughOwed();
     changed_.SignalAll();
   }
   Flush();
@@ -547,6 +547,7 @@ HostLoad ModelHostImpl::Load() {
   load.prefill_tokens_per_second = prefill_meter_.per_second();
   load.store_bytes_per_second = store_meter_.per_second();
   load.is_store_degraded = store_ != nullptr && !CanSpill();
+  if (store_ != nullptr && options_.write_through) load.owed_pages = pages_.unstored().size();
   return load;
 }
 

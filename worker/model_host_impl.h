@@ -361,6 +361,15 @@ class ModelHostImpl final : public ModelHost {
                         std::span<const TailPlan::SlotRun> runs);
   absl::Status ZeroIfNeeded(uint32_t group, const FramePool::Grant& grant);
 
+  // --- write-through that is late (model_host_write_through.cc) ---
+  // Full keyed pages of this host go to the store, and this one has not gone yet.
+  bool IsOwed(const Page& page) const ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
+  // May its frame be taken without writing anything first? An unreferenced page that is owed goes
+  // to the store first, unless the store takes none now.
+  bool MayDrop(const Page& page) const ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
+  // Puts the oldest pages that are owed, a bounded number of them at a time.
+  void WriteThroughOwed() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
+
   // --- readiness (model_host_readiness.cc) ---
   // Without `done`.
   Readiness ReadinessOf(const Sequence& sequence) const ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);

@@ -77,6 +77,7 @@ void WorkerMetrics::Update(const ByteGauge& staged_rows, const std::vector<Model
   HostCounters total;
   uint64_t open_sequences = 0;
   uint64_t running_calls = 0;
+  uint64_t owed_pages = 0;
   bool store_degraded = false;
   for (ModelHost* host : hosts) {
     const HostCounters counters = host->Counters();
@@ -84,6 +85,7 @@ void WorkerMetrics::Update(const ByteGauge& staged_rows, const std::vector<Model
     const HostLoad load = host->Load();
     open_sequences += load.open_sequences;
     running_calls += load.running_calls;
+    owed_pages += load.owed_pages;
     store_degraded = store_degraded || load.is_store_degraded;
     const std::string model = host->model().digest().ToShortHex();
     for (const PoolUsage& usage : host->Usage()) {
@@ -122,6 +124,10 @@ void WorkerMetrics::Update(const ByteGauge& staged_rows, const std::vector<Model
       ->Set(static_cast<double>(staged_rows.peak()));
   metrics_->GetGauge("pagetide_worker_pin_leases", "Open pin leases")
       ->Set(static_cast<double>(open_leases));
+  metrics_
+      ->GetGauge("pagetide_worker_write_through_owed_pages",
+                 "Full pages that the store has not taken yet: a crash of the worker loses them")
+      ->Set(static_cast<double>(owed_pages));
   metrics_
       ->GetGauge("pagetide_worker_store_degraded", "1 while spilling pauses after a store error")
       ->Set(store_degraded ? 1 : 0);
