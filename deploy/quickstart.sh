@@ -68,7 +68,8 @@ start() {
   say "$name: pid ${pid_of[$name]}, grpc ${grpc_of[$name]}, metrics http://${metrics_of[$name]}/metrics"
 }
 
-# Asks all to end, workers first so that they can still spill, and looks at their exit codes.
+# Asks all to end in the reverse order of their start, so that none loses what it stands on while it drains, and looks at
+# their exit codes.
 stop_all() {
   local code=0
   local i name status

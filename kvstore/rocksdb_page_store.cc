@@ -57,7 +57,8 @@ RocksdbPageStore::RocksdbPageStore(RocksdbPageStoreOptions options)
     : options_(std::move(options)),
       segment_bytes_(SegmentBytesFor(options_)),
       index_(options_.clock),
-      leases_(options_.clock) {}
+      leases_(options_.clock),
+      keys_(options_.clock) {}
 
 // ---- durability --------------------------------------------------------------------------------
 
@@ -181,7 +182,9 @@ PutPageResult RocksdbPageStore::PutOne(const PutPage& page, Durability level,
     counters_.pages_refused.fetch_add(1, std::memory_order_relaxed);
     return result;
   }
-  const KeyedLock::Hold hold(&keys_, {PageLock(meta.key)});
+  const KeyedLock::Hold hold(&keys_, {PageLock(meta.key)}, deadline);
+  result.status = hold.status();
+  if (!result.status.ok()) return result;
   if (is_present()) return result;  // another was faster
   auto range = segments_->Reserve(record_bytes);
   if (!range.ok()) {
@@ -365,7 +368,8 @@ absl::StatusOr<uint64_t> RocksdbPageStore::DeletePages(std::span<const PageKey> 
   for (const PageKey& key : keys) {
     PT_RETURN_IF_ERROR(CheckNotFailed());
     if (deadline <= options_.clock->MonotonicNow()) return DeadlineError("delete pages");
-    const KeyedLock::Hold hold(&keys_, {PageLock(key)});
+    const KeyedLock::Hold hold(&keys_, {PageLock(key)}, deadline);
+    PT_RETURN_IF_ERROR(hold.status());
     if (!index_.Erase(key).has_value()) continue;
     if (const absl::Status s = db_->DeletePage(key); !s.ok()) return Fail(s);
     ++deleted;
@@ -452,7 +456,8 @@ absl::StatusOr<PutManifestResult> RocksdbPageStore::PutManifest(
   PT_RETURN_IF_ERROR(CheckNotFailed());
   std::vector<std::string> locks = {ManifestLock(manifest.name)};
   if (fence.has_value()) locks.push_back(RecordLock("owner", fence->ownership_key));
-  const KeyedLock::Hold hold(&keys_, std::move(locks));
+  const KeyedLock::Hold hold(&keys_, std::move(locks), deadline);
+  PT_RETURN_IF_ERROR(hold.status());
   PT_RETURN_IF_ERROR(CheckFence(fence));
   PT_ASSIGN_OR_RETURN(const std::optional<ManifestRecord> old, ReadManifest(manifest.name));
   const uint64_t current = old.has_value() ? old->version : 0;
@@ -546,7 +551,8 @@ absl::Status RocksdbPageStore::DeleteManifest(absl::string_view name, uint64_t e
   PT_RETURN_IF_ERROR(CheckNotFailed());
   std::vector<std::string> locks = {ManifestLock(name)};
   if (fence.has_value()) locks.push_back(RecordLock("owner", fence->ownership_key));
-  const KeyedLock::Hold hold(&keys_, std::move(locks));
+  const KeyedLock::Hold hold(&keys_, std::move(locks), deadline);
+  PT_RETURN_IF_ERROR(hold.status());
   PT_RETURN_IF_ERROR(CheckFence(fence));
   PT_ASSIGN_OR_RETURN(const std::optional<ManifestRecord> old, ReadManifest(name));
   if (!old.has_value()) return absl::NotFoundError(absl::StrCat("delete manifest ", name));
@@ -607,7 +613,8 @@ absl::StatusOr<uint64_t> RocksdbPageStore::CompareAndSetRecord(
         absl::StrCat("record value has ", value->size(), " bytes, at most ", kMaxRecordValueBytes));
   }
   PT_RETURN_IF_ERROR(CheckNotFailed());
-  const KeyedLock::Hold hold(&keys_, {RecordLock(kind, key)});
+  const KeyedLock::Hold hold(&keys_, {RecordLock(kind, key)}, deadline);
+  PT_RETURN_IF_ERROR(hold.status());
   PT_ASSIGN_OR_RETURN(const StoreRecord current, ReadRecord(kind, key));
   if (current.version != expected_version) {
     return VersionMismatchError(absl::StrCat("record ", kind, "/", key), current.version,
@@ -661,7 +668,8 @@ absl::StatusOr<StoreLease> RocksdbPageStore::AcquireLease(absl::string_view name
                                                           uint64_t incarnation, absl::Duration ttl,
                                                           MonotonicTime deadline) {
   PT_RETURN_IF_ERROR(CheckNotFailed());
-  const KeyedLock::Hold hold(&keys_, {absl::StrCat("l", name)});
+  const KeyedLock::Hold hold(&keys_, {absl::StrCat("l", name)}, deadline);
+  PT_RETURN_IF_ERROR(hold.status());
   PT_ASSIGN_OR_RETURN(const StoreLease lease, leases_.Propose(name, incarnation, ttl));
   std::string value;
   AppendLittleEndian<uint64_t>(&value, lease.incarnation);

@@ -1,5 +1,7 @@
 // Opening and closing of RocksdbPageStore: what a crash left is made consistent before the first
 // call.
+#include <pthread.h>
+
 #include <algorithm>
 #include <utility>
 
@@ -29,8 +31,10 @@ absl::StatusOr<std::unique_ptr<RocksdbPageStore>> RocksdbPageStore::Open(
   // Counted from here, not from whenever the threads first run.
   const MonotonicTime opened = store->options_.clock->MonotonicNow();
   store->upkeep_ = std::thread([raw = store.get(), opened] { raw->RunUpkeep(opened); });
+  pthread_setname_np(store->upkeep_.native_handle(), "store-upkeep");
   if (store->options_.scrub_bytes_per_second > 0) {
     store->scrubber_ = std::thread([raw = store.get(), opened] { raw->RunScrub(opened); });
+    pthread_setname_np(store->scrubber_.native_handle(), "store-scrub");
   }
   return store;
 }

@@ -68,7 +68,7 @@ absl::StatusOr<SegmentFiles::Range> SegmentFiles::Reserve(uint64_t bytes) {
       }
     }
     if (creating_) {
-      created_.Wait(&mu_);
+      created_.Wait(&mu_);  // no longer than the file system takes to make a file
       continue;
     }
     creating_ = true;

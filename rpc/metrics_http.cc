@@ -1,6 +1,7 @@
 #include "rpc/metrics_http.h"
 
 #include <CivetServer.h>
+#include <pthread.h>
 #include <sys/socket.h>
 #include <unistd.h>
 
@@ -75,6 +76,7 @@ class MetricsHttpServer::Impl {
     bound.port = static_cast<uint16_t>(server.getListeningPorts().at(0));
     std::atomic<bool> is_closed{false};
     std::thread closer([&] {
+      pthread_setname_np(pthread_self(), "metrics-close");
       server.close();
       is_closed.store(true);
     });

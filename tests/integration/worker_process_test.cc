@@ -146,6 +146,7 @@ TEST_F(WorkerProcessTest, TwoHundredSequencesThroughSixteenFrames) {
   Mutex mu;
   std::vector<absl::Status> failures;
   std::atomic<uint64_t> verified_bytes{0};  // relaxed: a sum, read after the joins
+  std::atomic<uint64_t> num_wrong{0};       // reads of a whole sequence; likewise
   const auto parallel = [&](const std::function<absl::Status(int, WorkerClient&)>& work) {
     std::vector<std::thread> threads;
     for (int c = 0; c < kClients; ++c) {
@@ -185,14 +186,21 @@ TEST_F(WorkerProcessTest, TwoHundredSequencesThroughSixteenFrames) {
     for (int round = 0; round < 2; ++round) {
       std::shuffle(open[c].begin(), open[c].end(), random);
       for (const Open& o : open[c]) {
-        PT_ASSIGN_OR_RETURN(const uint64_t bytes,
-                            client.Verify(o.state.sequence_id(), o.tokens, 0, o.tokens.size()));
-        verified_bytes += bytes;
+        const absl::StatusOr<uint64_t> bytes =
+            client.Verify(o.state.sequence_id(), o.tokens, 0, o.tokens.size());
+        if (absl::IsDataLoss(bytes.status())) {
+          ++num_wrong;
+          ADD_FAILURE() << bytes.status();
+          continue;
+        }
+        PT_RETURN_IF_ERROR(bytes.status());
+        verified_bytes += *bytes;
       }
     }
     return absl::OkStatus();
   });
   ASSERT_THAT(failures, ::testing::IsEmpty());
+  EXPECT_EQ(num_wrong, 0u);
   WorkerClient client(worker->Address("grpc"), model_);
   uint64_t sequence_pages = 0;
   uint64_t expected_bytes = 0;
@@ -232,10 +240,11 @@ TEST_F(WorkerProcessTest, TwoHundredSequencesThroughSixteenFrames) {
       << " free, " << pinned_frames << " pinned of " << kFrames;
   std::printf(
       "{\"test\":\"200 sequences, 16 frames\",\"clients\":%d,\"sequences\":%d,\"pages\":%llu,"
-      "\"verified_bytes\":%llu,\"wrong\":0,\"spilled\":%.0f,\"written_through\":%.0f,"
+      "\"verified_bytes\":%llu,\"wrong\":%llu,\"spilled\":%.0f,\"written_through\":%.0f,"
       "\"restored\":%.0f,\"free_frames\":%llu,\"seconds\":%.2f}\n",
       kClients, kClients * kSequencesAClient, static_cast<unsigned long long>(sequence_pages),
-      static_cast<unsigned long long>(verified_bytes.load()), spilled, written, restored,
+      static_cast<unsigned long long>(verified_bytes.load()),
+      static_cast<unsigned long long>(num_wrong.load()), spilled, written, restored,
       static_cast<unsigned long long>(free_frames), absl::ToDoubleSeconds(absl::Now() - began));
 }
 
@@ -245,6 +254,7 @@ TEST_F(WorkerProcessTest, KilledInTheMiddleOfAppendsItLosesNothingThatWasStored)
   constexpr int kKills = 5;
   uint64_t reused_tokens = 0;
   uint64_t verified_bytes = 0;
+  uint64_t num_wrong = 0;  // reads of a whole sequence
   std::vector<std::vector<uint32_t>> acknowledged;
   std::mt19937_64 random(7);
   for (int kill = 0; kill < kKills; ++kill) {
@@ -258,8 +268,9 @@ TEST_F(WorkerProcessTest, KilledInTheMiddleOfAppendsItLosesNothingThatWasStored)
         ASSERT_TRUE(state.ok()) << state.status();
         reused_tokens += reused;
         auto bytes = client.Verify(state->sequence_id(), tokens, 0, tokens.size());
-        ASSERT_TRUE(bytes.ok()) << bytes.status();
-        verified_bytes += *bytes;
+        if (absl::IsDataLoss(bytes.status())) ++num_wrong;
+        EXPECT_TRUE(bytes.ok()) << bytes.status();
+        verified_bytes += bytes.value_or(0);
         ASSERT_TRUE(client.Close(*state).ok());
       }
     }
@@ -297,9 +308,9 @@ TEST_F(WorkerProcessTest, KilledInTheMiddleOfAppendsItLosesNothingThatWasStored)
   EXPECT_GT(verified_bytes, 0);
   std::printf(
       "{\"test\":\"kill -9 worker mid-append\",\"kills\":%d,\"reused_tokens\":%llu,"
-      "\"verified_bytes\":%llu,\"wrong\":0}\n",
+      "\"verified_bytes\":%llu,\"wrong\":%llu}\n",
       kKills, static_cast<unsigned long long>(reused_tokens),
-      static_cast<unsigned long long>(verified_bytes));
+      static_cast<unsigned long long>(verified_bytes), static_cast<unsigned long long>(num_wrong));
 }
 
 TEST_F(WorkerProcessTest, AnotherWorkerGoesOnWhereAKilledOneStood) {
