@@ -18,6 +18,7 @@
 #include "pagetide/v1/router.grpc.pb.h"
 #include "pagetide/v1/sequence.grpc.pb.h"
 #include "rpc/channel.h"
+#include "rpc/default_ports.h"
 #include "rpc/status_mapping.h"
 
 namespace pagetide {
@@ -27,7 +28,7 @@ using Stub = v1::RouterService::Stub;
 
 // Flags of every subcommand here.
 struct RouterFlags {
-  std::string router = "127.0.0.1:7070";
+  std::string router = LoopbackAddress(kDefaultRouterPort);
   bool is_json = false;
   int timeout_seconds = 10;
 

@@ -16,6 +16,7 @@
 #include "pagetide/v1/page_store.grpc.pb.h"
 #include "pagetide/v1/router.grpc.pb.h"
 #include "rpc/channel.h"
+#include "rpc/default_ports.h"
 #include "rpc/status_mapping.h"
 
 namespace pagetide {
@@ -23,7 +24,7 @@ namespace {
 
 struct StoreFlags {
   std::string store;
-  std::string router = "127.0.0.1:7070";
+  std::string router = LoopbackAddress(kDefaultRouterPort);
   bool is_json = false;
   int timeout_seconds = 10;
 };

@@ -9,6 +9,7 @@
 #include "absl/strings/str_join.h"
 #include "base/byte_size.h"
 #include "base/status_macros.h"
+#include "rpc/default_ports.h"
 #include "rpc/process_tuning.h"
 #include "rpc/signal.h"
 #include "services/in_process.h"
@@ -21,9 +22,9 @@ struct UpFlags {
   int workers = 1;
   std::string pool_bytes = "1GiB";
   std::string store_capacity = "0";
-  int router_port = 7000;
-  int store_port = 7001;
-  int worker_port = 7101;
+  int router_port = kDefaultRouterPort;
+  int store_port = kDefaultStorePort;
+  int worker_port = kDefaultWorkerPort;
   int drain_seconds = 30;
   bool json = false;
 };
@@ -54,13 +55,16 @@ absl::Status Up(const UpFlags& flags, std::ostream& out) {
                           {"workers", deployment->worker_addresses()},
                           {"store", deployment->store_address()},
                           {"metrics", deployment->metrics_address()},
+                          {"worker_metrics", deployment->worker_metrics_addresses()},
+                          {"store_metrics", deployment->store_metrics_address()},
                           {"dir", options.dir}}
         << std::endl;
   } else {
     out << "pagetide up ready router=" << deployment->router_address()
         << " workers=" << absl::StrJoin(deployment->worker_addresses(), ",")
         << " store=" << deployment->store_address() << " metrics=" << deployment->metrics_address()
-        << std::endl;
+        << " worker_metrics=" << absl::StrJoin(deployment->worker_metrics_addresses(), ",")
+        << " store_metrics=" << deployment->store_metrics_address() << std::endl;
   }
   termination.Wait();
   termination.RestoreDefault();

@@ -9,9 +9,9 @@
 
 namespace pagetide {
 
-// Prints "pagetide up ready router=ADDRESS workers=ADDRESS,… store=ADDRESS metrics=ADDRESS" (with
-// --json one object of the same keys) once all roles serve, then runs until it is told to stop, and
-// drains.
+// Prints "pagetide up ready router=ADDRESS workers=ADDRESS,… store=ADDRESS metrics=ADDRESS
+// worker_metrics=ADDRESS,… store_metrics=ADDRESS" (with --json one object of the same keys; metrics
+// is the router's) once all roles serve, then runs until it is told to stop, and drains.
 CommandRunner AddUpCommand(CLI::App& app);
 
 }  // namespace pagetide

@@ -15,13 +15,14 @@
 #include "absl/status/statusor.h"
 #include "base/status_macros.h"
 #include "rpc/channel.h"
+#include "rpc/default_ports.h"
 #include "rpc/status_mapping.h"
 
 namespace pagetide {
 
 struct WorkerFlags {
   std::string worker;  // address; empty: the router is asked
-  std::string router = "127.0.0.1:7070";
+  std::string router = LoopbackAddress(kDefaultRouterPort);
   bool is_json = false;
   int timeout_seconds = 30;
   std::string sequence;  // id; empty: any worker will do

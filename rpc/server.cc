@@ -225,4 +225,10 @@ int RpcServer::metrics_port() const {
   return http_ != nullptr ? http_->port() : 0;
 }
 
+std::string RpcServer::metrics_address() const {
+  if (metrics_port() == 0) return "";
+  const std::string& listen = options_.metrics_address;
+  return absl::StrCat(listen.substr(0, listen.rfind(':')), ":", metrics_port());
+}
+
 }  // namespace pagetide

@@ -83,6 +83,8 @@ class RpcServer {
   int port() const;
   // 0 without an HTTP port.
   int metrics_port() const;
+  // "host:port" of the HTTP port; empty without one.
+  std::string metrics_address() const;
   size_t num_connections() const { return accept_loop_->num_connections(); }
 
  private:

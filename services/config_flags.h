@@ -12,9 +12,8 @@
 namespace pagetide {
 
 // Adds one flag a field of `config`; parsing sets the fields that were given (repeated fields: the
-// flag may be repeated; bool fields: --x or --x=false). `help` is by field name; every field must
-// have an entry. `config` outlives `app`. Fields may be string, bool, uint32, double, or repeated
-// string.
+// flag may be repeated; bool fields: --x or --x=false). `help` is by field name. `config` outlives
+// `app`. Fields may be string, bool, uint32, double, or repeated string; others get no flag.
 void AddConfigFlags(CLI::App* app, google::protobuf::Message* config,
                     const std::map<std::string, std::string>& help);
 

@@ -10,13 +10,9 @@
 #include "absl/time/clock.h"
 #include "base/clock.h"
 #include "base/status_macros.h"
-#include "kvstore/instrumented_page_store.h"
-#include "kvstore/rocksdb_page_store.h"
-#include "rpc/metrics.h"
-#include "rpc/server.h"
-#include "services/admin_common.h"
-#include "services/page_store_service.h"
+#include "rpc/default_ports.h"
 #include "services/router_role.h"
+#include "services/store_role.h"
 #include "services/tenant.h"
 #include "services/worker_role.h"
 
@@ -24,10 +20,6 @@ namespace pagetide {
 namespace {
 
 constexpr int kMaxWorkers = 64;
-
-std::string Loopback(int port) {
-  return absl::StrCat("127.0.0.1:", port);
-}
 
 }  // namespace
 
@@ -42,17 +34,25 @@ absl::Status InProcess::Options::Validate() const {
       return absl::InvalidArgumentError(absl::StrCat("port ", port, " is not 0 to 65535"));
     }
   }
+  // Port 0 is any free one, so that none of them meets another.
+  for (int port : {router_port, store_port}) {
+    if (worker_port != 0 && port >= worker_port && port < worker_port + num_workers) {
+      return absl::InvalidArgumentError(absl::StrCat("port ", port, " is taken by one of the ",
+                                                     num_workers, " workers, which listen on ",
+                                                     worker_port, " and up"));
+    }
+  }
+  if (worker_port + num_workers - 1 > 65535) {
+    return absl::InvalidArgumentError(absl::StrCat("worker_port ", worker_port, " leaves ",
+                                                   65536 - worker_port, " ports for ", num_workers,
+                                                   " workers"));
+  }
   return absl::OkStatus();
 }
 
 // Members are destroyed in reverse order: workers and router before the store they stand on.
 struct InProcess::Parts {
-  std::unique_ptr<RocksdbPageStore> engine;
-  std::shared_ptr<PrometheusMetrics> store_metrics = std::make_shared<PrometheusMetrics>();
-  std::unique_ptr<InstrumentedPageStore> store;
-  std::unique_ptr<PageStoreServiceImpl> store_service;
-  std::unique_ptr<AdminServiceCommon> store_admin;
-  std::unique_ptr<RpcServer> store_server;
+  std::unique_ptr<StoreRole> store;
   std::unique_ptr<RouterRole> router;
   std::vector<std::unique_ptr<WorkerRole>> workers;
 };
@@ -66,30 +66,18 @@ absl::StatusOr<std::unique_ptr<InProcess>> InProcess::Start(const Options& optio
         absl::StrCat("make folder ", options.dir, ": ", made.message()));
   }
   auto parts = std::make_unique<Parts>();
-  RocksdbPageStoreOptions store_options;
-  store_options.dir = absl::StrCat(options.dir, "/store");
-  store_options.capacity_bytes = options.store_capacity_bytes;
-  PT_ASSIGN_OR_RETURN(parts->engine, RocksdbPageStore::Open(store_options));
-  parts->store =
-      std::make_unique<InstrumentedPageStore>(parts->engine.get(), parts->store_metrics.get());
-  PageStore* const store = parts->store.get();
-  parts->store_service =
-      std::make_unique<PageStoreServiceImpl>(store, Clock::Real(), PageStoreServiceImpl::Options());
-  RpcServer::Options server;
-  server.addresses = {Loopback(options.store_port)};
-  parts->store_admin = std::make_unique<AdminServiceCommon>(
-      "store", std::vector<std::string>{"rocksdb", "segments"}, parts->store_metrics.get());
-  PT_ASSIGN_OR_RETURN(
-      parts->store_server,
-      RpcServer::Create(server, {parts->store_service.get(), parts->store_admin.get()},
-                        parts->store_metrics));
-  parts->store_server->OnDrain([service = parts->store_service.get()] { service->EndStreams(); });
+  StoreRole::Options store_options;
+  store_options.engine.dir = absl::StrCat(options.dir, "/store");
+  store_options.engine.capacity_bytes = options.store_capacity_bytes;
+  store_options.server.addresses = {LoopbackAddress(options.store_port)};
+  PT_ASSIGN_OR_RETURN(parts->store, StoreRole::Start(store_options, Clock::Real()));
+  PageStore* const store = parts->store->store();
 
-  PT_ASSIGN_OR_RETURN(const std::string secret, LoadDeploymentSecret(""));
+  PT_ASSIGN_OR_RETURN(const std::string secret, LoadDeploymentSecret("", {}));
   RouterRole::Options router;
-  router.server.addresses = {Loopback(options.router_port)};
+  router.server.addresses = {LoopbackAddress(options.router_port)};
   router.deployment_secret = secret;
-  router.store_address = parts->store_server->addresses().front();
+  router.store_address = parts->store->address();
   PT_ASSIGN_OR_RETURN(parts->router, RouterRole::Start(std::move(router), store, Clock::Real()));
 
   for (int i = 0; i < options.num_workers; ++i) {
@@ -99,7 +87,8 @@ absl::StatusOr<std::unique_ptr<InProcess>> InProcess::Start(const Options& optio
     worker.worker.model_pool_bytes = options.model_pool_bytes;
     worker.worker.host.write_through = options.write_through;
     worker.worker.deployment_secret = secret;
-    worker.server.addresses = {Loopback(options.worker_port == 0 ? 0 : options.worker_port + i)};
+    worker.server.addresses = {
+        LoopbackAddress(options.worker_port == 0 ? 0 : options.worker_port + i)};
     worker.local_plane.socket_path = absl::StrCat(options.dir, "/worker-", i + 1, ".sock");
     worker.routers = {parts->router->address()};
     PT_ASSIGN_OR_RETURN(std::unique_ptr<WorkerRole> role,
@@ -129,7 +118,7 @@ InProcess::~InProcess() {
 void InProcess::Drain(absl::Duration timeout) {
   parts_->router->Drain(timeout);
   for (const std::unique_ptr<WorkerRole>& worker : parts_->workers) worker->Drain(timeout);
-  parts_->store_server->Drain(timeout);
+  parts_->store->Drain(timeout);
 }
 
 std::string InProcess::router_address() const {
@@ -137,7 +126,7 @@ std::string InProcess::router_address() const {
 }
 
 std::string InProcess::store_address() const {
-  return parts_->store_server->addresses().front();
+  return parts_->store->address();
 }
 
 std::vector<std::string> InProcess::worker_addresses() const {
@@ -150,6 +139,18 @@ std::vector<std::string> InProcess::worker_addresses() const {
 
 std::string InProcess::metrics_address() const {
   return parts_->router->metrics_address();
+}
+
+std::string InProcess::store_metrics_address() const {
+  return parts_->store->metrics_address();
+}
+
+std::vector<std::string> InProcess::worker_metrics_addresses() const {
+  std::vector<std::string> addresses;
+  for (const std::unique_ptr<WorkerRole>& worker : parts_->workers) {
+    addresses.push_back(worker->metrics_address());
+  }
+  return addresses;
 }
 
 }  // namespace pagetide

@@ -49,8 +49,10 @@ class InProcess {
   std::string router_address() const;
   std::string store_address() const;
   std::vector<std::string> worker_addresses() const;
-  // "host:port" of the router's /metrics.
+  // "host:port" of /metrics: the router's, the store's, and each worker's.
   std::string metrics_address() const;
+  std::string store_metrics_address() const;
+  std::vector<std::string> worker_metrics_addresses() const;
 
  private:
   struct Parts;

@@ -7,8 +7,6 @@
 #include <memory>
 #include <string>
 
-#include "absl/strings/str_cat.h"
-#include "absl/strings/str_join.h"
 #include "absl/time/time.h"
 #include "base/log.h"
 #include "base/status_macros.h"
@@ -64,28 +62,7 @@ int main(int argc, char** argv) {
   app.add_option("--config", config_path,
                  "Configuration file (text format of proto/pagetide/config/router.proto)");
   pagetide::config::RouterConfig flags;
-  pagetide::AddConfigFlags(
-      &app, &flags,
-      {{"router_id", "Name of this router (default router-0)"},
-       {"listen", "gRPC address, host:port or unix:/path (repeatable; default 127.0.0.1:7070)"},
-       {"metrics_listen", "HTTP address of /metrics and /healthz (default 127.0.0.1:0)"},
-       {"store", "Address of the page store, for models and stored pages (default: none)"},
-       {"deployment_secret_file",
-        "File with the secret that tenants' salts are derived from, the same at all routers and "
-        "workers (default: a development secret, on loopback only)"},
-       {"insecure", "Serve without TLS on addresses that are not loopback"},
-       {"policy",
-        absl::StrCat("Placement policy: ", absl::StrJoin(pagetide::PlacementPolicyNames(), ", "))},
-       {"prefill_weight", "Weight of a prompt's own prefill time (default 5)"},
-       {"balance_gain", "Weight of a worker's recent load (default 5; 0: off)"},
-       {"balance_cap", "Most that recent load may cost, in prefill times (default 0.25)"},
-       {"default_prefill_tokens_per_second", "Speed of a worker that has measured none"},
-       {"default_store_bytes_per_second", "Speed of restores that nobody has measured"},
-       {"heartbeat_milliseconds",
-        "Milliseconds between reports of a worker; silent for six, it is dead (default 500)"},
-       {"io_threads", "Threads for calls that need the store (default 4)"},
-       {"drain_seconds", "How long a stop waits for running calls (default 30)"},
-       {"log_level", "debug, info (default), warning or error"}});
+  pagetide::AddConfigFlags(&app, &flags, pagetide::RouterFlagHelp());
   CLI11_PARSE(app, argc, argv);
   const absl::Status status = pagetide::Run(config_path, flags, &termination);
   if (status.ok()) return 0;

@@ -1,15 +1,12 @@
 #include "services/router_role.h"
 
-#include <pthread.h>
-
-#include <thread>
 #include <utility>
 #include <vector>
 
 #include "absl/strings/str_cat.h"
 #include "base/executor.h"
 #include "base/log.h"
-#include "base/mutex.h"
+#include "base/periodic_task.h"
 #include "base/status_macros.h"
 #include "services/admin_common.h"
 #include "services/router_service.h"
@@ -18,48 +15,9 @@
 #include "services/worker_registry_service.h"
 
 namespace pagetide {
-namespace {
-
-// Calls Tick of the registry service a few times a heartbeat, on thread "router-tick".
-class Ticker {
- public:
-  Ticker(WorkerRegistryServiceImpl* registry, absl::Duration period)
-      : registry_(registry), period_(period), thread_([this] { Run(); }) {
-    pthread_setname_np(thread_.native_handle(), "router-tick");
-  }
-  ~Ticker() {
-    {
-      MutexLock lock(&mu_);
-      is_stopping_ = true;
-    }
-    changed_.SignalAll();
-    thread_.join();
-  }
-
- private:
-  void Run() {
-    for (;;) {
-      registry_->Tick();
-      MutexLock lock(&mu_);
-      if (!is_stopping_) changed_.WaitWithTimeout(&mu_, period_);
-      if (is_stopping_) return;
-    }
-  }
-
-  WorkerRegistryServiceImpl* const registry_;
-  const absl::Duration period_;
-  Mutex mu_;
-  CondVar changed_;
-  bool is_stopping_ ABSL_GUARDED_BY(mu_) = false;
-  std::thread thread_;
-};
-
-}  // namespace
-
 // In the order of construction: each part uses those above it.
 struct RouterRole::Parts {
   std::shared_ptr<PrometheusMetrics> metrics = std::make_shared<PrometheusMetrics>();
-  std::string metrics_host;
   std::unique_ptr<Router> router;
   std::unique_ptr<ModelCatalog> models;
   std::unique_ptr<TenantSalts> salts;
@@ -68,7 +26,7 @@ struct RouterRole::Parts {
   std::unique_ptr<WorkerRegistryServiceImpl> registry_service;
   std::unique_ptr<AdminServiceCommon> admin_service;
   std::unique_ptr<StoreWatcher> store_watcher;
-  std::unique_ptr<Ticker> ticker;
+  std::unique_ptr<PeriodicTask> ticker;  // a few times a heartbeat
   std::unique_ptr<RpcServer> server;
 };
 
@@ -115,9 +73,9 @@ absl::StatusOr<std::unique_ptr<RouterRole>> RouterRole::Start(Options options, P
   parts->server->OnDrain([registry = parts->registry_service.get()] {
     registry->CloseAll(absl::UnavailableError("this router is draining"));
   });
-  const std::string& metrics_listen = options.server.metrics_address;
-  parts->metrics_host = metrics_listen.substr(0, metrics_listen.rfind(':'));
-  parts->ticker = std::make_unique<Ticker>(parts->registry_service.get(), options.heartbeat / 2);
+  parts->ticker = std::make_unique<PeriodicTask>(
+      "router-tick", options.heartbeat / 2,
+      [registry = parts->registry_service.get()] { registry->Tick(); });
   if (store != nullptr) {
     parts->store_watcher = std::make_unique<StoreWatcher>(
         StoreWatcher::Options{.address = options.store_address}, store, parts->router.get(), clock);
@@ -147,8 +105,7 @@ std::string RouterRole::address() const {
 }
 
 std::string RouterRole::metrics_address() const {
-  const int port = parts_->server->metrics_port();
-  return port == 0 ? std::string() : absl::StrCat(parts_->metrics_host, ":", port);
+  return parts_->server->metrics_address();
 }
 
 Router& RouterRole::router() {

@@ -5,11 +5,11 @@
 #include "absl/strings/str_cat.h"
 #include "base/byte_size.h"
 #include "base/status_macros.h"
+#include "rpc/default_ports.h"
 
 namespace pagetide {
 namespace {
 
-constexpr char kDefaultListen[] = "127.0.0.1:7090";
 constexpr uint32_t kMaxThreads = 1024;
 constexpr uint32_t kMaxDrainSeconds = 3600;
 
@@ -25,6 +25,34 @@ absl::Status SetByteSize(const char* field, bool is_set, const std::string& text
 
 }  // namespace
 
+std::map<std::string, std::string> StoreFlagHelp() {
+  return {
+      {"listen", absl::StrCat("gRPC address, host:port or unix:/path (repeatable; default ",
+                              LoopbackAddress(kDefaultStorePort), ")")},
+      {"metrics_listen", "HTTP address of /metrics and /healthz (default 127.0.0.1:0)"},
+      {"insecure", "Serve without TLS on addresses that are not loopback"},
+      {"data_dir", "Folder of the store; made if absent"},
+      {"capacity",
+       "Bytes on disk, such as 200GiB; beyond it what no manifest holds is evicted, by recency "
+       "and cost (default 0: bounded by the disk)"},
+      {"segment_size",
+       "Length of a segment file (default 0: a sixteenth of the capacity, 1MiB to 64MiB)"},
+      {"min_free", "Refuse puts while the disk has less than this (default 128MiB)"},
+      {"scrub_rate",
+       "Bytes a second that the background verifies, each page at most once a day; 0: none "
+       "(default 4MiB)"},
+      {"efficacy_alarm",
+       "Raise the efficacy alarm when this much was put since a page was last read; 0: never "
+       "(default 16GiB)"},
+      {"compression",
+       "How page bodies are stored: none, lz4 or zstd; lossless, a page stays raw where it does "
+       "not "
+       "pay (default none)"},
+      {"threads", "Threads that wait for the disk (default 32)"},
+      {"drain_seconds", "How long a stop waits for running calls (default 30)"},
+      {"log_level", "debug, info (default), warning or error"}};
+}
+
 config::StoreConfig MergeStoreConfig(const config::StoreConfig& file,
                                      const config::StoreConfig& flags) {
   config::StoreConfig merged = file;
@@ -35,14 +63,14 @@ config::StoreConfig MergeStoreConfig(const config::StoreConfig& file,
 
 absl::StatusOr<StoreOptions> StoreOptionsFromConfig(const config::StoreConfig& config) {
   StoreOptions options;
-  options.server.addresses = {kDefaultListen};
+  options.role.server.addresses = {LoopbackAddress(kDefaultStorePort)};
   if (config.listen_size() > 0) {
-    options.server.addresses.assign(config.listen().begin(), config.listen().end());
+    options.role.server.addresses.assign(config.listen().begin(), config.listen().end());
   }
-  if (config.has_metrics_listen()) options.server.metrics_address = config.metrics_listen();
-  options.server.allow_insecure = config.insecure();
+  if (config.has_metrics_listen()) options.role.server.metrics_address = config.metrics_listen();
+  options.role.server.allow_insecure = config.insecure();
 
-  RocksdbPageStoreOptions& engine = options.engine;
+  RocksdbPageStoreOptions& engine = options.role.engine;
   if (config.data_dir().empty()) {
     return absl::InvalidArgumentError("data_dir is empty, must name the store's folder");
   }
@@ -72,7 +100,7 @@ absl::StatusOr<StoreOptions> StoreOptionsFromConfig(const config::StoreConfig& c
       return absl::InvalidArgumentError(
           absl::StrCat("threads = ", config.threads(), " is not 1 to ", kMaxThreads));
     }
-    options.service.num_threads = static_cast<int>(config.threads());
+    options.role.service.num_threads = static_cast<int>(config.threads());
   }
   if (config.has_drain_seconds()) {
     if (config.drain_seconds() > kMaxDrainSeconds) {

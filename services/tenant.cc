@@ -5,6 +5,8 @@
 #include <fstream>
 
 #include "absl/strings/str_cat.h"
+#include "base/status_macros.h"
+#include "rpc/accept_loop.h"
 
 namespace pagetide {
 namespace {
@@ -18,8 +20,17 @@ std::string TenantOf(const grpc::ServerContextBase&) {
   return "default";
 }
 
-absl::StatusOr<std::string> LoadDeploymentSecret(const std::string& path) {
-  if (path.empty()) return std::string(kDevelopmentSecret);
+absl::StatusOr<std::string> LoadDeploymentSecret(const std::string& path,
+                                                 std::span<const std::string> listen) {
+  if (path.empty()) {
+    for (const std::string& text : listen) {
+      PT_ASSIGN_OR_RETURN(const ListenAddress address, ListenAddress::Parse(text));
+      if (address.is_loopback) continue;
+      return absl::FailedPreconditionError(
+          absl::StrCat("listen ", text, " is not loopback: it needs --deployment-secret-file"));
+    }
+    return std::string(kDevelopmentSecret);
+  }
   std::ifstream file(path, std::ios::binary);
   if (!file) {
     return absl::InvalidArgumentError(

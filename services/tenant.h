@@ -6,6 +6,7 @@
 
 #include <grpcpp/server_context.h>
 
+#include <span>
 #include <string>
 #include <utility>
 
@@ -23,9 +24,13 @@ std::string TenantOf(const grpc::ServerContextBase& context);
 inline constexpr absl::string_view kDevelopmentSecret =
     "pagetide development secret, loopback only";
 
-// The secret in `path`, without a newline at its end; the development secret if `path` is empty.
-// INVALID_ARGUMENT unless it has 16 to 4096 bytes.
-absl::StatusOr<std::string> LoadDeploymentSecret(const std::string& path);
+// The secret in `path`, without a newline at its end; INVALID_ARGUMENT unless it has 16 to 4096
+// bytes. The development secret if `path` is empty: FAILED_PRECONDITION then if one of the
+// addresses that the program listens on is not loopback, because keys made with a secret that
+// everyone knows say nothing to a stranger only as long as no stranger can ask. INVALID_ARGUMENT
+// for what is no address.
+absl::StatusOr<std::string> LoadDeploymentSecret(const std::string& path,
+                                                 std::span<const std::string> listen);
 
 // Derives the salt of each tenant from the deployment secret. Routers and workers of one deployment
 // hold the same secret; clients and the store never do.

@@ -26,6 +26,36 @@ absl::Status SetByteSize(absl::string_view field, const std::string& text, uint6
 
 }  // namespace
 
+std::map<std::string, std::string> WorkerFlagHelp() {
+  return {
+      {"worker_id", "Stable name of this worker's place"},
+      {"listen", "gRPC address, host:port or unix:/path (repeatable; default 127.0.0.1:0)"},
+      {"advertise", "Address that routers hand to clients (default: the first of --listen)"},
+      {"local_socket", "Unix socket of the local data plane (default: none)"},
+      {"local_staging_bytes", "Staging memory a local client (default 64MiB)"},
+      {"store", "Address of the pagetide-store that all workers share"},
+      {"store_dir", "Folder of an embedded store instead"},
+      {"router", "Address of a router to attach to (repeatable)"},
+      {"pool_bytes", "Bytes of frames for all models (default 1GiB)"},
+      {"model_pool_bytes", "Bytes of frames for each model (default: the first takes all)"},
+      {"write_through", "Put pages into the store as soon as they are full (default true)"},
+      {"spill_high_watermark", "Share of frames in use at which spilling starts (default 0.9)"},
+      {"spill_low_watermark", "Share of frames in use at which spilling stops (default 0.75)"},
+      {"metrics_listen", "HTTP address of /metrics and /healthz (default 127.0.0.1:0)"},
+      {"deployment_secret_file", "File with the secret that tenant salts are derived from"},
+      {"insecure", "Serve without TLS on addresses that are not loopback"},
+      {"io_threads", "Threads that spill and restore (default 4)"},
+      {"import_dir", "Folder where files that are imported are gathered (default /var/tmp)"},
+      {"import_max_bytes", "Largest file that is imported (default 64GiB)"},
+      {"drain_seconds", "How long a stop waits for running calls (default 30)"},
+      {"store_lease_ms",
+       "Milliseconds that this worker's lease in the store lives: so much later a dead worker's "
+       "parked sequences can be taken over (200 to 600000, default 5000)"},
+      {"log_level", "debug, info (default), warning or error"},
+      {"reserve_memory", "Take the pool's memory when a model is loaded (default false)"},
+      {"unsafe_skip_verify", "Tests only: do not compare checksums on restore"}};
+}
+
 config::WorkerConfig MergeWorkerConfig(const config::WorkerConfig& file,
                                        const config::WorkerConfig& flags) {
   config::WorkerConfig merged = file;
@@ -60,12 +90,13 @@ absl::StatusOr<WorkerRole::Options> WorkerOptionsFromConfig(const config::Worker
   }
   worker.host.unsafe_skip_verify = config.unsafe_skip_verify();
   options.device.reserve_memory = config.reserve_memory();
-  PT_ASSIGN_OR_RETURN(worker.deployment_secret,
-                      LoadDeploymentSecret(config.deployment_secret_file()));
 
   if (config.listen_size() > 0) {
     options.server.addresses.assign(config.listen().begin(), config.listen().end());
   }
+  PT_ASSIGN_OR_RETURN(
+      worker.deployment_secret,
+      LoadDeploymentSecret(config.deployment_secret_file(), options.server.addresses));
   options.server.allow_insecure = config.insecure();
   if (config.has_metrics_listen()) options.server.metrics_address = config.metrics_listen();
   options.advertise = config.advertise();

@@ -3,7 +3,9 @@
 #ifndef PAGETIDE_SERVICES_WORKER_CONFIG_H_
 #define PAGETIDE_SERVICES_WORKER_CONFIG_H_
 
+#include <map>
 #include <memory>
+#include <string>
 
 #include "absl/status/statusor.h"
 #include "core/page_store.h"
@@ -12,10 +14,12 @@
 
 namespace pagetide {
 
+// Texts of --help, by field of WorkerConfig: every field has one.
+std::map<std::string, std::string> WorkerFlagHelp();
 // `flags` over `file`: a field that a flag set wins, a list given by flags replaces the file's.
 config::WorkerConfig MergeWorkerConfig(const config::WorkerConfig& file,
                                        const config::WorkerConfig& flags);
-// INVALID_ARGUMENT names the field.
+// INVALID_ARGUMENT names the field; errors of LoadDeploymentSecret.
 absl::StatusOr<WorkerRole::Options> WorkerOptionsFromConfig(const config::WorkerConfig& config);
 
 // The store of a worker with what stands behind it; null when the configuration names none.

@@ -31,6 +31,7 @@ absl::Status Run(const std::string& config_path, const config::WorkerConfig& fla
   config::WorkerConfig file;
   if (!config_path.empty()) PT_RETURN_IF_ERROR(ReadTextConfig(config_path, &file));
   const config::WorkerConfig config = MergeWorkerConfig(file, flags);
+  PT_RETURN_IF_ERROR(SetLogLevel(config.has_log_level() ? config.log_level() : "info"));
   PT_ASSIGN_OR_RETURN(WorkerRole::Options options, WorkerOptionsFromConfig(config));
   // A router that drains this worker ends it the way an operator does.
   options.on_drain_asked = [] { kill(getpid(), SIGTERM); };
@@ -60,30 +61,7 @@ int main(int argc, char** argv) {
   app.add_option("--config", config_path,
                  "Configuration file (text format of proto/pagetide/config/worker.proto)");
   pagetide::config::WorkerConfig flags;
-  pagetide::AddConfigFlags(
-      &app, &flags,
-      {{"worker_id", "Stable name of this worker's place"},
-       {"listen", "gRPC address, host:port or unix:/path (repeatable; default 127.0.0.1:0)"},
-       {"advertise", "Address that routers hand to clients (default: the first of --listen)"},
-       {"local_socket", "Unix socket of the local data plane (default: none)"},
-       {"local_staging_bytes", "Staging memory a local client (default 64MiB)"},
-       {"store", "Address of the pagetide-store that all workers share"},
-       {"store_dir", "Folder of an embedded store instead"},
-       {"router", "Address of a router to attach to (repeatable)"},
-       {"pool_bytes", "Bytes of frames for all models (default 1GiB)"},
-       {"model_pool_bytes", "Bytes of frames for each model (default: the first takes all)"},
-       {"write_through", "Put pages into the store as soon as they are full (default true)"},
-       {"spill_high_watermark", "Share of frames in use at which spilling starts (default 0.9)"},
-       {"spill_low_watermark", "Share of frames in use at which spilling stops (default 0.75)"},
-       {"metrics_listen", "HTTP address of /metrics and /healthz (default 127.0.0.1:0)"},
-       {"deployment_secret_file", "File with the secret that tenant salts are derived from"},
-       {"insecure", "Serve without TLS on addresses that are not loopback"},
-       {"io_threads", "Threads that spill and restore (default 4)"},
-       {"import_dir", "Folder where files that are imported are gathered (default /var/tmp)"},
-       {"import_max_bytes", "Largest file that is imported (default 64GiB)"},
-       {"drain_seconds", "How long a stop waits for running calls (default 30)"},
-       {"reserve_memory", "Take the pool's memory when a model is loaded (default false)"},
-       {"unsafe_skip_verify", "Tests only: do not compare checksums on restore"}});
+  pagetide::AddConfigFlags(&app, &flags, pagetide::WorkerFlagHelp());
   CLI11_PARSE(app, argc, argv);
   const absl::Status status = pagetide::Run(config_path, flags, &termination);
   if (status.ok()) return 0;

@@ -89,7 +89,6 @@ void Journal(const std::vector<ResidencyChange>& changes, ReportJournal* journal
 // Members are destroyed in reverse order: first what calls, last what is called.
 struct WorkerRole::Parts {
   explicit Parts(const CpuDevice::Options& device_options) : device(device_options) {}
-  std::string metrics_host;
   std::string advertise;
   CpuDevice device;
   std::shared_ptr<PrometheusMetrics> metrics = std::make_shared<PrometheusMetrics>();
@@ -194,8 +193,6 @@ absl::StatusOr<std::unique_ptr<WorkerRole>> WorkerRole::Start(Options options, P
                                         parts->metrics));
   parts->advertise =
       options.advertise.empty() ? parts->server->addresses().front() : options.advertise;
-  const std::string& metrics_listen = options.server.metrics_address;
-  parts->metrics_host = metrics_listen.substr(0, metrics_listen.rfind(':'));
   for (const std::string& router : options.routers) {
     RouterLink::Options link;
     link.router_address = router;
@@ -246,8 +243,7 @@ std::string WorkerRole::address() const {
 }
 
 std::string WorkerRole::metrics_address() const {
-  const int port = parts_->server->metrics_port();
-  return port == 0 ? std::string() : absl::StrCat(parts_->metrics_host, ":", port);
+  return parts_->server->metrics_address();
 }
 
 Worker& WorkerRole::worker() {

@@ -2,7 +2,7 @@
 // opens it there, and talks to that worker directly; rows go through shared memory where the worker
 // is on this host (clients/cpp/sequence.h).
 //
-//   auto client = Client::Create({.router_address = "127.0.0.1:7100"}).value();
+//   auto client = Client::Create({.router_address = "127.0.0.1:7070"}).value();
 //   auto model = client->RegisterModel(spec).value();
 //   auto sequence = client->Open(model, prompt).value();
 //   sequence->WaitReady();                      // reused pages that were in the store are here now

@@ -7,6 +7,7 @@
 #include <memory>
 #include <string>
 
+#include "pagetide/v1/admin.grpc.pb.h"
 #include "pagetide/v1/router.grpc.pb.h"
 #include "rpc/channel.h"
 #include "rpc/model_codec.h"
@@ -128,6 +129,20 @@ TEST_F(InProcessTest, WhatWasServedIsThereAfterARestart) {
   EXPECT_TRUE(reader.Verify(open->state().sequence_id(), tokens, 0, *ready).ok());
 }
 
+TEST_F(InProcessTest, TheStorePublishesItsState) {
+  const auto admin = v1::AdminService::NewStub(MakeChannel(deployment_->store_address()));
+  v1::GetStatsResponse stats;
+  EXPECT_TRUE(testing::Eventually([&] {
+    TestContext context;
+    stats.Clear();
+    EXPECT_TRUE(admin->GetStats(&context, {}, &stats).ok());
+    return stats.values().contains("pagetide_store_pages") &&
+           stats.values().contains("pagetide_store_physical_bytes");
+  })) << stats.ShortDebugString();
+  EXPECT_THAT(deployment_->store_metrics_address(), ::testing::StartsWith("127.0.0.1:"));
+  EXPECT_THAT(deployment_->worker_metrics_addresses(), ::testing::SizeIs(2));
+}
+
 TEST(InProcessOptionsTest, NameWhatIsWrong) {
   EXPECT_EQ(InProcess::Start({}).status().code(), absl::StatusCode::kInvalidArgument);
   testing::TempDir dir;
@@ -135,6 +150,19 @@ TEST(InProcessOptionsTest, NameWhatIsWrong) {
             absl::StatusCode::kInvalidArgument);
   EXPECT_EQ(InProcess::Start({.dir = dir.path(), .router_port = 70000}).status().code(),
             absl::StatusCode::kInvalidArgument);
+  const absl::Status met = InProcess::Start({.dir = dir.path(),
+                                             .num_workers = 11,
+                                             .router_port = 7070,
+                                             .store_port = 7090,
+                                             .worker_port = 7080})
+                               .status();
+  EXPECT_EQ(met.code(), absl::StatusCode::kInvalidArgument);
+  EXPECT_EQ(met.message(),
+            "port 7090 is taken by one of the 11 workers, which listen on 7080 and up");
+  EXPECT_EQ(InProcess::Start({.dir = dir.path(), .num_workers = 3, .worker_port = 65534})
+                .status()
+                .message(),
+            "worker_port 65534 leaves 2 ports for 3 workers");
 }
 
 }  // namespace

@@ -24,12 +24,12 @@ TEST(StoreConfigTest, TheExampleLoads) {
   ASSERT_TRUE(read.ok()) << read;
   const auto options = StoreOptionsFromConfig(config);
   ASSERT_TRUE(options.ok()) << options.status();
-  EXPECT_THAT(options->server.addresses, ElementsAre("127.0.0.1:7090"));
-  EXPECT_EQ(options->server.metrics_address, "127.0.0.1:9190");
-  EXPECT_EQ(options->engine.dir, "/var/lib/pagetide/store");
-  EXPECT_EQ(options->engine.capacity_bytes, 200 * kGiB);
-  EXPECT_EQ(options->engine.min_free_bytes, kGiB);
-  EXPECT_EQ(options->service.num_threads, 32);
+  EXPECT_THAT(options->role.server.addresses, ElementsAre("127.0.0.1:7090"));
+  EXPECT_EQ(options->role.server.metrics_address, "127.0.0.1:9190");
+  EXPECT_EQ(options->role.engine.dir, "/var/lib/pagetide/store");
+  EXPECT_EQ(options->role.engine.capacity_bytes, 200 * kGiB);
+  EXPECT_EQ(options->role.engine.min_free_bytes, kGiB);
+  EXPECT_EQ(options->role.service.num_threads, 32);
 }
 
 TEST(StoreConfigTest, WhatIsNotSetIsTheDefault) {
@@ -37,12 +37,12 @@ TEST(StoreConfigTest, WhatIsNotSetIsTheDefault) {
   config.set_data_dir("d");
   const auto options = StoreOptionsFromConfig(config);
   ASSERT_TRUE(options.ok()) << options.status();
-  EXPECT_THAT(options->server.addresses, ElementsAre("127.0.0.1:7090"));
+  EXPECT_THAT(options->role.server.addresses, ElementsAre("127.0.0.1:7090"));
   const RocksdbPageStoreOptions engine;
-  EXPECT_EQ(options->engine.capacity_bytes, engine.capacity_bytes);
-  EXPECT_EQ(options->engine.min_free_bytes, engine.min_free_bytes);
-  EXPECT_EQ(options->engine.scrub_bytes_per_second, engine.scrub_bytes_per_second);
-  EXPECT_EQ(options->engine.efficacy_alarm_bytes, engine.efficacy_alarm_bytes);
+  EXPECT_EQ(options->role.engine.capacity_bytes, engine.capacity_bytes);
+  EXPECT_EQ(options->role.engine.min_free_bytes, engine.min_free_bytes);
+  EXPECT_EQ(options->role.engine.scrub_bytes_per_second, engine.scrub_bytes_per_second);
+  EXPECT_EQ(options->role.engine.efficacy_alarm_bytes, engine.efficacy_alarm_bytes);
   EXPECT_EQ(options->drain_timeout, absl::Seconds(30));
 }
 

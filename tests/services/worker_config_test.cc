@@ -5,7 +5,6 @@
 
 #include <CLI/CLI.hpp>
 #include <fstream>
-#include <map>
 #include <string>
 
 #include "services/config_flags.h"
@@ -65,14 +64,27 @@ TEST(WorkerConfigTest, FlagsWinOverTheFile) {
   EXPECT_FALSE(merged.write_through());
 }
 
-TEST(WorkerConfigTest, EveryFieldIsAFlag) {
+TEST(WorkerConfigTest, BeyondLoopbackItNeedsADeploymentSecret) {
+  testing::TempDir dir;
   config::WorkerConfig config;
-  std::map<std::string, std::string> help;
-  for (int i = 0; i < config::WorkerConfig::descriptor()->field_count(); ++i) {
-    help[config::WorkerConfig::descriptor()->field(i)->name()] = "help";
-  }
+  config.set_insecure(true);
+  config.add_listen("127.0.0.1:0");
+  config.add_listen("0.0.0.0:7080");
+  const absl::Status refused = WorkerOptionsFromConfig(config).status();
+  EXPECT_EQ(refused.code(), absl::StatusCode::kFailedPrecondition);
+  EXPECT_EQ(refused.message(),
+            "listen 0.0.0.0:7080 is not loopback: it needs --deployment-secret-file");
+  std::ofstream(dir / "secret") << "0123456789abcdef\n";
+  config.set_deployment_secret_file(dir / "secret");
+  const auto options = WorkerOptionsFromConfig(config);
+  ASSERT_TRUE(options.ok()) << options.status();
+  EXPECT_EQ(options->worker.deployment_secret, "0123456789abcdef");
+}
+
+TEST(WorkerConfigTest, FlagsSetTheirFields) {
+  config::WorkerConfig config;
   CLI::App app;
-  AddConfigFlags(&app, &config, help);
+  AddConfigFlags(&app, &config, WorkerFlagHelp());
   app.parse(
       "--worker-id w --listen a:1 --listen b:2 --write-through=false --insecure "
       "--spill-high-watermark 0.5 --io-threads 3");
