@@ -26,7 +26,11 @@ PageUse UseOf(const PageTable& table, PageId id) {
 
 }  // namespace
 
-TailPlan PlanTailCopy(const PageTable& table) {
+bool HoldsFromBase(const Extent& extent, uint64_t base) {
+  return extent.first_slot == 0 && extent.first_row == base && extent.shift == 0;
+}
+
+TailPlan PlanTailCopy(const PageTable& table, uint32_t page_tokens) {
   TailPlan plan;
   if (table.empty()) return plan;
   const std::span<const Extent> extents = table.extents();
@@ -34,6 +38,10 @@ TailPlan PlanTailCopy(const PageTable& table) {
   while (first > 0 && extents[first - 1].page == extents[first].page &&
          extents[first - 1].end_row() == extents[first].first_row) {
     --first;
+  }
+  // Rows in the slots of their indices stay there.
+  if (extents[first].first_slot == extents[first].first_row % page_tokens) {
+    plan.rows = extents[first].first_slot;
   }
   for (size_t i = first; i < extents.size(); ++i) {
     const Extent& extent = extents[i];
@@ -46,9 +54,12 @@ TailPlan PlanTailCopy(const PageTable& table) {
   return plan;
 }
 
-TailPlan PlanTail(const PageTable& table, const PageDirectory& pages, uint32_t page_tokens) {
+TailPlan PlanTail(const PageTable& table, const PageDirectory& pages, uint32_t page_tokens,
+                  std::optional<uint64_t> canonical_row) {
   TailPlan plan;
-  if (table.empty()) return plan;
+  if (canonical_row) plan.rows = static_cast<uint32_t>(*canonical_row % page_tokens);
+  // Behind rows that the table gave up, the rows of its last page are not what this one follows.
+  if (table.empty() || (canonical_row && table.num_rows() != *canonical_row)) return plan;
   const PageId id = table.back().page;
   const Page& page = *pages.Find(id);
   const PageUse use = UseOf(table, id);
@@ -62,7 +73,7 @@ TailPlan PlanTail(const PageTable& table, const PageDirectory& pages, uint32_t p
     plan.rows = use.end_slot;
     return plan;
   }
-  TailPlan copy = PlanTailCopy(table);
+  TailPlan copy = PlanTailCopy(table, page_tokens);
   return copy.rows < page_tokens ? copy : plan;
 }
 
@@ -76,7 +87,9 @@ void SyncTails(const SequenceRows& rows, const PrefixKey& root, uint32_t page_to
     if (page.is_full() || page.refs() != use.refs) continue;
     page.SetRows(use.end_slot);
     const uint64_t base = rows.num_rows() / page_tokens * page_tokens;
-    if (!rows.is_canonical() || base == rows.num_rows()) {
+    // Its tokens say which row is in which slot: not of rows that lie elsewhere, or have a gap.
+    if (!rows.is_canonical() || base == rows.num_rows() || table.num_rows() != rows.num_rows() ||
+        !HoldsFromBase(table.back(), base)) {
       pages.SetTailTokens(page, root, {}, false);
       continue;
     }

@@ -20,7 +20,7 @@ namespace pagetide {
 // Where the rows behind a table's last row go.
 struct TailPlan {
   enum class Kind : uint8_t {
-    kNewPage,  // the last page has no room, or there is none
+    kNewPage,  // the last page has no room, or there is none: into a new one, from slot `rows` on
     kInPlace,  // into `page`, from slot `rows` on
     kCopy,     // the rows of `copies` go to a new page first; the new ones follow at slot `rows`
     kWhole,    // to new pages, the first with what the last page, of `rows` rows, holds now
@@ -38,9 +38,16 @@ struct TailPlan {
   uint32_t rows = 0;
   std::vector<SlotRun> copies;
 };
-TailPlan PlanTail(const PageTable& table, const PageDirectory& pages, uint32_t page_tokens);
+// `canonical_row`: which row comes next, if it is canonical. Such a row goes to the slot of its
+// index within a page, even where the table has no row in front of it (behind a window): then the
+// next page of the table can have a key again.
+TailPlan PlanTail(const PageTable& table, const PageDirectory& pages, uint32_t page_tokens,
+                  std::optional<uint64_t> canonical_row);
 // A copy of the rows that lie in the last page, whoever owns it.
-TailPlan PlanTailCopy(const PageTable& table);
+TailPlan PlanTailCopy(const PageTable& table, uint32_t page_tokens);
+// Whether an extent holds its rows as the page of tokens from row `base` on would, whose key says
+// where each row lies: row `base` in the first slot, and no row of another place in front of it.
+bool HoldsFromBase(const Extent& extent, uint64_t base);
 
 // Puts `copy` in the place of the rows of a kCopy plan. `copy` comes with one reference, its
 // creator's, which becomes the table's; references of the page that was copied are dropped.

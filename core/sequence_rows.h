@@ -96,6 +96,8 @@ struct SequenceRows {
   uint64_t num_rows() const { return tokens.size(); }
   uint64_t canonical_rows() const { return std::min<uint64_t>(canonical_limit, tokens.size()); }
   bool is_canonical() const { return canonical_limit >= tokens.size(); }
+  // Will the next row be, at the next position? Rows of a private sequence never are.
+  bool is_next_canonical() const { return canonical_limit > tokens.size(); }
   int64_t position(uint64_t row) const {
     return positions.empty() ? static_cast<int64_t>(row) : positions[row];
   }

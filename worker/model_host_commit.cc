@@ -151,8 +151,7 @@ absl::StatusOr<CommitResult> ModelHostImpl::CommitRows(const Tenant& tenant,
     }
     // The rows are complete and nobody may write them now: hash what became full without the lock.
     pending->state = Pending::State::kCommitting;
-    // The rows to come, not those there: a private sequence begins with a limit of 0.
-    const bool is_canonical = sequence->canonical_limit > sequence->length();
+    const bool is_canonical = sequence->is_next_canonical();
     std::vector<std::vector<FrameId>> frames(num_groups());
     for (uint32_t g = 0; g < num_groups(); ++g) {
       for (PageId id : pending->targets[g]) frames[g].push_back(pages_.Get(id).frame());
@@ -266,14 +265,16 @@ absl::StatusOr<CommitResult> ModelHostImpl::CommitRows(const Tenant& tenant,
           ++counters_.pages_filled;
           const uint64_t index = extent.first_row / page_tokens();
           if (index < first_filled || index >= num_keys) continue;
-          page.SetDepth(static_cast<uint32_t>(index));
           const uint64_t at = index * page_tokens();
+          claims_.Release(keys[index]);
+          // The page began behind a window, with rows that the key would say are there and are not.
+          if (!HoldsFromBase(table.back(), at)) continue;
+          page.SetDepth(static_cast<uint32_t>(index));
           const bool is_keyed = pages_.SetKey(
               page, keys[index], index == 0 ? sequence->root : keys[index - 1], page_keys[g][t],
               std::make_shared<const std::vector<uint32_t>>(all.begin() + at,
                                                             all.begin() + at + page_tokens()),
               has_inputs(at));
-          claims_.Release(keys[index]);
           if (is_keyed) {
             if (options_.write_through) write_through.push_back(page.id());
             continue;

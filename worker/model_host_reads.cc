@@ -416,7 +416,7 @@ absl::StatusOr<ForkResult> ModelHostImpl::Fork(const Tenant& tenant, const Seque
           const PageTable& table = to.tables[g];
           // Whole pages are never written again: they are shared, full or not.
           if (!traits_[g].is_whole && !table.empty() && !pages_.Get(table.back().page).is_full()) {
-            tails[g] = PlanTailCopy(table);
+            tails[g] = PlanTailCopy(table, page_tokens());
           }
         }
         return tails;

@@ -104,7 +104,9 @@ ModelHostImpl::WritePlan ModelHostImpl::PlanWrite(const SequencePtr& sequence) {
       }
       plan.tails.push_back(whole);
     } else {
-      plan.tails.push_back(PlanTail(table, pages_, page_tokens()));
+      plan.tails.push_back(PlanTail(
+          table, pages_, page_tokens(),
+          sequence->is_next_canonical() ? std::optional(sequence->length()) : std::nullopt));
     }
     const TailPlan& tail = plan.tails.back();
     plan.need.fresh[g] =
@@ -274,7 +276,7 @@ absl::Status ModelHostImpl::OpenWrite(const WritePlan& plan,
       pending.pinned.push_back(copy.id());
       ReplaceTail(tail, copy, table, pages_);
       pending.targets[g].push_back(copy.id());
-      counters_.rows_copied += tail.rows;
+      for (const TailPlan::SlotRun& run : tail.copies) counters_.rows_copied += run.count;
       ++counters_.pages_created;
       ++pending.pages_created;
     } else if (tail.kind == TailPlan::Kind::kInPlace) {

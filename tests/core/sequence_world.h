@@ -108,6 +108,7 @@ class SequenceWorld : public SequenceEditor::Sequences {
                uint64_t* next_copy) {
     SequenceRows& rows = sequences_.at(number);
     const uint64_t first_row = rows.num_rows();
+    const auto canonical_row = rows.is_next_canonical() ? std::optional(first_row) : std::nullopt;
     const int64_t first_position = rows.end_position();
     rows.AppendTokens(tokens);
     const std::vector<PrefixKey> keys = PrefixKeysOf(PrefixKey{}, rows.tokens, setup_.page_tokens);
@@ -116,7 +117,7 @@ class SequenceWorld : public SequenceEditor::Sequences {
     for (size_t g = 0; g < setup_.groups.size(); ++g) {
       *next_copy = copies_from;
       PageTable& table = rows.tables[g];
-      TailPlan plan = PlanTail(table, pages_, setup_.page_tokens);
+      TailPlan plan = PlanTail(table, pages_, setup_.page_tokens, canonical_row);
       if (setup_.skips_copy_on_write && plan.kind == TailPlan::Kind::kCopy &&
           pages_.Get(plan.page).refs() > 1 && !pages_.Get(plan.page).is_full()) {
         plan.kind = TailPlan::Kind::kInPlace;
@@ -145,8 +146,8 @@ class SequenceWorld : public SequenceEditor::Sequences {
       }
       for (uint64_t i = 0; i < tokens.size(); ++i) {
         if (page == nullptr || slot == setup_.page_tokens) {
+          slot = page == nullptr ? plan.rows : 0;
           page = &NewPage(g);
-          slot = 0;
         }
         const bool is_fresh = page->refs() == 1 && table.NumExtentsOf(page->id()) == 0;
         At(page->id(), slot) = {first_content + i, first_content + i,
@@ -157,7 +158,7 @@ class SequenceWorld : public SequenceEditor::Sequences {
         else
           AppendExtent(extent, table, pages_);
         page->SetRows(++slot);
-        if (slot == setup_.page_tokens) FillPage(*page, rows, keys, first_row + i);
+        if (slot == setup_.page_tokens) FillPage(*page, table.back(), rows, keys);
       }
     }
     if (rows.is_canonical()) rows.keys = keys;
@@ -205,11 +206,11 @@ class SequenceWorld : public SequenceEditor::Sequences {
     memory_[page.id()].resize(setup_.page_tokens);
     return page;
   }
-  void FillPage(Page& page, const SequenceRows& rows, const std::vector<PrefixKey>& keys,
-                uint64_t last_row) {
+  void FillPage(Page& page, const Extent& last, const SequenceRows& rows,
+                const std::vector<PrefixKey>& keys) {
     page.SetFull(setup_.page_tokens, Checksum128{});
-    if (!rows.is_canonical()) return;
-    const uint64_t index = last_row / setup_.page_tokens;
+    const uint64_t index = (last.end_row() - 1) / setup_.page_tokens;
+    if (!rows.is_canonical() || !HoldsFromBase(last, index * setup_.page_tokens)) return;
     pages_.SetKey(page, keys[index], index == 0 ? PrefixKey{} : keys[index - 1],
                   MakePageKey(keys[index], Digest{}),
                   std::make_shared<const std::vector<uint32_t>>(), /*has_inputs=*/true);

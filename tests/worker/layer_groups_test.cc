@@ -306,6 +306,166 @@ TEST(LayerGroupsTest, SavedStateComesBackElsewhere) {
   t.host->Quiesce();
 }
 
+constexpr uint32_t kChunk = 24;  // not a multiple of the page
+
+// Full attention, and attention within chunks: at a chunk's begin nothing in front is needed.
+HostUnderTest::Setup Chunked(PageStore* store, uint64_t incarnation = 7) {
+  ModelSpec spec = TestModel(16)->spec();
+  LayerGroupSpec chunked = spec.geometry.groups.front();
+  chunked.layers = {1};
+  chunked.kind = LayerGroupSpec::Kind::kWindow;
+  chunked.window_type = LayerGroupSpec::WindowType::kChunked;
+  chunked.window_tokens = kChunk;
+  spec.geometry.groups.push_back(chunked);
+  return {.num_frames = 64,
+          .store = store,
+          .incarnation = incarnation,
+          .model = std::make_shared<const Model>(Model::Create(std::move(spec)).value())};
+}
+
+// A sequence of 24 rows whose chunked group holds none of them.
+enum class CutBy { kRewind, kFork, kLoad };
+class CutAtChunkTest : public ::testing::TestWithParam<CutBy> {
+ protected:
+  SequenceInfo MakeCut() {
+    auto whole = first_.OpenAndFill(Tokens(0, 50));
+    EXPECT_TRUE(whole.ok()) << whole.status();
+    if (GetParam() == CutBy::kRewind) {
+      return first_.host->Rewind(first_.tenant, HandleOf(*whole), kChunk).value().info;
+    }
+    if (GetParam() == CutBy::kFork) {
+      return first_.host->Fork(first_.tenant, HandleOf(*whole), kChunk, first_.Soon()).value().info;
+    }
+    auto snapshot = first_.host->Snapshot(first_.tenant, HandleOf(*whole), std::nullopt);
+    EXPECT_TRUE(snapshot.ok()) << snapshot.status();
+    auto put = (*snapshot)->PutPages({}, Durability::kProcess, first_.Soon());
+    EXPECT_TRUE(put.ok()) << put.status();
+    return t_.host->OpenSaved(t_.tenant, (*snapshot)->state(), put->pages, kChunk, std::nullopt)
+        .value()
+        .info;
+  }
+
+  MemoryPageStore store_;
+  HostUnderTest first_{Chunked(&store_)};
+  HostUnderTest second_{Chunked(&store_, 8)};
+  HostUnderTest& t_ = GetParam() == CutBy::kLoad ? second_ : first_;
+};
+
+INSTANTIATE_TEST_SUITE_P(All, CutAtChunkTest,
+                         ::testing::Values(CutBy::kRewind, CutBy::kFork, CutBy::kLoad));
+
+TEST_P(CutAtChunkTest, APageWithoutItsFirstRowsIsFoundByNobody) {
+  const SequenceInfo cut = MakeCut();
+  const std::vector<uint32_t> tokens = Concat(Tokens(0, kChunk), Tokens(1000, 24));
+  auto a = t_.Append(cut, tokens);
+  ASSERT_TRUE(a.ok()) << a.status();
+  EXPECT_EQ(*t_.WrongHeld(a->id, tokens), 0);
+  PrefixReuse reuse;
+  const std::vector<uint32_t> prompt(tokens.begin(), tokens.begin() + 33);
+  auto b = t_.OpenAndFill(prompt, &reuse);
+  ASSERT_TRUE(b.ok()) << b.status();
+  EXPECT_EQ(*t_.WrongHeld(b->id, prompt), 0);
+  EXPECT_EQ(reuse.reused_tokens, 16u);
+  EXPECT_EQ(reuse.limiting_group, 1u);
+  // The page behind it is whole again, and has its key.
+  const auto table = *t_.host->GetBlockTable(t_.tenant, a->id);
+  EXPECT_EQ(table.back().group, 1u);
+  EXPECT_EQ(table.back().first_row, 32u);
+  EXPECT_EQ(table.back().first_slot, 0u);
+  EXPECT_TRUE(table.back().key.has_value());
+  t_.host->Quiesce();
+}
+
+TEST_P(CutAtChunkTest, ATailWithoutItsFirstRowsIsFoundByNobody) {
+  const SequenceInfo cut = MakeCut();
+  const std::vector<uint32_t> tokens = Concat(Tokens(0, kChunk), Tokens(1000, 6));
+  auto a = t_.Append(cut, tokens);
+  ASSERT_TRUE(a.ok()) << a.status();
+  const std::vector<uint32_t> prompt =
+      Concat({tokens.begin(), tokens.begin() + 28}, Tokens(2000, 8));
+  auto b = t_.OpenAndFill(prompt);
+  ASSERT_TRUE(b.ok()) << b.status();
+  EXPECT_EQ(*t_.WrongHeld(b->id, prompt), 0);
+  // A copy of such a tail goes on where it was: behind its page come pages with keys.
+  auto fork = t_.host->Fork(t_.tenant, HandleOf(*a), std::nullopt, t_.Soon());
+  ASSERT_TRUE(fork.ok()) << fork.status();
+  const std::vector<uint32_t> longer = Concat(tokens, Tokens(3000, 18));
+  ASSERT_TRUE(t_.Append(fork->info, longer).ok());
+  EXPECT_EQ(*t_.WrongHeld(fork->info.id, longer), 0);
+  EXPECT_TRUE(t_.host->GetBlockTable(t_.tenant, fork->info.id)->back().key.has_value());
+  EXPECT_EQ(*t_.WrongHeld(a->id, tokens), 0);
+  t_.host->Quiesce();
+}
+
+// Cuts at any length that is allowed, appends, and prompts that share what is known, whoever made
+// it. PAGETIDE_TEST_SEED replays.
+TEST(LayerGroupsTest, RandomCutsOfChunks) {
+  uint64_t seed = 20261121;
+  if (const char* text = std::getenv("PAGETIDE_TEST_SEED")) {
+    ASSERT_TRUE(absl::SimpleAtoi(text, &seed));
+  }
+  std::printf("seed %llu\n", static_cast<unsigned long long>(seed));
+  std::mt19937_64 rng(seed);
+  MemoryPageStore store;
+  HostUnderTest t(Chunked(&store));
+  struct Open {
+    SequenceInfo info;
+    std::vector<uint32_t> tokens;
+  };
+  std::vector<Open> open;
+  uint64_t num_cut = 0, num_reused = 0;
+  const auto grow = [&](std::vector<uint32_t>& tokens) {
+    for (uint64_t i = 1 + rng() % 30; i > 0; --i) {
+      tokens.push_back(static_cast<uint32_t>(tokens.size() + rng() % 16 / 15 * 5000));
+    }
+  };
+  for (int step = 0; step < 1500; ++step) {
+    const uint32_t what = rng() % 100;
+    if (open.size() < 3 || (what < 30 && open.size() < 12)) {
+      std::vector<uint32_t> prompt;
+      if (!open.empty()) prompt = open[rng() % open.size()].tokens;
+      prompt.resize(rng() % (prompt.size() + 1));
+      grow(prompt);
+      PrefixReuse reuse;
+      auto info = t.OpenAndFill(prompt, &reuse);
+      ASSERT_TRUE(info.ok()) << step << ": " << info.status();
+      ASSERT_EQ(*t.WrongHeld(info->id, prompt), 0) << step;
+      num_reused += reuse.reused_tokens;
+      open.push_back({*info, prompt});
+      continue;
+    }
+    Open& one = open[rng() % open.size()];
+    if (what < 60 && one.tokens.size() < 120) {
+      grow(one.tokens);
+      auto next = rng() % 2 == 0 ? t.Append(one.info, one.tokens) : t.Step(one.info, one.tokens);
+      ASSERT_TRUE(next.ok()) << step << ": " << next.status();
+      one.info = *next;
+    } else if (what < 85) {
+      // Mostly where a chunk begins: elsewhere rows of it may be gone.
+      uint64_t length = rng() % (one.tokens.size() + 1);
+      if (rng() % 4 != 0) length = length / kChunk * kChunk;
+      auto cut = t.host->Rewind(t.tenant, HandleOf(one.info), static_cast<int64_t>(length));
+      if (!cut.ok()) {
+        ASSERT_EQ(GetReason(cut.status()), "ROWS_RECLAIMED") << step << ": " << cut.status();
+        continue;
+      }
+      one.info = cut->info;
+      one.tokens.resize(length);
+      ++num_cut;
+    } else {
+      ASSERT_EQ(*t.WrongHeld(one.info.id, one.tokens), 0) << step;
+      ASSERT_TRUE(t.host->Close(t.tenant, one.info.id, one.info.epoch).ok());
+      std::swap(one, open.back());
+      open.pop_back();
+    }
+  }
+  for (const Open& one : open) EXPECT_EQ(*t.WrongHeld(one.info.id, one.tokens), 0);
+  t.host->Quiesce();
+  EXPECT_EQ(t.host->Counters().checksum_failures, 0u);
+  EXPECT_GT(num_cut, 100u);
+  EXPECT_GT(num_reused, 1000u);
+}
+
 // Random calls against what must be: every byte that a group holds, that it holds what the next
 // token needs, and which calls are refused. PAGETIDE_TEST_SEED replays.
 TEST(LayerGroupsTest, RandomCallsOnMixedGroups) {
