@@ -203,6 +203,7 @@ PutPageResult RocksdbPageStore::PutOne(const PutPage& page, Durability level,
   }
   PT_FAILPOINT("put.before_index");
   segments_->Commit(*range);
+  PT_FAILPOINT("put.committed");
   PagePlace place{range->segment, range->offset, static_cast<uint32_t>(header.size()),
                   page.body.size(), stored.size()};
   std::string child_row;

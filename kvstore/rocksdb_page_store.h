@@ -213,8 +213,9 @@ class RocksdbPageStore final : public PageStore {
   // Brings physical bytes to at most `target`. Returns bytes given back; stops when nothing may go.
   absl::StatusOr<uint64_t> ReclaimTo(uint64_t target);
   uint64_t EvictPages(uint64_t bytes);
-  // Moves what is live out of the segment and deletes it.
-  absl::Status EmptySegment(const std::shared_ptr<Segment>& segment);
+  // Moves what is live out of the segment and deletes it. False, and the file stays, if a put of a
+  // record in it has not ended yet: then a later round can.
+  absl::StatusOr<bool> EmptySegment(const std::shared_ptr<Segment>& segment);
   // A barrier if anything was put since the last one made here. Nobody waits for it: it bounds what
   // an opening after a crash has to read and verify to one access period's puts, also where nobody
   // saves anything.

@@ -4,6 +4,7 @@
 
 #include "absl/strings/str_cat.h"
 #include "base/log.h"
+#include "kvstore/failpoint.h"
 #include "kvstore/rocksdb_page_store.h"
 #include "kvstore/store_errors.h"
 
@@ -52,6 +53,7 @@ absl::Status RocksdbPageStore::WaitForRoom(uint64_t bytes, Durability level,
     const MonotonicTime give_up =
         std::min(deadline, options_.clock->MonotonicNow() +
                                (is_dropped ? absl::ZeroDuration() : options_.put_wait));
+    PT_FAILPOINT("put.wants_room");
     MutexLock lock(&upkeep_mu_);
     room_wanted_ = true;
     upkeep_wake_.SignalAll();
@@ -100,6 +102,7 @@ void RocksdbPageStore::RunUpkeep(MonotonicTime opened) {
       stop = stopping_;
       room_wanted_ = false;
     }
+    PT_FAILPOINT("upkeep.round");
     MeasureIndex();
     index_.ApplyExpiries();
     if (full_.load(std::memory_order_relaxed) && HasRoomAgain()) {
@@ -170,7 +173,7 @@ uint64_t RocksdbPageStore::EvictPages(uint64_t bytes) {
   return freed;
 }
 
-absl::Status RocksdbPageStore::EmptySegment(const std::shared_ptr<Segment>& segment) {
+absl::StatusOr<bool> RocksdbPageStore::EmptySegment(const std::shared_ptr<Segment>& segment) {
   struct Move {
     PageKey key;
     PagePlace from;
@@ -240,6 +243,10 @@ absl::Status RocksdbPageStore::EmptySegment(const std::shared_ptr<Segment>& segm
     }
   }
   PT_RETURN_IF_ERROR(status);
+  // What the index does not know is not dead for that: the put of a record that is committed here
+  // may be about to name it. None begins here any more, for the segment was no longer written to
+  // when it was chosen.
+  if (segment->live_bytes.load(std::memory_order_relaxed) != 0) return false;
   for (const PageKey& key : index_.KeysIn(segment->id)) {
     const std::optional<IndexedPage> page = index_.Find(key);
     if (page.has_value() && page->place.segment == segment) {
@@ -251,23 +258,26 @@ absl::Status RocksdbPageStore::EmptySegment(const std::shared_ptr<Segment>& segm
   PT_RETURN_IF_ERROR(segments_->Delete(segment->id));
   index_.ForgetSegment(segment->id);
   const SegmentFiles::DurableLength forgotten{segment->id, 0};
-  return db_->WriteDurableLengths({&forgotten, 1});
+  PT_RETURN_IF_ERROR(db_->WriteDurableLengths({&forgotten, 1}));
+  return true;
 }
 
 absl::StatusOr<uint64_t> RocksdbPageStore::ReclaimTo(uint64_t target) {
   MutexLock lock(&reclaim_mu_);
   const uint64_t before = segments_->TotalBytes();
   bool may_evict = true;
+  absl::flat_hash_set<uint64_t> in_use;  // not to be emptied in this round
   for (;;) {
     MeasureIndex();
     if (PhysicalBytes() <= target) break;
     uint64_t dead = 0;
-    const std::shared_ptr<Segment> segment = segments_->MostDead(&dead);
+    const std::shared_ptr<Segment> segment = segments_->MostDead(in_use, &dead);
     // Half dead: emptying it frees at least what it copies. With nothing left to evict, any gain
     // counts.
     if (segment != nullptr && (dead * 2 >= segments_->SizeOf(segment->id) ||
                                (!may_evict && dead >= segment_bytes_ / 8))) {
-      PT_RETURN_IF_ERROR(EmptySegment(segment));
+      PT_ASSIGN_OR_RETURN(const bool is_gone, EmptySegment(segment));
+      if (!is_gone) in_use.insert(segment->id);
       continue;
     }
     if (!may_evict) break;
@@ -284,14 +294,16 @@ absl::StatusOr<uint64_t> RocksdbPageStore::Compact(MonotonicTime deadline) {
   MutexLock lock(&reclaim_mu_);
   const uint64_t before = segments_->TotalBytes();
   segments_->SealHead(/*min_dead_bytes=*/1);
+  absl::flat_hash_set<uint64_t> in_use;
   // As many steps as there are segments now, so that this ends under concurrent writes. What is
   // nine tenths live is not worth its copying.
   for (size_t left = segments_->All().size(); left > 0; --left) {
     if (deadline <= options_.clock->MonotonicNow()) break;
     uint64_t dead = 0;
-    const std::shared_ptr<Segment> best = segments_->MostDead(&dead);
+    const std::shared_ptr<Segment> best = segments_->MostDead(in_use, &dead);
     if (best == nullptr || dead * 10 < segments_->SizeOf(best->id)) break;
-    PT_RETURN_IF_ERROR(EmptySegment(best));
+    PT_ASSIGN_OR_RETURN(const bool is_gone, EmptySegment(best));
+    if (!is_gone) in_use.insert(best->id);
   }
   const uint64_t after = segments_->TotalBytes();
   return before > after ? before - after : 0;

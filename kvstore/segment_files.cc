@@ -144,12 +144,13 @@ std::vector<std::shared_ptr<Segment>> SegmentFiles::All() const {
   return all;
 }
 
-std::shared_ptr<Segment> SegmentFiles::MostDead(uint64_t* dead_bytes) const {
+std::shared_ptr<Segment> SegmentFiles::MostDead(const absl::flat_hash_set<uint64_t>& except,
+                                                uint64_t* dead_bytes) const {
   MutexLock lock(&mu_);
   std::shared_ptr<Segment> best;
   *dead_bytes = 0;
   for (const auto& [id, state] : segments_) {
-    if (id == head_ || !state.being_written.empty()) continue;
+    if (id == head_ || !state.being_written.empty() || except.contains(id)) continue;
     const uint64_t live = state.segment->live_bytes.load(std::memory_order_relaxed);
     const uint64_t dead = state.size > live ? state.size - live : 0;
     if (dead > *dead_bytes) {

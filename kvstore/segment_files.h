@@ -17,6 +17,7 @@
 #include <utility>
 #include <vector>
 
+#include "absl/container/flat_hash_set.h"
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
 #include "absl/strings/string_view.h"
@@ -29,7 +30,9 @@ struct Segment {
   Segment(uint64_t id_in, std::unique_ptr<File> file_in) : id(id_in), file(std::move(file_in)) {}
   const uint64_t id;
   const std::unique_ptr<File> file;
-  // Bytes of records that the index points to. Relaxed: a statistic that steers reclaim.
+  // Bytes of records that the index points to, or will when their put ends; counted from Commit on,
+  // so that a segment that is no longer written to and has none is garbage. Relaxed: whoever chose
+  // such a segment (MostDead) has seen the end of every Commit to it.
   std::atomic<uint64_t> live_bytes{0};
 };
 
@@ -75,7 +78,9 @@ class SegmentFiles {
   uint64_t SizeOf(uint64_t id) const;
   std::vector<std::shared_ptr<Segment>> All() const;
   // The segment that is not written to now with the most dead bytes, or null when none has any.
-  std::shared_ptr<Segment> MostDead(uint64_t* dead_bytes) const;
+  // Not one of `except`.
+  std::shared_ptr<Segment> MostDead(const absl::flat_hash_set<uint64_t>& except,
+                                    uint64_t* dead_bytes) const;
   // Deletes the file. The caller has made sure that no durable index entry needs it.
   absl::Status Delete(uint64_t id);
   // Ends the head segment if it has that many dead bytes, so that it can be reclaimed as well.

@@ -13,6 +13,7 @@
 
 #include "base/byte_size.h"
 #include "base/error_info.h"
+#include "kvstore/failpoint.h"
 #include "kvstore/page_record.h"
 #include "tests/contract/test_page.h"
 #include "tests/fault/faulty_disk.h"
@@ -563,6 +564,107 @@ TEST_F(RocksdbPageStoreTest, CompactGivesBackDeadBytes) {
   }
   Open();
   for (uint64_t i = 1; i < 64; i += 2) EXPECT_EQ(Get(pages[i]), GetOutcome::kHit);
+}
+
+// Holds whoever comes to a failpoint there.
+class Gate {
+ public:
+  void Pass() {
+    MutexLock lock(&mu_);
+    ++num_arrived_;
+    changed_.SignalAll();
+    while (!is_open_) changed_.Wait(&mu_);
+  }
+  void AwaitArrival() {
+    MutexLock lock(&mu_);
+    while (num_arrived_ == 0) changed_.Wait(&mu_);
+  }
+  void Open() {
+    MutexLock lock(&mu_);
+    is_open_ = true;
+    changed_.SignalAll();
+  }
+
+ private:
+  Mutex mu_;
+  CondVar changed_;
+  int num_arrived_ ABSL_GUARDED_BY(mu_) = 0;
+  bool is_open_ ABSL_GUARDED_BY(mu_) = false;
+};
+
+TEST_F(RocksdbPageStoreTest, ASegmentStaysWhileAPutIntoItHasNotEnded) {
+  Open();
+  std::vector<PageKey> others;
+  for (uint64_t i = 0; i < 4; ++i) {
+    const TestPage page = MakeTestPage(i, 128 * kKiB);
+    ASSERT_TRUE(Put(page).status.ok());
+    others.push_back(page.meta.key);
+  }
+  const TestPage page = MakeTestPage(100, 128 * kKiB);
+  Gate gate;
+  SetFailpointObserver([&gate](const char* name) {
+    if (absl::string_view(name) == "put.committed") gate.Pass();
+  });
+  PutPageResult put;
+  std::thread writer([&] { put = Put(page); });
+  gate.AwaitArrival();
+  // All that the index knows of the segment goes.
+  EXPECT_EQ(*store_->DeletePages(others, kForEver), others.size());
+  const auto reclaimed = store_->Compact(kForEver);
+  gate.Open();
+  writer.join();
+  SetFailpointObserver(nullptr);
+  ASSERT_TRUE(reclaimed.ok()) << reclaimed.status();
+  ASSERT_TRUE(put.status.ok()) << put.status;
+  const auto saved = Save("s", {page});
+  ASSERT_TRUE(saved.ok()) << saved.status();
+  EXPECT_TRUE(saved->committed);
+  Open();
+  EXPECT_EQ(store_->recovery().lost_manifest_pages, 0u);
+  EXPECT_EQ(Get(page), GetOutcome::kHit);
+  // Now it can go.
+  EXPECT_GE(*store_->Compact(kForEver), 4 * 128 * kKiB);
+  EXPECT_EQ(Get(page), GetOutcome::kHit);
+}
+
+TEST_F(RocksdbPageStoreTest, APutThatWaitsForRoomDoesNotKeepReclaimFromMakingIt) {
+  RocksdbPageStoreOptions options = Options();
+  options.capacity_bytes = 8 * kMiB;
+  options.clock = Clock::Real();
+  // Only the put of a store that cannot make room waits that long.
+  options.put_wait = absl::Seconds(20);
+  options.scrub_bytes_per_second = 0;
+  Gate upkeep;
+  SetFailpointObserver([&upkeep](const char* name) {
+    if (absl::string_view(name) == "upkeep.round") upkeep.Pass();
+    if (absl::string_view(name) == "put.wants_room") upkeep.Open();
+  });
+  Open(options);
+  const TestPage damaged = MakeTestPage(100, 384 * kKiB);
+  ASSERT_TRUE(Put(damaged).status.ok());
+  // Up to less than `damaged` takes, and not so far that one of these has to wait.
+  std::vector<TestPage> pages;
+  const uint64_t slack = kMiB + kMiB / 4;
+  while (Stats().physical_bytes + 192 * kKiB + slack <= options.capacity_bytes) {
+    pages.push_back(MakeTestPage(pages.size(), 64 * kKiB));
+    const auto put = Put(pages.back());
+    ASSERT_TRUE(put.status.ok()) << put.status;
+  }
+  // Beside the damaged page its segment holds garbage only.
+  const FoundRecord record = FindStoredRecord(dir_.path(), damaged.meta.key);
+  FlipFileBit(record.file, 8 * (record.offset + 300 * kKiB));
+  EXPECT_EQ(Get(damaged), GetOutcome::kQuarantined);
+  std::vector<PageKey> gone;
+  for (const TestPage& page : pages) {
+    if (FindStoredRecord(dir_.path(), page.meta.key).file == record.file)
+      gone.push_back(page.meta.key);
+  }
+  EXPECT_EQ(*store_->DeletePages(gone, kForEver), gone.size());
+  const PutPageResult again = Put(damaged);
+  upkeep.Open();
+  SetFailpointObserver(nullptr);
+  EXPECT_TRUE(again.status.ok()) << again.status;
+  EXPECT_EQ(Get(damaged), GetOutcome::kHit);
 }
 
 TEST_F(RocksdbPageStoreTest, APowerCutDuringReclaimLosesNothingProtected) {
