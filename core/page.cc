@@ -137,6 +137,7 @@ void Page::SetStored(const StoredAs& stored) {
 
 void Page::Seal() {
   PT_CHECK(is_readable() || state_ == PageState::kStored || state_ == PageState::kRestoring);
+  PT_CHECK(!is_being_written_);
   is_full_ = true;
 }
 

@@ -81,8 +81,12 @@ class Page {
   void SetRows(uint32_t rows);
   // A save put it into the store. Only immutable, resident pages.
   void SetStored(const StoredAs& stored);
-  // From here on a tail never changes, as if it were full: a checkpoint holds it.
+  // From here on a tail never changes, as if it were full: a checkpoint holds it. Not while
+  // somebody writes rows behind those there: such a page has an owner beside the checkpoint, and so
+  // is copied by whoever writes next.
   void Seal();
+  // A write into it is open, or about to be.
+  void SetBeingWritten(bool is_being_written) { is_being_written_ = is_being_written; }
   // The last row arrived: immutable from here on.
   void SetFull(uint32_t rows, const Checksum128& checksum);
   void SetKey(const PrefixKey& prefix, const PrefixKey& parent_prefix, const PageKey& store_key);
@@ -119,6 +123,7 @@ class Page {
   uint32_t high_water_rows() const { return high_water_rows_; }
   // Immutable: every slot is written, or the page was sealed with fewer rows.
   bool is_full() const { return is_full_; }
+  bool is_being_written() const { return is_being_written_; }
   bool is_keyed() const { return prefix_.has_value(); }
   bool is_scrub() const { return is_scrub_; }
   const std::optional<PrefixKey>& prefix() const { return prefix_; }
@@ -150,6 +155,7 @@ class Page {
   uint32_t rows_ = 0;
   uint32_t high_water_rows_ = 0;
   bool is_full_ = false;
+  bool is_being_written_ = false;
   bool is_scrub_ = false;
   std::optional<PrefixKey> prefix_;
   PrefixKey parent_prefix_;

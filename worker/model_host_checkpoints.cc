@@ -56,7 +56,7 @@ absl::StatusOr<CheckpointInfo> ModelHostImpl::TakeCheckpoint(Sequence& sequence,
     for (const Extent& extent : table.extents()) {
       Page& page = pages_.Get(extent.page);
       pages_.Ref(page);
-      if (!page.is_full()) page.Seal();
+      if (!page.is_full() && !page.is_being_written()) page.Seal();
     }
   }
   all.push_back(std::move(checkpoint));

@@ -238,6 +238,7 @@ uint64_t ModelHostImpl::Truncate(Sequence& sequence, uint64_t length) {
 
 void ModelHostImpl::DropPending(Sequence& sequence) {
   Pending& pending = *sequence.pending;
+  for (PageId id : pending.in_place) pages_.Get(id).SetBeingWritten(false);
   for (PageId id : pending.pinned) pages_.Unpin(pages_.Get(id));
   for (const std::vector<PageId>& group : pending.created) {
     for (PageId id : group) pages_.Unref(pages_.Get(id));

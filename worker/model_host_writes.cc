@@ -180,6 +180,10 @@ absl::Status ModelHostImpl::OpenWrites(const std::string& tenant,
       pinned = plan.need.pages;
       pinned.insert(pinned.end(), plan.need.writable.begin(), plan.need.writable.end());
       for (PageId id : pinned) pages_.Pin(pages_.Get(id));
+      // From here on nobody may seal a tail that was found unsealed.
+      std::vector<PageId>& in_place = plan.sequence->pending->in_place;
+      in_place = plan.need.writable;
+      for (PageId id : in_place) pages_.Get(id).SetBeingWritten(true);
     }
     std::vector<size_t> taken(num_groups(), 0);
     std::vector<std::vector<FramePool::Grant>> fresh = std::exchange(got.fresh, {});

@@ -84,6 +84,7 @@ class HostUnderTest {
     bool batch_invariant = false;
     uint32_t max_overtakes = 64;
     std::shared_ptr<const Model> model;  // null: TestModel
+    Device* device = nullptr;            // null: a CPU device of its own
     Clock* clock = Clock::Real();        // the host's; In and Soon are of the real one
     // A host of somebody else's, over TestModel(page_tokens, num_groups); null: one of its own.
     ModelHost* existing = nullptr;
@@ -104,7 +105,9 @@ class HostUnderTest {
     options.store_backoff = absl::Milliseconds(20);
     host = setup.existing;
     if (host != nullptr) return;
-    own_host = ModelHost::Create(options, model, &device, store, &io, setup.clock).value();
+    own_host = ModelHost::Create(options, model, setup.device != nullptr ? setup.device : &device,
+                                 store, &io, setup.clock)
+                   .value();
     host = own_host.get();
   }
   ~HostUnderTest() { host->Quiesce(); }

@@ -1,0 +1,161 @@
+// Tails whose rows another sequence references, while their owner writes behind those rows.
+#include <gtest/gtest.h>
+
+#include <atomic>
+#include <functional>
+#include <utility>
+
+#include "tests/worker/model_host_fixture.h"
+
+namespace pagetide {
+namespace {
+
+SequenceHandle HandleOf(const SequenceInfo& info) {
+  return {info.id, info.epoch, std::nullopt};
+}
+
+// A CPU device that tells of the first copy within its pool before it is made. Its pools have no
+// host view, as those of a GPU.
+class WatchedDevice final : public Device {
+ public:
+  void OnNextCopy(std::function<void()> fn) {
+    on_copy_ = std::move(fn);
+    is_armed_ = true;
+  }
+  absl::string_view name() const override { return "watched"; }
+  absl::StatusOr<std::unique_ptr<DevicePool>> CreatePool(uint64_t size_bytes) override {
+    auto pool = cpu_.CreatePool(size_bytes);
+    if (!pool.ok()) return pool.status();
+    return std::make_unique<Pool>(this, *std::move(pool));
+  }
+
+ private:
+  class Pool final : public DevicePool {
+   public:
+    Pool(WatchedDevice* device, std::unique_ptr<DevicePool> pool)
+        : device_(device), pool_(std::move(pool)) {}
+    uint64_t size_bytes() const override { return pool_->size_bytes(); }
+    std::byte* host_view() override { return nullptr; }
+    absl::Status Write(uint64_t offset, std::span<const std::byte> from) override {
+      return pool_->Write(offset, from);
+    }
+    absl::Status Read(uint64_t offset, std::span<std::byte> to) override {
+      return pool_->Read(offset, to);
+    }
+    absl::Status Copy(uint64_t to, uint64_t from, uint64_t num_bytes) override {
+      if (device_->is_armed_.exchange(false)) device_->on_copy_();
+      return pool_->Copy(to, from, num_bytes);
+    }
+    absl::Status Zero(uint64_t offset, uint64_t num_bytes) override {
+      return pool_->Zero(offset, num_bytes);
+    }
+    absl::Status Attend(const AttentionCall& call) override { return pool_->Attend(call); }
+    bool CanShift(const GroupGeometry& group) const override { return pool_->CanShift(group); }
+    absl::Status ReadShifted(const GroupGeometry& group, uint64_t offset, uint32_t num_rows,
+                             int32_t delta, std::span<std::byte> to) override {
+      return pool_->ReadShifted(group, offset, num_rows, delta, to);
+    }
+    int export_fd() const override { return -1; }
+
+   private:
+    WatchedDevice* const device_;
+    const std::unique_ptr<DevicePool> pool_;
+  };
+
+  CpuDevice cpu_;
+  std::function<void()> on_copy_;
+  std::atomic<bool> is_armed_{false};
+};
+
+class SharedTailsTest : public ::testing::Test {
+ protected:
+  // A sequence that references rows [0, 10) of `from`.
+  SequenceInfo CopyOf(const SequenceInfo& from) {
+    const SequenceInfo to = t_.host->Open(t_.tenant, {}, {}, {})->info;
+    const std::vector<SequenceHandle> both = {HandleOf(from), HandleOf(to)};
+    const SequenceEdit copy = CopyRangeEdit{from.number, to.number, {0, 10}};
+    const auto edited = t_.host->Edit(t_.tenant, both, {&copy, 1});
+    EXPECT_TRUE(edited.ok()) << edited.status();
+    return *t_.host->Get(t_.tenant, to.id);
+  }
+  void ExpectRestored(const SequenceInfo& info, uint64_t checkpoint) {
+    const std::vector<uint32_t> other = Concat(Tokens(0, 10), Tokens(900, 5));
+    ASSERT_TRUE(t_.Append(info, other).ok());
+    EXPECT_EQ(*t_.WrongRows(info.id, other), 0u);
+    const auto back = t_.host->RestoreCheckpoint(t_.tenant, HandleOf(info), checkpoint);
+    ASSERT_TRUE(back.ok()) << back.status();
+    EXPECT_EQ(*t_.WrongRows(info.id, Tokens(0, 10)), 0u);
+  }
+
+  WatchedDevice device_;
+  HostUnderTest t_{{.device = &device_}};
+};
+
+TEST_F(SharedTailsTest, ACheckpointOfOneSequenceDoesNotEndTheWriteOfAnother) {
+  const std::vector<uint32_t> tokens = Tokens(0, 30);
+  const auto a = t_.OpenAndFill(std::span(tokens).first(10));
+  ASSERT_TRUE(a.ok()) << a.status();
+  const auto slot = t_.host->BeginAppend(t_.tenant, HandleOf(*a), "a", 10,
+                                         std::span(tokens).subspan(10), {}, false, t_.Soon());
+  ASSERT_TRUE(slot.ok()) << slot.status();
+  const SequenceInfo b = CopyOf(*a);
+  const auto checkpoint = t_.host->CreateCheckpoint(t_.tenant, HandleOf(b));
+  ASSERT_TRUE(checkpoint.ok()) << checkpoint.status();
+  ASSERT_TRUE(t_.WriteAll(*slot, tokens).ok());
+  const auto done = t_.host->Commit(t_.tenant, HandleOf(*a), slot->pending_id, {});
+  ASSERT_TRUE(done.ok()) << done.status();
+  EXPECT_EQ(*t_.WrongRows(a->id, tokens), 0u);
+  EXPECT_EQ(*t_.WrongRows(b.id, Tokens(0, 10)), 0u);
+  ExpectRestored(b, checkpoint->id);
+  EXPECT_EQ(*t_.WrongRows(a->id, tokens), 0u);
+  t_.host->Quiesce();
+}
+
+TEST_F(SharedTailsTest, ACheckpointOfATailWhoseWriteWasAbortedSealsIt) {
+  const std::vector<uint32_t> tokens = Tokens(0, 14);
+  const auto a = t_.OpenAndFill(std::span(tokens).first(10));
+  ASSERT_TRUE(a.ok()) << a.status();
+  const auto slot = t_.host->BeginAppend(t_.tenant, HandleOf(*a), "a", 10,
+                                         std::span(tokens).subspan(10), {}, false, t_.Soon());
+  ASSERT_TRUE(slot.ok()) << slot.status();
+  const SequenceInfo b = CopyOf(*a);
+  const auto checkpoint = t_.host->CreateCheckpoint(t_.tenant, HandleOf(b));
+  ASSERT_TRUE(checkpoint.ok()) << checkpoint.status();
+  ASSERT_TRUE(t_.host->Abort(t_.tenant, a->id, slot->pending_id).ok());
+  ASSERT_TRUE(t_.host->CreateCheckpoint(t_.tenant, HandleOf(b)).ok());
+  ASSERT_TRUE(t_.Append(*a, tokens).ok());
+  EXPECT_EQ(*t_.WrongRows(a->id, tokens), 0u);
+  ExpectRestored(b, checkpoint->id);
+  EXPECT_EQ(*t_.WrongRows(a->id, tokens), 0u);
+  t_.host->Quiesce();
+}
+
+TEST_F(SharedTailsTest, ACheckpointWhileWritesAreBeingOpenedLeavesTheirTails) {
+  // The first of two writes copies its tail, which takes place without the host's lock.
+  const auto copied = t_.OpenAndFill(Tokens(1000, 5));
+  ASSERT_TRUE(copied.ok()) << copied.status();
+  CopyOf(t_.Append(*copied, Concat(Tokens(1000, 5), Tokens(1500, 5))).value());
+  const std::vector<uint32_t> tokens = Tokens(0, 30);
+  const auto a = t_.OpenAndFill(std::span(tokens).first(10));
+  ASSERT_TRUE(a.ok()) << a.status();
+  const std::vector<ReserveItem> items = {{HandleOf(*copied), 3}, {HandleOf(*a), 20}};
+  SequenceInfo b;
+  absl::StatusOr<CheckpointInfo> checkpoint;
+  device_.OnNextCopy([&] {
+    b = CopyOf(*a);
+    checkpoint = t_.host->CreateCheckpoint(t_.tenant, HandleOf(b));
+  });
+  const auto slots = t_.host->Reserve(t_.tenant, items, absl::Seconds(60), false, t_.Soon());
+  ASSERT_TRUE(slots.ok()) << slots.status();
+  ASSERT_TRUE(checkpoint.ok()) << checkpoint.status();
+  ASSERT_TRUE(t_.WriteAll(slots->at(1), tokens).ok());
+  const auto done = t_.host->Commit(t_.tenant, HandleOf(*a), slots->at(1).pending_id,
+                                    std::span(tokens).subspan(10));
+  ASSERT_TRUE(done.ok()) << done.status();
+  EXPECT_EQ(*t_.WrongRows(a->id, tokens), 0u);
+  ExpectRestored(b, checkpoint->id);
+  t_.host->Quiesce();
+}
+
+}  // namespace
+}  // namespace pagetide
