@@ -124,12 +124,18 @@ bool Parking::Owns(SequenceId id) const {
   return owned_.contains(id);
 }
 
-void Parking::CloseHere(SequenceId id) {
+void Parking::Forget(SequenceId id, uint64_t epoch) {
+  MutexLock lock(&mu_);
+  const auto it = owned_.find(id);
+  if (it != owned_.end() && it->second.epoch == epoch) owned_.erase(it);
+}
+
+void Parking::CloseHere(SequenceId id, uint64_t epoch) {
   Owned owned;
   {
     MutexLock lock(&mu_);
     const auto it = owned_.find(id);
-    if (it == owned_.end()) return;
+    if (it == owned_.end() || it->second.epoch != epoch) return;
     owned = std::move(it->second);
     owned_.erase(it);
   }
@@ -145,7 +151,7 @@ void Parking::NoteStale(const WriteFence& fence) {
   absl::string_view text = fence.ownership_key;
   if (!absl::ConsumePrefix(&text, kFenceKeyPrefix)) return;
   const absl::StatusOr<SequenceId> id = SequenceId::Parse(text);
-  if (id.ok()) CloseHere(*id);
+  if (id.ok()) CloseHere(*id, fence.epoch);
 }
 
 void Parking::CheckOwned(MonotonicTime deadline) {
@@ -158,7 +164,7 @@ void Parking::CheckOwned(MonotonicTime deadline) {
     const absl::StatusOr<StoreRecord> record =
         store_->GetRecord(kOwnerRecordKind, RecordKey(id), deadline);
     if (!record.ok() && !absl::IsNotFound(record.status())) return;  // the fence still holds
-    if (!record.ok() || record->version != epoch) CloseHere(id);
+    if (!record.ok() || record->version != epoch) CloseHere(id, epoch);
   }
 }
 
@@ -187,15 +193,18 @@ absl::Status Parking::Own(const Tenant& tenant, const SequenceHandle& sequence,
   return absl::OkStatus();
 }
 
-absl::StatusOr<ParkAnswer> Parking::PutParked(StateSnapshot& snapshot, const Tenant& tenant,
-                                              const ParkRequest& request, MonotonicTime deadline) {
+absl::StatusOr<std::optional<ParkAnswer>> Parking::PutParked(StateSnapshot& snapshot,
+                                                             const Tenant& tenant,
+                                                             const ParkRequest& request,
+                                                             uint64_t expected_version,
+                                                             MonotonicTime deadline) {
   const SequenceId id = request.sequence.id;
   const WriteFence fence{RecordKey(id), request.sequence.epoch};
   ManifestRecord manifest;
   manifest.name = ManifestName(tenant, id);
   manifest.request_id = request.request_id;
   std::vector<PageKey> missing;
-  for (int attempt = 0, race = 0; attempt <= kMaxPutAgain && race < kMaxRaces;) {
+  for (int attempt = 0; attempt <= kMaxPutAgain; ++attempt) {
     PT_ASSIGN_OR_RETURN(StateSnapshot::Put put,
                         snapshot.PutPages(missing, Durability::kProcess, deadline));
     SessionState state = snapshot.state();
@@ -207,13 +216,9 @@ absl::StatusOr<ParkAnswer> Parking::PutParked(StateSnapshot& snapshot, const Ten
     manifest.summary = EncodeSessionSummary(SummaryOf(state));
     manifest.saved_at = worker_->clock().WallNow();
     if (request.ttl) manifest.expires_at = manifest.saved_at + *request.ttl;
-    PT_ASSIGN_OR_RETURN(const std::optional<ManifestEntry> current, Stat(tenant, id, deadline));
     absl::StatusOr<PutManifestResult> result =
-        store_->PutManifest(manifest, current ? current->version : 0, fence, deadline);
-    if (GetReason(result.status()) == error_reason::kVersionMismatch) {
-      ++race;
-      continue;
-    }
+        store_->PutManifest(manifest, expected_version, fence, deadline);
+    if (GetReason(result.status()) == error_reason::kVersionMismatch) return std::nullopt;
     PT_RETURN_IF_ERROR(result.status());
     if (result->committed) {
       return ParkAnswer{.version = result->version,
@@ -226,11 +231,10 @@ absl::StatusOr<ParkAnswer> Parking::PutParked(StateSnapshot& snapshot, const Ten
                         .bytes_total = state.bytes_total};
     }
     missing = std::move(result->missing);
-    ++attempt;
   }
   return absl::AbortedError(absl::StrCat("park sequence ", id.ToString(),
-                                         ": pages or versions kept changing under it, last ",
-                                         missing.size(), " pages were missing"));
+                                         ": its pages kept vanishing from the store, last ",
+                                         missing.size(), " of them"));
 }
 
 absl::Status Parking::GiveUp(const Tenant& tenant, ModelHost* host, const SequenceHandle& sequence,
@@ -240,10 +244,8 @@ absl::Status Parking::GiveUp(const Tenant& tenant, ModelHost* host, const Sequen
   answer->is_open = false;
   const absl::StatusOr<uint64_t> given = store_->CompareAndSetRecord(
       kOwnerRecordKind, RecordKey(sequence.id), sequence.epoch, kParkedValue, deadline);
-  {
-    MutexLock lock(&mu_);
-    owned_.erase(sequence.id);
-  }
+  // Not what a resume made of it since.
+  Forget(sequence.id, sequence.epoch);
   if (given.ok()) {
     answer->epoch = *given;
   } else {
@@ -264,22 +266,35 @@ absl::StatusOr<ParkAnswer> Parking::Park(const Tenant& tenant, ModelHost* host,
                                                      absl::FormatDuration(kMaxTtl)));
     }
     PT_RETURN_IF_ERROR(fence_->Get(deadline).status());
-    PT_ASSIGN_OR_RETURN(const SequenceInfo info, host->Get(tenant, request.sequence.id));
-    // What is parked and closed is this revision and no other.
-    SequenceHandle sequence = request.sequence;
-    if (!sequence.expected_revision) sequence.expected_revision = info.revision;
-    if (!request.keep_open && info.pending_tokens > 0) {
-      return WithReason(absl::FailedPreconditionError(
-                            absl::StrCat("park sequence ", sequence.id.ToString(), ": a write of ",
-                                         info.pending_tokens, " tokens is pending")),
-                        error_reason::kPendingWrite);
+    const SequenceId id = request.sequence.id;
+    for (int race = 0; race < kMaxRaces; ++race) {
+      // The version first, then the state: whatever another park put before is older than what is
+      // taken here, and what it puts meanwhile is not overwritten.
+      PT_ASSIGN_OR_RETURN(const std::optional<ManifestEntry> current, Stat(tenant, id, deadline));
+      PT_ASSIGN_OR_RETURN(const SequenceInfo info, host->Get(tenant, id));
+      // What is parked and closed is this revision and no other.
+      SequenceHandle sequence = request.sequence;
+      if (!sequence.expected_revision) sequence.expected_revision = info.revision;
+      if (!request.keep_open && info.pending_tokens > 0) {
+        return WithReason(absl::FailedPreconditionError(
+                              absl::StrCat("park sequence ", id.ToString(), ": a write of ",
+                                           info.pending_tokens, " tokens is pending")),
+                          error_reason::kPendingWrite);
+      }
+      PT_ASSIGN_OR_RETURN(const std::unique_ptr<StateSnapshot> snapshot,
+                          host->Snapshot(tenant, sequence, std::nullopt));
+      PT_RETURN_IF_ERROR(Own(tenant, sequence, deadline));
+      PT_ASSIGN_OR_RETURN(
+          std::optional<ParkAnswer> answer,
+          PutParked(*snapshot, tenant, request, current ? current->version : 0, deadline));
+      if (!answer) continue;
+      if (!request.keep_open) {
+        PT_RETURN_IF_ERROR(GiveUp(tenant, host, sequence, &*answer, deadline));
+      }
+      return *std::move(answer);
     }
-    PT_ASSIGN_OR_RETURN(const std::unique_ptr<StateSnapshot> snapshot,
-                        host->Snapshot(tenant, sequence, std::nullopt));
-    PT_RETURN_IF_ERROR(Own(tenant, sequence, deadline));
-    PT_ASSIGN_OR_RETURN(ParkAnswer answer, PutParked(*snapshot, tenant, request, deadline));
-    if (!request.keep_open) PT_RETURN_IF_ERROR(GiveUp(tenant, host, sequence, &answer, deadline));
-    return answer;
+    return absl::AbortedError(absl::StrCat("park sequence ", id.ToString(), ": ", kMaxRaces,
+                                           " other parks of it came in between"));
   };
   absl::StatusOr<ParkAnswer> answer = park();
   Count("park", answer.status());
@@ -458,8 +473,7 @@ absl::StatusOr<bool> Parking::Drop(const Tenant& tenant, SequenceId id, uint64_t
   if (!removed.ok() && GetReason(removed.status()) != error_reason::kVersionMismatch) {
     return removed.status();
   }
-  MutexLock lock(&mu_);
-  owned_.erase(id);
+  Forget(id, epoch);
   return true;
 }
 

@@ -81,8 +81,8 @@ class Parking {
   absl::StatusOr<WriteFence> FenceOf(const SequenceHandle& sequence, MonotonicTime deadline);
   // Was it parked or resumed by this life of the worker, and not closed since?
   bool Owns(SequenceId id) const;
-  // A write with that fence was refused as stale: the copy that is open here, if there is one, is
-  // closed.
+  // A write with that fence was refused as stale: the copy that is open here, if there is one of
+  // that epoch, is closed.
   void NoteStale(const WriteFence& fence);
   // Deletes the parked state and the ownership record of a sequence that is nobody's or this
   // worker's, and has this epoch. False, and nothing done, otherwise.
@@ -109,8 +109,12 @@ class Parking {
   absl::StatusOr<Parked> Read(const Tenant& tenant, SequenceId id, MonotonicTime deadline);
   // Makes the ownership record of a sequence that is open here, if it has none yet.
   absl::Status Own(const Tenant& tenant, const SequenceHandle& sequence, MonotonicTime deadline);
-  absl::StatusOr<ParkAnswer> PutParked(StateSnapshot& snapshot, const Tenant& tenant,
-                                       const ParkRequest& request, MonotonicTime deadline);
+  // Null when another park put what is not older than the snapshot: version `expected_version`,
+  // which was read before the snapshot was taken, is no longer the parked state's.
+  absl::StatusOr<std::optional<ParkAnswer>> PutParked(StateSnapshot& snapshot, const Tenant& tenant,
+                                                      const ParkRequest& request,
+                                                      uint64_t expected_version,
+                                                      MonotonicTime deadline);
   // Gives the sequence up: closed here, nobody's in the store.
   absl::Status GiveUp(const Tenant& tenant, ModelHost* host, const SequenceHandle& sequence,
                       ParkAnswer* answer, MonotonicTime deadline);
@@ -123,7 +127,9 @@ class Parking {
   absl::StatusOr<uint64_t> FenceOff(const std::string& ownership_key, MonotonicTime deadline);
   absl::StatusOr<uint64_t> Advance(SequenceId id, const StoreRecord& record,
                                    MonotonicTime deadline);
-  void CloseHere(SequenceId id);
+  // Both do nothing if what this worker owns of the sequence is another epoch by now.
+  void Forget(SequenceId id, uint64_t epoch);
+  void CloseHere(SequenceId id, uint64_t epoch);
   void Count(absl::string_view operation, const absl::Status& status) const;
 
   const Options options_;

@@ -22,7 +22,7 @@ MonotonicTime Soon() {
   return HostUnderTest::Soon();
 }
 
-// Lets a test act between the pages and the manifest of a park.
+// Lets a test act between the pages and the manifest of a park, and when it has given its epoch up.
 class HookedStore final : public DecoratingPageStore {
  public:
   explicit HookedStore(PageStore* inner) : DecoratingPageStore(inner) {}
@@ -33,7 +33,16 @@ class HookedStore final : public DecoratingPageStore {
     if (before_manifest) std::exchange(before_manifest, nullptr)();
     return inner()->PutManifest(manifest, expected_version, fence, deadline);
   }
+  absl::StatusOr<uint64_t> CompareAndSetRecord(absl::string_view kind, absl::string_view key,
+                                               uint64_t expected_version,
+                                               std::optional<absl::string_view> value,
+                                               MonotonicTime deadline) override {
+    const auto set = inner()->CompareAndSetRecord(kind, key, expected_version, value, deadline);
+    if (after_give_up && value == "parked") std::exchange(after_give_up, nullptr)();
+    return set;
+  }
   std::function<void()> before_manifest;
+  std::function<void()> after_give_up;
 };
 
 struct ParkingWorker : SessionWorker {
@@ -272,6 +281,68 @@ TEST_F(ParkingTest, AChangeWhileItIsParkedKeepsItOpen) {
   auto parked = a_.Park(info);
   ASSERT_TRUE(parked.ok()) << parked.status();
   EXPECT_EQ(parked->tokens, longer.size());
+}
+
+TEST_F(ParkingTest, AParkThatWasSlowDoesNotOverwriteALaterOne) {
+  const SequenceInfo info = Fill();
+  const std::vector<uint32_t> longer = Concat(tokens_, Tokens(9000, 100));
+  store_.before_manifest = [&] {
+    auto appended = a_.engine->Append(info, longer);
+    ASSERT_TRUE(appended.ok()) << appended.status();
+    auto later = a_.Park(*appended, /*keep_open=*/true);
+    ASSERT_TRUE(later.ok()) << later.status();
+    EXPECT_EQ(later->version, 1u);
+  };
+  auto parked = a_.Park(info, /*keep_open=*/true);
+  ASSERT_TRUE(parked.ok()) << parked.status();
+  EXPECT_EQ(parked->version, 2u);
+  EXPECT_EQ(parked->tokens, longer.size());
+  a_.LoseLease();
+  auto resumed = b_.Resume(info.id);
+  ASSERT_TRUE(resumed.ok()) << resumed.status();
+  EXPECT_EQ(resumed->info.length, longer.size());
+  EXPECT_EQ(WrongRows(b_, info.id, longer), 0u);
+}
+
+TEST_F(ParkingTest, AParkThatWasSlowDoesNotOverwriteTheOnlyCopy) {
+  const SequenceInfo info = Fill();
+  const std::vector<uint32_t> longer = Concat(tokens_, Tokens(9000, 100));
+  store_.before_manifest = [&] {
+    auto appended = a_.engine->Append(info, longer);
+    ASSERT_TRUE(appended.ok()) << appended.status();
+    auto later = a_.Park(*appended);
+    ASSERT_TRUE(later.ok()) << later.status();
+    EXPECT_FALSE(later->is_open);
+  };
+  EXPECT_FALSE(a_.Park(info, /*keep_open=*/true).ok());
+  auto resumed = b_.Resume(info.id);
+  ASSERT_TRUE(resumed.ok()) << resumed.status();
+  EXPECT_EQ(WrongRows(b_, info.id, longer), 0u);
+}
+
+TEST_F(ParkingTest, AResumeWhileItIsBeingGivenUpStaysTheOwner) {
+  const SequenceInfo info = Fill();
+  store_.after_give_up = [&] {
+    auto resumed = a_.Resume(info.id);
+    ASSERT_TRUE(resumed.ok()) << resumed.status();
+    EXPECT_EQ(resumed->info.epoch, 3u);
+  };
+  ASSERT_TRUE(a_.Park(info).ok());
+  EXPECT_TRUE(a_.parking.Owns(info.id));
+  auto fence = a_.parking.FenceOf({info.id, 3, std::nullopt}, Soon());
+  ASSERT_TRUE(fence.ok()) << fence.status();
+  EXPECT_EQ(fence->epoch, 3u);
+  EXPECT_NE(fence->ownership_key, a_.fence().Get(Soon())->ownership_key);
+}
+
+TEST_F(ParkingTest, WhoComesWithAnEarlierEpochClosesNothing) {
+  const SequenceInfo info = Fill();
+  ASSERT_TRUE(a_.Park(info).ok());
+  ASSERT_TRUE(a_.Resume(info.id).ok());
+  EXPECT_EQ(GetReason(a_.Park(info).status()), error_reason::kStaleEpoch);
+  a_.parking.NoteStale({absl::StrCat("sequence/", info.id.ToString()), info.epoch});
+  EXPECT_TRUE(a_.parking.Owns(info.id));
+  EXPECT_EQ(WrongRows(a_, info.id, tokens_), 0u);
 }
 
 TEST_F(ParkingTest, APendingWriteIsNotParkedAway) {
