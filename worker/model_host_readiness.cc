@@ -114,6 +114,10 @@ absl::Status ModelHostImpl::WatchLocked(const Tenant& tenant, SequenceId id, Mon
                !sequence->closed) {
       return status;
     }
+    if (!readiness.done && sequence->pending && GetReason(status) == "PREFIX_LOST") {
+      // What is lost is cut off when the write ends, and not before.
+      changed_.WaitWithTimeout(&mu_, std::min(left, kAskWatcher));
+    }
     if (sequence->closed || !readiness.done) continue;
     return Tell(watcher, readiness) ? absl::OkStatus() : WatcherLeft();
   }

@@ -505,5 +505,45 @@ TEST(ModelHostTest, CreateRefusesABudgetBelowOnePage) {
   EXPECT_THAT(std::string(host.status().message()), HasSubstr("10 bytes"));
 }
 
+TEST(ModelHostTest, AWatchOfALostPageWaitsForTheOpenWriteToEnd) {
+  HostUnderTest t({});
+  const std::vector<uint32_t> tokens = Tokens(0, 50);
+  const auto info = t.OpenAndFill(std::span(tokens).first(32));
+  ASSERT_TRUE(info.ok()) << info.status();
+  t.host->Quiesce();
+  ASSERT_EQ(t.host->EvictPages(2, t.Soon())->evicted_pages, 2u);
+  const SequenceHandle handle{info->id, info->epoch, std::nullopt};
+  const auto slot = t.host->BeginAppend(t.tenant, handle, "a", 32, std::span(tokens).subspan(32),
+                                        {}, false, t.Soon());
+  ASSERT_TRUE(slot.ok()) << slot.status();
+  std::vector<PageKey> keys;
+  const auto table = *t.host->GetBlockTable(t.tenant, info->id);
+  for (const BlockTableEntry& entry : table) keys.push_back(*entry.key);
+  ASSERT_EQ(*t.store->DeletePages(keys, t.Soon()), 2u);
+  // Told again and again, but not without a wait in between: of these nine waits of 100 ms one may
+  // be cut short, or two.
+  const MonotonicTime began = Clock::Real()->MonotonicNow();
+  int num_told = 0;
+  const absl::Status left = t.host->WatchReadiness(
+      t.tenant, info->id, t.Soon(), [&](const Readiness&) { return ++num_told < 10; });
+  EXPECT_TRUE(absl::IsCancelled(left)) << left;
+  EXPECT_GT(Clock::Real()->MonotonicNow() - began, absl::Milliseconds(300));
+  // The end of the write is the end of the wait.
+  const auto ready = [&] {
+    Readiness last;
+    const absl::Status status =
+        t.host->WatchReadiness(t.tenant, info->id, t.Soon(), [&](const Readiness& readiness) {
+          last = readiness;
+          if (!readiness.done) t.host->Abort(t.tenant, info->id, slot->pending_id).IgnoreError();
+          return true;
+        });
+    EXPECT_TRUE(status.ok()) << status;
+    return last;
+  }();
+  EXPECT_TRUE(ready.done);
+  EXPECT_EQ(ready.length, 0u);
+  EXPECT_NE(ready.shortened_because, "");
+}
+
 }  // namespace
 }  // namespace pagetide
