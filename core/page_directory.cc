@@ -43,7 +43,7 @@ Page& PageDirectory::AdoptStored(uint32_t group, absl::string_view tenant, uint3
                                    parent, prefix, parent_prefix, store_key, checksum));
   PT_CHECK(groups_[group].index.InsertKeyed(prefix, parent_prefix, page.id(), std::move(tokens),
                                             has_inputs));
-  RememberStored(page.id());
+  UpdateKnown(page);
   return page;
 }
 
@@ -54,7 +54,7 @@ Page& PageDirectory::AdoptSealed(uint32_t group, absl::string_view tenant, uint3
   Page& page = Add(
       Page::NewSealed(PageId(next_id_++), group, std::string(tenant), rows, depth, parent, stored));
   sealed_[stored.key] = page.id();
-  RememberStored(page.id());
+  UpdateKnown(page);
   return page;
 }
 
@@ -92,7 +92,7 @@ bool PageDirectory::Unref(Page& page) {
   // A copy in flight holds no reference: its completion finds the page again by id, or not at all.
   const bool is_worth_keeping = page.is_findable() && page.state() != PageState::kQuarantined;
   if (is_worth_keeping) {
-    if (page.state() == PageState::kStored) RememberStored(page.id());
+    UpdateKnown(page);
     return false;
   }
   if (page.pins() > 0 || page.state() == PageState::kSpilling ||
@@ -106,6 +106,7 @@ bool PageDirectory::Unref(Page& page) {
 void PageDirectory::Pin(Page& page) {
   page.Pin();
   UpdateEvictable(page);
+  UpdateKnown(page);
 }
 
 void PageDirectory::Unpin(Page& page) {
@@ -116,6 +117,7 @@ void PageDirectory::Unpin(Page& page) {
     return;
   }
   UpdateEvictable(page);
+  UpdateKnown(page);
 }
 
 void PageDirectory::SetParent(Page& page, PageId parent) {
@@ -171,6 +173,7 @@ void PageDirectory::FinishSpill(Page& page, const std::optional<Page::StoredAs>&
 
 void PageDirectory::BeginRestore(Page& page, FrameId frame) {
   page.BeginRestore(frame);
+  UpdateKnown(page);
   groups_[page.group()].policy->OnInsert(page.id(), page.parent());
   UpdateEvictable(page);
 }
@@ -190,7 +193,10 @@ void PageDirectory::AbortRestore(Page& page) {
   const FrameId frame = page.AbortRestore();
   groups_[page.group()].policy->OnErase(page.id());
   ReleaseFrame(page.group(), frame);
-  if (page.refs() == 0 && page.pins() == 0 && !page.is_findable()) Forget(page);
+  if (page.refs() == 0 && page.pins() == 0 && !page.is_findable())
+    Forget(page);
+  else
+    UpdateKnown(page);
 }
 
 void PageDirectory::SetStored(Page& page, const Page::StoredAs& stored) {
@@ -213,6 +219,7 @@ void PageDirectory::Quarantine(Page& page) {
   const bool was_reported = page.is_readable() && page.is_keyed();
   const std::optional<FrameId> frame = page.Quarantine();
   UpdateUnstored(page);
+  UpdateKnown(page);
   if (frame) {
     groups_[page.group()].policy->OnErase(page.id());
     ReleaseFrame(page.group(), *frame);
@@ -230,7 +237,7 @@ void PageDirectory::Evict(Page& page) {
   }
   const FrameId frame = page.DropFrame();
   LeaveFrame(page, frame);
-  if (page.refs() == 0) RememberStored(page.id());
+  UpdateKnown(page);
 }
 
 void PageDirectory::BeginWrite(Page& page) {
@@ -285,20 +292,20 @@ void PageDirectory::Forget(Page& page) {
   ForgetSealed(page);
   groups_[page.group()].index.Erase(page.id());
   unstored_.erase(page.id());
+  known_.Remove(page.id());
   if (page.has_frame()) LeaveFrame(page, page.frame());
   pages_.erase(page.id());
 }
 
-void PageDirectory::RememberStored(PageId id) {
-  known_stored_.push_back(id);
-  while (known_stored_.size() > max_known_stored_) {
-    Page* oldest = Find(known_stored_.front());
-    known_stored_.pop_front();
-    if (oldest != nullptr && oldest->state() == PageState::kStored && oldest->refs() == 0 &&
-        oldest->pins() == 0 && oldest->id() != id) {
-      Forget(*oldest);
-    }
-  }
+void PageDirectory::UpdateKnown(const Page& page) {
+  if (page.state() == PageState::kStored && page.refs() == 0 && page.pins() == 0)
+    known_.Add(page.id(), page.tenant());
+  else
+    known_.Remove(page.id());
+}
+
+void PageDirectory::TrimKnown() {
+  for (PageId id : known_.TakeExcess(max_known_stored_)) Forget(Get(id));
 }
 
 std::vector<FrameChange> PageDirectory::TakeFrameChanges() {
@@ -310,6 +317,14 @@ std::vector<PageKey> PageDirectory::TakeStaleKeys() {
 }
 
 void PageDirectory::CheckInvariants() const {
+  size_t num_known = 0;
+  for (const auto& [id, page] : pages_) {
+    const bool is_known =
+        page->state() == PageState::kStored && page->refs() == 0 && page->pins() == 0;
+    PT_CHECK(known_.Contains(id) == is_known);
+    num_known += is_known;
+  }
+  PT_CHECK(known_.size() == num_known);
   for (uint32_t g = 0; g < num_groups(); ++g) {
     std::vector<bool> held(groups_[g].frames.num_frames() + 1, false);
     uint32_t num_held = 0;

@@ -8,7 +8,6 @@
 #define PAGETIDE_CORE_PAGE_DIRECTORY_H_
 
 #include <cstdint>
-#include <deque>
 #include <memory>
 #include <optional>
 #include <span>
@@ -22,6 +21,7 @@
 #include "core/frame_pool.h"
 #include "core/ids.h"
 #include "core/keys.h"
+#include "core/known_pages.h"
 #include "core/model.h"
 #include "core/page.h"
 #include "core/prefix_index.h"
@@ -38,7 +38,7 @@ struct FrameChange {
 class PageDirectory {
  public:
   // `max_known_stored`: pages in the store that nobody references but are remembered, so that
-  // prompts can match part of them.
+  // prompts can match part of them; TrimKnown forgets what is more.
   PageDirectory(uint32_t num_groups, uint32_t num_frames, size_t max_known_stored);
 
   // Pages of this group are whole: nobody can use some of their rows. Before its first page.
@@ -78,7 +78,10 @@ class PageDirectory {
   Page& Get(PageId id);
   Page* FindKeyed(uint32_t group, const PrefixKey& prefix);
 
-  void Ref(Page& page) { page.Ref(); }
+  void Ref(Page& page) {
+    page.Ref();
+    if (page.refs() == 1) UpdateKnown(page);
+  }
   // Drops what nobody can reach any more. Invalidates `page` when it returns true.
   bool Unref(Page& page);
   // As Unref, but the page does not stay in the cache, and its frame is zeroed before the next
@@ -90,6 +93,11 @@ class PageDirectory {
   void Pin(Page& page);
   void Unpin(Page& page);
   void Touch(Page& page) { groups_[page.group()].policy->OnTouch(page.id()); }
+  // Of pages that only the store has: that a prompt found it.
+  void TouchKnown(const Page& page) { known_.Touch(page.id()); }
+  // Forgets what is known beyond max_known_stored. Apart from what makes pages known, so that all
+  // pages of one prompt are there until it has chosen from them. At the end of each call.
+  void TrimKnown();
   // The page in front of it is another one from here on. It counts as used just now.
   void SetParent(Page& page, PageId parent);
 
@@ -147,7 +155,8 @@ class PageDirectory {
   // Removes the page altogether: frame, index, eviction order.
   void Forget(Page& page);
   void ForgetSealed(const Page& page);
-  void RememberStored(PageId id);
+  // After whatever changed whether only the store has the page and nobody needs it now.
+  void UpdateKnown(const Page& page);
 
   std::vector<Group> groups_;
   absl::flat_hash_map<PageId, std::unique_ptr<Page>> pages_;
@@ -156,7 +165,7 @@ class PageDirectory {
   absl::flat_hash_map<PageKey, PageId> sealed_;
   absl::btree_set<PageId> unstored_;
   const size_t max_known_stored_;
-  std::deque<PageId> known_stored_;  // oldest first; may hold ids that are gone or in use again
+  KnownPages known_;
   uint64_t next_id_ = 1;
   std::vector<FrameChange> changes_;
   std::vector<PageKey> stale_keys_;

@@ -389,7 +389,7 @@ class ModelHost {
     // Numbers of sequences and pending writes; shared by all hosts of a worker. Null: the host's
     // own.
     std::shared_ptr<std::atomic<uint64_t>> numbers;
-    // Unreferenced pages in the store that are remembered for partial matches.
+    // Unreferenced pages in the store that are remembered for partial matches, of all tenants.
     uint64_t max_known_stored_pages = 65536;
     // Put a page into the store as soon as it is full and keyed; later if the store refuses then.
     bool write_through = true;

@@ -453,6 +453,7 @@ void ModelHostImpl::Flush() {
   std::vector<PageKey> stale;
   {
     MutexLock lock(&mu_);
+    pages_.TrimKnown();
     changes = pages_.TakeFrameChanges();
     stale = pages_.TakeStaleKeys();
     for (size_t at = 0; store_ != nullptr && at < stale.size(); at += kMaxDeleteBatch) {

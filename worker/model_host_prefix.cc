@@ -157,6 +157,12 @@ absl::StatusOr<ModelHostImpl::Match> ModelHostImpl::MatchPrompt(
   PrefixReuse& reuse = match.reuse;
   reuse.prompt_tokens = tokens.size();
   UsablePages usable = FindUsablePages(keys, max_pages);
+  // Of pages that only the store has, the first of a prompt are to be forgotten last.
+  for (uint64_t p = usable.num_pages; p-- > 0;) {
+    for (uint32_t g = 0; g < num_groups(); ++g) {
+      if (const Page* page = pages_.FindKeyed(g, keys[p])) pages_.TouchKnown(*page);
+    }
+  }
   const auto is_stored_only = [&](uint64_t p, uint64_t num_pages) {
     for (uint32_t g = 0; g < num_groups(); ++g) {
       if (!IsNeeded(g, p, num_pages)) continue;
@@ -360,6 +366,7 @@ absl::StatusOr<PrefixReuse> ModelHostImpl::LookupPrefix(const Tenant& tenant,
   const std::vector<PrefixKey> keys = PrefixKeysOf(root, tokens, page_tokens(), inputs);
   MutexLock lock(&mu_);
   PT_ASSIGN_OR_RETURN(Match match, MatchPrompt(tenant, root, tokens, inputs, keys, options));
+  pages_.TrimKnown();
   return match.reuse;
 }
 

@@ -97,6 +97,7 @@ class SequenceWorld : public SequenceEditor::Sequences {
     SequenceRows empty;
     empty.tables.resize(setup_.groups.size());
     AdoptRows({{&sequences_.at(number), std::move(empty)}}, pages_);
+    pages_.TrimKnown();
     sequences_.erase(number);
   }
 
@@ -162,6 +163,7 @@ class SequenceWorld : public SequenceEditor::Sequences {
       }
     }
     if (rows.is_canonical()) rows.keys = keys;
+    pages_.TrimKnown();
     return moves;
   }
 

@@ -83,6 +83,7 @@ class HostUnderTest {
     int io_threads = 2;
     bool batch_invariant = false;
     uint32_t max_overtakes = 64;
+    uint64_t max_known_stored_pages = 65536;
     std::shared_ptr<const Model> model;  // null: TestModel
     Device* device = nullptr;            // null: a CPU device of its own
     Clock* clock = Clock::Real();        // the host's; In and Soon are of the real one
@@ -102,6 +103,7 @@ class HostUnderTest {
     options.incarnation = setup.incarnation;
     options.write_through = setup.write_through;
     options.max_overtakes = setup.max_overtakes;
+    options.max_known_stored_pages = setup.max_known_stored_pages;
     options.store_backoff = absl::Milliseconds(20);
     host = setup.existing;
     if (host != nullptr) return;

@@ -505,6 +505,51 @@ TEST(ModelHostTest, CreateRefusesABudgetBelowOnePage) {
   EXPECT_THAT(std::string(host.status().message()), HasSubstr("10 bytes"));
 }
 
+TEST(ModelHostTest, APromptOfMorePagesThanAreRememberedIsFoundAndLeavesWhatOthersAskedFor) {
+  HostUnderTest writer({.num_frames = 64});
+  const std::vector<uint32_t> tokens = Tokens(0, 40 * 16);
+  const std::vector<uint32_t> others = Tokens(9000, 3 * 16);
+  ASSERT_TRUE(writer.OpenAndFill(tokens).ok());
+  const Tenant other{"other", DeriveTenantSalt("secret", "other")};
+  writer.host->Quiesce();
+  HostUnderTest t(
+      {.num_frames = 64, .store = writer.store, .incarnation = 8, .max_known_stored_pages = 8});
+  const auto open = [&](const Tenant& tenant, std::span<const uint32_t> prompt) {
+    const auto opened = writer.host->Open(tenant, {}, {}, {});
+    const auto slot =
+        writer.host->BeginAppend(tenant, {opened->info.id, opened->info.epoch, std::nullopt}, "a",
+                                 0, prompt, {}, false, writer.Soon());
+    for (uint32_t layer = 0; layer < 2; ++layer) {
+      for (RowKind kind : {RowKind::kK, RowKind::kV}) {
+        const uint64_t bytes = prompt.size() * writer.model->geometry().group(0).row_bytes(kind);
+        ASSERT_TRUE(writer.host
+                        ->WriteRows(tenant, slot->sequence, slot->pending_id,
+                                    {0, layer, kind, 0, slot->num_tokens}, bytes,
+                                    [](uint64_t, std::span<std::byte>) {})
+                        .ok());
+      }
+    }
+    ASSERT_TRUE(writer.host
+                    ->Commit(tenant, {opened->info.id, opened->info.epoch, std::nullopt},
+                             slot->pending_id, {})
+                    .ok());
+  };
+  open(other, others);
+  writer.host->Quiesce();
+  const PromptOptions all{.allow_full_reuse = true};
+  EXPECT_EQ(t.host->LookupPrefix(other, others, {}, all)->reused_tokens, 3 * 16u);
+  EXPECT_EQ(t.host->LookupPrefix(t.tenant, tokens, {}, all)->reused_tokens, 40 * 16u);
+  // Without the store's help: the other's pages, and of the long prompt the first ones.
+  const PromptOptions known{.allow_full_reuse = true, .skip_store = true};
+  EXPECT_EQ(t.host->LookupPrefix(other, others, {}, known)->reused_tokens, 3 * 16u);
+  EXPECT_EQ(t.host->LookupPrefix(t.tenant, tokens, {}, known)->reused_tokens, 5 * 16u);
+  const auto opened = t.host->Open(t.tenant, tokens, {}, all);
+  ASSERT_TRUE(opened.ok()) << opened.status();
+  EXPECT_EQ(opened->reuse.reused_tokens, 40 * 16u);
+  EXPECT_EQ(*t.WrongRows(opened->info.id, tokens), 0u);
+  t.host->Quiesce();
+}
+
 TEST(ModelHostTest, AWatchOfALostPageWaitsForTheOpenWriteToEnd) {
   HostUnderTest t({});
   const std::vector<uint32_t> tokens = Tokens(0, 50);
