@@ -19,7 +19,10 @@ namespace {
 class Fork {
  public:
   Fork(ModelHost* host, Tenant tenant, SequenceInfo info)
-      : host_(host), tenant_(std::move(tenant)), info_(std::move(info)) {}
+      : host_(host),
+        tenant_(std::move(tenant)),
+        info_(std::move(info)),
+        pages_at_once_(PagesAtOnce(host)) {}
   ~Fork() {
     const absl::Status closed = host_->Close(tenant_, info_.id, info_.epoch);
     if (!closed.ok()) LogWarning("worker", "close the fork of an export: ", closed.message());
@@ -27,8 +30,26 @@ class Fork {
   Fork(const Fork&) = delete;
   Fork& operator=(const Fork&) = delete;
 
-  // Rows of tokens [first, first + count) of one layer.
+  // Rows of tokens [first, first + count) of one layer; as many at a time as a small pool can hold
+  // beside others' pages.
   absl::Status ReadRows(uint32_t group, uint32_t layer, RowKind kind, uint64_t first,
+                        uint64_t count, MonotonicTime deadline, std::span<std::byte> out) const {
+    const uint64_t page_tokens = host_->model().geometry().page_tokens();
+    const uint64_t step = pages_at_once_ * page_tokens;
+    const uint64_t row_bytes = out.size() / std::max<uint64_t>(1, count);
+    while (count > 0) {
+      const uint64_t some = std::min(count, step - first % page_tokens);
+      PT_RETURN_IF_ERROR(
+          ReadSome(group, layer, kind, first, some, deadline, out.subspan(0, some * row_bytes)));
+      out = out.subspan(some * row_bytes);
+      first += some;
+      count -= some;
+    }
+    return absl::OkStatus();
+  }
+
+ private:
+  absl::Status ReadSome(uint32_t group, uint32_t layer, RowKind kind, uint64_t first,
                         uint64_t count, MonotonicTime deadline, std::span<std::byte> out) const {
     PT_ASSIGN_OR_RETURN(const auto rows,
                         host_->PinRows(tenant_, info_.id, group, first, first + count, deadline));
@@ -51,10 +72,10 @@ class Fork {
     return absl::OkStatus();
   }
 
- private:
   ModelHost* const host_;
   const Tenant tenant_;
   const SequenceInfo info_;
+  const uint64_t pages_at_once_;
 };
 
 // Rows of a described state: block rows by position.

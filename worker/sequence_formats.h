@@ -47,6 +47,10 @@ struct FileLayout {
 // The format that a file begins with. INVALID_ARGUMENT for none that is known.
 absl::StatusOr<StateFormat> RecogniseFormat(absl::string_view bytes);
 
+// Pages of tokens that an import or an export has in frames at a time: at most half of a small pool,
+// so that others' calls go on beside it.
+uint64_t PagesAtOnce(ModelHost* host);
+
 // One export: the sequence as it was at Begin, whatever happens to it meanwhile (it is forked).
 class SequenceExport {
  public:

@@ -1,5 +1,6 @@
 #include <algorithm>
 #include <cstring>
+#include <limits>
 #include <utility>
 
 #include "absl/cleanup/cleanup.h"
@@ -17,7 +18,7 @@
 namespace pagetide {
 namespace {
 
-// Rows written in one append, and read at a time.
+// Rows written in one append, if the pool allows it, and read at a time.
 constexpr uint64_t kAppendBytes = 64 * kMiB;
 constexpr uint64_t kReadBytes = kMiB;
 // Cells of a llama.cpp state whose order an import tells.
@@ -88,7 +89,9 @@ absl::StatusOr<SequenceInfo> Fill(ModelHost* host, const Tenant& tenant,
     if (!closed.ok()) LogWarning("worker", "close a failed import: ", closed.message());
   };
   const PageGeometry& geometry = host->model().geometry();
-  const uint64_t pages = std::max<uint64_t>(1, kAppendBytes / geometry.bytes_per_page_of_tokens());
+  // All pages of an append are in frames until it is committed.
+  const uint64_t pages = std::min(
+      PagesAtOnce(host), std::max<uint64_t>(1, kAppendBytes / geometry.bytes_per_page_of_tokens()));
   const uint64_t step = pages * geometry.page_tokens();
   size_t input = 0;
   while (info.length < tokens.size()) {
@@ -282,6 +285,12 @@ absl::StatusOr<ImportResult> ImportLlamaSharp(ModelHost* host, const Tenant& ten
 }
 
 }  // namespace
+
+uint64_t PagesAtOnce(ModelHost* host) {
+  uint64_t frames = std::numeric_limits<uint64_t>::max();
+  for (const PoolUsage& pool : host->Usage()) frames = std::min(frames, pool.num_frames);
+  return std::max<uint64_t>(1, frames / 2);
+}
 
 absl::StatusOr<StateFormat> RecogniseFormat(absl::string_view bytes) {
   LittleEndianReader in(bytes);
