@@ -9,6 +9,7 @@
 #include "base/checksum.h"
 #include "base/error_info.h"
 #include "base/little_endian.h"
+#include "core/page_store.h"
 
 namespace pagetide {
 namespace {
@@ -215,6 +216,22 @@ absl::StatusOr<SessionState> ParseSessionState(absl::string_view bytes, uint64_t
   }
   if (absl::Status extents = CheckExtents(state, num_pages); !extents.ok()) return extents;
   return state;
+}
+
+absl::Status CheckManifestSize(absl::string_view action, const SessionState& state) {
+  uint64_t num_pages = 0;
+  for (const std::vector<SavedExtent>& group : state.groups) {
+    for (const SavedExtent& extent : group) {
+      num_pages = std::max<uint64_t>(num_pages, uint64_t{extent.page} + 1);
+    }
+  }
+  const uint64_t bytes = num_pages * kManifestPageRefBytes + EncodeSessionState(state).size();
+  if (bytes <= kMaxManifestBytes) return absl::OkStatus();
+  return WithReason(
+      absl::InvalidArgumentError(absl::StrCat(action, ": ", state.length(), " tokens in ",
+                                              num_pages, " pages make a manifest of ", bytes,
+                                              " bytes, at most ", kMaxManifestBytes)),
+      "SESSION_TOO_LONG");
 }
 
 SessionSummary SummaryOf(const SessionState& state) {

@@ -283,6 +283,8 @@ absl::StatusOr<ParkAnswer> Parking::Park(const Tenant& tenant, ModelHost* host,
       }
       PT_ASSIGN_OR_RETURN(const std::unique_ptr<StateSnapshot> snapshot,
                           host->Snapshot(tenant, sequence, std::nullopt));
+      PT_RETURN_IF_ERROR(
+          CheckManifestSize(absl::StrCat("park sequence ", id.ToString()), snapshot->state()));
       PT_RETURN_IF_ERROR(Own(tenant, sequence, deadline));
       PT_ASSIGN_OR_RETURN(
           std::optional<ParkAnswer> answer,

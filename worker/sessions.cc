@@ -176,6 +176,8 @@ absl::StatusOr<SaveAnswer> Sessions::Save(const Tenant& tenant, ModelHost* host,
                                                    : parking_->FenceOf(request.sequence, deadline));
     PT_ASSIGN_OR_RETURN(const std::unique_ptr<StateSnapshot> snapshot,
                         host->Snapshot(tenant, request.sequence, request.keep_tokens));
+    PT_RETURN_IF_ERROR(
+        CheckManifestSize(absl::StrCat("save session ", request.name), snapshot->state()));
     ManifestRecord manifest;
     manifest.name = SessionManifestName(tenant, request.name);
     manifest.request_id = request.request_id;

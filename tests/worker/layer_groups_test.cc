@@ -154,7 +154,8 @@ TEST(LayerGroupsTest, APrefixIsAsLongAsThereIsAStateOfIt) {
   PrefixReuse reuse;
   auto b = t.OpenAndFill(tokens, &reuse);
   ASSERT_TRUE(b.ok()) << b.status();
-  EXPECT_EQ(reuse.reused_tokens, 16u);
+  // Of its second page the rows that an earlier sequence had in the same slots.
+  EXPECT_EQ(reuse.reused_tokens, kChunk);
   EXPECT_EQ(reuse.limit, ReuseLimit::kGroup);
   EXPECT_EQ(reuse.limiting_group, kState);
   EXPECT_EQ(*t.WrongHeld(b->id, tokens), 0);

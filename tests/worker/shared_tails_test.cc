@@ -88,7 +88,7 @@ class SharedTailsTest : public ::testing::Test {
   }
 
   WatchedDevice device_;
-  HostUnderTest t_{{.device = &device_}};
+  HostUnderTest t_{HostUnderTest::Setup{.device = &device_}};
 };
 
 TEST_F(SharedTailsTest, ACheckpointOfOneSequenceDoesNotEndTheWriteOfAnother) {
