@@ -132,8 +132,8 @@ TEST(SequenceEditorTest, CopiesTheCaseOfFeatures) {
   EXPECT_EQ(world.Rows(2).keys.size(), 2u);
 
   const std::vector<uint32_t> more = {7, 8};
-  EXPECT_EQ(world.Append(2, more, 5000, &world.next_copy).size(), 88u);
-  EXPECT_THAT(world.Append(1, more, 6000, &world.next_copy), IsEmpty());
+  EXPECT_EQ(world.Append(2, more, 5000, &world.next_copy)[0].size(), 88u);
+  EXPECT_THAT(world.Append(1, more, 6000, &world.next_copy)[0], IsEmpty());
   EXPECT_EQ(world.At(world.Rows(1).tables[0].back().page, 88).content, 6000u);
   EXPECT_EQ(world.At(world.Rows(2).tables[0].back().page, 88).content, 5000u);
   EXPECT_NE(world.Rows(1).tables[0].back().page, world.Rows(2).tables[0].back().page);

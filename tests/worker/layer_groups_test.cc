@@ -467,6 +467,38 @@ TEST(LayerGroupsTest, RandomCutsOfChunks) {
   EXPECT_GT(num_reused, 1000u);
 }
 
+// Cut to the end of a chunk, a window group holds nothing, and its next row goes to the beginning
+// of a page although it stands inside one. Pages of such rows were found by the tokens of others.
+TEST(LayerGroupsTest, RowsBehindAChunkThatWasGivenUpAreNotFoundInOthersPlaces) {
+  ModelSpec spec = TestModel(kPageTokens, 2)->spec();
+  LayerGroupSpec& chunked = spec.geometry.groups[1];
+  chunked.kind = LayerGroupSpec::Kind::kWindow;
+  chunked.window_type = LayerGroupSpec::WindowType::kChunked;
+  chunked.window_tokens = 12;
+  const auto model = std::make_shared<const Model>(Model::Create(std::move(spec)).value());
+  // 39 rows end inside the fifth page, 53 fill it.
+  for (const uint32_t length : {39, 53}) {
+    HostUnderTest t({.num_frames = 64, .model = model});
+    auto info = t.OpenAndFill(Tokens(0, 48));
+    ASSERT_TRUE(info.ok()) << info.status();
+    auto cut = t.host->Rewind(t.tenant, HandleOf(*info), 36);
+    ASSERT_TRUE(cut.ok()) << cut.status();
+    const std::vector<uint32_t> tokens = Concat(Tokens(0, 36), Tokens(900, length - 36));
+    ASSERT_TRUE(t.Append(cut->info, tokens).ok());
+    EXPECT_EQ(*t.WrongHeld(info->id, tokens), 0);
+    // The same up to row 43, of which a query there sees those from 36 on.
+    const size_t num_same = std::min<size_t>(length, 43);
+    const std::vector<uint32_t> prompt =
+        Concat({tokens.begin(), tokens.begin() + num_same}, Tokens(5000, 4));
+    PrefixReuse reuse;
+    auto other = t.OpenAndFill(prompt, &reuse);
+    ASSERT_TRUE(other.ok()) << other.status();
+    EXPECT_GE(reuse.reused_tokens, 32u);
+    EXPECT_EQ(*t.WrongHeld(other->id, prompt), 0) << length;
+    t.host->Quiesce();
+  }
+}
+
 // Random calls against what must be: every byte that a group holds, that it holds what the next
 // token needs, and which calls are refused. PAGETIDE_TEST_SEED replays.
 TEST(LayerGroupsTest, RandomCallsOnMixedGroups) {
