@@ -9,10 +9,12 @@
 #include <vector>
 
 #include "tests/conformance/sequence_algebra.h"
+#include "tests/support/timing.h"
 
 namespace pagetide {
 namespace {
 
+using ::pagetide::testing::Eventually;
 using ::pagetide::testing::Row;
 using ::pagetide::testing::SequenceAlgebraTest;
 using ::pagetide::testing::TestContext;
@@ -231,6 +233,58 @@ TEST_F(SequenceAlgebraTest, NoEditWhileAWriteIsPending) {
   EXPECT_EQ(DigestOf(s) + DigestOf(t), before);
   // As a source it does no harm: its committed rows do not change.
   ASSERT_OK(Copy(s, Open(), 0, -1));
+}
+
+TEST_F(SequenceAlgebraTest, NoEditWhileAnAppendIsOpen) {
+  const auto s = Open(20);
+  const auto t = Open(30, nullptr, 2);
+  const std::string before = DigestOf(s) + DigestOf(t);
+  TestContext context;
+  v1::AppendTokensResponse response;
+  auto writer = client_->sequences().AppendTokens(&context, &response);
+  v1::AppendTokensRequest message;
+  *message.mutable_header()->mutable_sequence() = Ref(s);
+  message.mutable_header()->set_append_id("open");
+  message.mutable_header()->set_expected_length(20);
+  message.mutable_header()->add_tokens(7);
+  ASSERT_TRUE(writer->Write(message));
+  ASSERT_TRUE(Eventually([&] { return client_->Get(s.sequence_id())->pending_tokens() == 1; }));
+  std::vector<v1::SequenceEdit> edits(1);
+  edits[0].mutable_rewind()->set_length(3);
+  for (const absl::Status& status :
+       {Remove(s, 0, 3).status(), Shift(s, 0, -1, 3).status(), Divide(s, 0, -1, 2).status(),
+        Window(s, 2, [](auto& r) { r.set_discard(3); }).status(), Edit(s, edits).status(),
+        Copy(t, s, 25, 30).status(), KeepOnly({t}).status(), Clear(s, true).status(),
+        Reorder({s, t}, {1, 0}, false).status(), client_->Rewind(s, 3).status()}) {
+    EXPECT_EQ(status.code(), absl::StatusCode::kFailedPrecondition) << status;
+    EXPECT_EQ(GetReason(status), "PENDING_WRITE") << status;
+  }
+  context.TryCancel();
+  EXPECT_FALSE(writer->Finish().ok());
+  EXPECT_TRUE(Eventually([&] { return client_->Get(s.sequence_id())->pending_tokens() == 0; }));
+  EXPECT_EQ(DigestOf(s) + DigestOf(t), before);
+  ASSERT_OK(Remove(s, 0, 3));
+}
+
+TEST_F(SequenceAlgebraTest, NothingGoesBehindTheLastPosition) {
+  std::vector<Row> rows;
+  const auto s = Open(20, &rows);
+  constexpr int64_t kLast = 2147483647;
+  ASSERT_OK(Shift(s, 0, -1, kLast - 20));  // one position is left
+  for (Row& row : rows) row.position += kLast - 20;
+  EXPECT_EQ(client_->Get(s.sequence_id())->end_position(), kLast);
+  const std::string before = DigestOf(s);
+  for (const absl::Status& status :
+       {Append(s, {1, 2}).status(), Reserve(s, 2, {}).status(), Shift(s, 0, -1, 2).status(),
+        Shift(s, 5, -1, kLast).status()}) {
+    EXPECT_TRUE(absl::IsInvalidArgument(status)) << status;
+    EXPECT_NE(status.message().find("2147483647"), std::string::npos) << status;
+  }
+  EXPECT_EQ(DigestOf(s), before);
+  ASSERT_OK(Append(s, {1}));
+  EXPECT_TRUE(absl::IsInvalidArgument(Append(s, {2}).status()));
+  EXPECT_EQ(ExtentOf(s), absl::StrCat("[", kLast - 20, ", ", kLast, "] 21 contiguous; [",
+                                      kLast - 20, ", ", kLast, "] 21 contiguous; "));
 }
 
 TEST_F(SequenceAlgebraTest, RowsThatCannotTurnCannotMove) {

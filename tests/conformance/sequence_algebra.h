@@ -12,6 +12,7 @@
 #include <memory>
 #include <string>
 #include <tuple>
+#include <utility>
 #include <vector>
 
 #include "absl/strings/str_cat.h"
@@ -85,8 +86,11 @@ class SequenceAlgebraTest : public ::testing::Test {
   void SetUp() override { Start(256, 24); }
 
   void Start(uint32_t page_tokens, uint64_t frames, bool can_shift = true) {
+    StartModel(RotaryModel(page_tokens, can_shift), frames);
+  }
+  void StartModel(std::shared_ptr<const Model> model, uint64_t frames) {
     role_.reset();
-    model_ = RotaryModel(page_tokens, can_shift);
+    model_ = std::move(model);
     ASSERT_OK(RegisterTestModel(*model_, &store_));
     WorkerRole::Options options;
     options.worker.pool_bytes = frames * model_->geometry().bytes_per_page_of_tokens();

@@ -3,6 +3,8 @@
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 
+#include <cstring>
+#include <initializer_list>
 #include <memory>
 #include <string>
 #include <vector>
@@ -12,6 +14,7 @@
 #include "kvstore/page_record.h"
 #include "kvstore/remote_page_store.h"
 #include "rpc/channel.h"
+#include "tests/contract/test_page.h"
 #include "tests/kvstore/store_test_util.h"
 #include "tests/support/process.h"
 #include "tests/support/timing.h"
@@ -146,6 +149,38 @@ TEST_F(CompressionProcessTest, PagesOfBeforeAndOfNowOutliveEveryProcess) {
   // Turned off again, what is packed is still read.
   ASSERT_NO_FATAL_FAILURE(KillAndRestartBoth("none"));
   ReuseAndVerify(packed);
+}
+
+TEST_F(CompressionProcessTest, D4APageThatDoesNotPayIsStoredAsItIs) {
+  ASSERT_NO_FATAL_FAILURE(KillAndRestartBoth("zstd"));
+  const TestPage noise = MakeTestPage(1, kPageBytes);
+  // Floats of one magnitude, whose upper bytes are all alike.
+  TestPage floats = MakeTestPage(2, kPageBytes);
+  for (uint32_t i = 0; i < kPageBytes / sizeof(float); ++i) {
+    const float x = 1.0f + static_cast<float>(i * 7919 % 65536) / 65536;
+    std::memcpy(floats.body.data() + i * sizeof(float), &x, sizeof(float));
+  }
+  floats.meta.checksum = ChecksumOf(floats.body);
+  const StoreCodecBytes before = Stats().codec_bytes;
+  const std::vector<PutPage> puts = {noise.put(), floats.put()};
+  for (const PutPageResult& result : store_->PutPages(puts, Durability::kLocal, Soon())) {
+    ASSERT_TRUE(result.status.ok()) << result.status;
+  }
+  const StoreCodecBytes after = Stats().codec_bytes;
+  EXPECT_EQ(after.raw.in - before.raw.in, kPageBytes);
+  EXPECT_EQ(after.raw.out - before.raw.out, kPageBytes);
+  const auto packed = [&](auto bytes) {
+    return bytes(after.lz4) + bytes(after.zstd) - bytes(before.lz4) - bytes(before.zstd);
+  };
+  EXPECT_EQ(packed([](const StoreCodecBytes::InOut& codec) { return codec.in; }), kPageBytes);
+  EXPECT_LT(packed([](const StoreCodecBytes::InOut& codec) { return codec.out; }),
+            kPageBytes * 3 / 4);
+  for (const TestPage* page : std::initializer_list<const TestPage*>{&noise, &floats}) {
+    std::vector<std::byte> body(kPageBytes);
+    const std::vector<GetPage> gets = {{.key = page->meta.key, .body = body}};
+    ASSERT_EQ(store_->GetPages(gets, Soon())[0].outcome, GetOutcome::kHit);
+    EXPECT_EQ(body, page->body);
+  }
 }
 
 TEST_F(CompressionProcessTest, ADamagedCompressedRecordIsAMissNeverWrongBytes) {
