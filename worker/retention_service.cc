@@ -12,9 +12,6 @@
 namespace pagetide {
 namespace {
 
-constexpr uint32_t kDefaultListSize = 100;
-constexpr uint32_t kMaxListSize = 1000;
-
 // Of either message that names tokens [begin, end).
 template <typename Range>
 TokenRange RangeFromProto(const Range& proto) {

@@ -15,8 +15,6 @@
 namespace pagetide {
 namespace {
 
-constexpr uint32_t kDefaultListSize = 100;
-constexpr uint32_t kMaxListSize = 1000;
 // Extents of a table in one answer, of at most 140 bytes each.
 constexpr uint32_t kMaxTableExtents = 16384;
 // Messages of a WatchReadiness before the last. They fit the window of a stream, so that a caller

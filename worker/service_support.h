@@ -68,6 +68,9 @@ google::protobuf::Duration DurationToProto(absl::Duration duration);
 google::protobuf::Timestamp TimestampToProto(absl::Time time);
 absl::StatusOr<RowKind> RowKindFromProto(absl::string_view field, int kind);
 
+// Entries of one page of a list, unless its request says otherwise.
+inline constexpr uint32_t kDefaultListSize = 100;
+inline constexpr uint32_t kMaxListSize = 1000;
 // How many entries to list; 0 wants the default. INVALID_ARGUMENT (page_size) above `most`.
 absl::StatusOr<uint32_t> ListSize(uint32_t page_size, uint32_t otherwise, uint32_t most);
 // Tokens of answers that come in pages: numbers, which mean something to the call that made them.

@@ -10,9 +10,6 @@
 namespace pagetide {
 namespace {
 
-constexpr uint32_t kDefaultListSize = 100;
-constexpr uint32_t kMaxListSize = 1000;
-
 absl::StatusOr<Durability> LevelFromProto(int level) {
   switch (level) {
     case v1::DURABILITY_UNSPECIFIED:
