@@ -467,8 +467,8 @@ TEST(LayerGroupsTest, RandomCutsOfChunks) {
   EXPECT_GT(num_reused, 1000u);
 }
 
-// Cut to the end of a chunk, a window group holds nothing, and its next row goes to the beginning
-// of a page although it stands inside one. Pages of such rows were found by the tokens of others.
+// Cut to the end of a chunk, a window group holds nothing, and its next row stands inside a page
+// whose first slots stay empty. Pages of such rows were found by the tokens of others once.
 TEST(LayerGroupsTest, RowsBehindAChunkThatWasGivenUpAreNotFoundInOthersPlaces) {
   ModelSpec spec = TestModel(kPageTokens, 2)->spec();
   LayerGroupSpec& chunked = spec.geometry.groups[1];
