@@ -14,7 +14,6 @@
 #include "worker/model_host_impl.h"
 
 namespace pagetide {
-namespace {}  // namespace
 
 bool ModelHostImpl::CanSpill() const {
   return store_ != nullptr && clock_->MonotonicNow() >= spill_again_at_;

@@ -369,7 +369,7 @@ TEST_P(CutAtChunkTest, APageWithoutItsFirstRowsIsFoundByNobody) {
   EXPECT_EQ(reuse.reused_tokens, kChunk);
   EXPECT_EQ(reuse.limiting_group, 1u);
   // The page behind it is whole again, and has its key.
-  const auto table = *t_.host->GetBlockTable(t_.tenant, a->id);
+  const auto table = t_.host->GetBlockTable(t_.tenant, a->id)->entries;
   EXPECT_EQ(table.back().group, 1u);
   EXPECT_EQ(table.back().first_row, 32u);
   EXPECT_EQ(table.back().first_slot, 0u);
@@ -393,7 +393,7 @@ TEST_P(CutAtChunkTest, ATailWithoutItsFirstRowsIsFoundByNobody) {
   const std::vector<uint32_t> longer = Concat(tokens, Tokens(3000, 18));
   ASSERT_TRUE(t_.Append(fork->info, longer).ok());
   EXPECT_EQ(*t_.WrongHeld(fork->info.id, longer), 0);
-  EXPECT_TRUE(t_.host->GetBlockTable(t_.tenant, fork->info.id)->back().key.has_value());
+  EXPECT_TRUE(t_.host->GetBlockTable(t_.tenant, fork->info.id)->entries.back().key.has_value());
   EXPECT_EQ(*t_.WrongHeld(a->id, tokens), 0);
   t_.host->Quiesce();
 }

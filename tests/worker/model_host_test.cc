@@ -562,7 +562,7 @@ TEST(ModelHostTest, AWatchOfALostPageWaitsForTheOpenWriteToEnd) {
                                         {}, false, t.Soon());
   ASSERT_TRUE(slot.ok()) << slot.status();
   std::vector<PageKey> keys;
-  const auto table = *t.host->GetBlockTable(t.tenant, info->id);
+  const auto table = t.host->GetBlockTable(t.tenant, info->id)->entries;
   for (const BlockTableEntry& entry : table) keys.push_back(*entry.key);
   ASSERT_EQ(*t.store->DeletePages(keys, t.Soon()), 2u);
   // Told again and again, but not without a wait in between: of these nine waits of 100 ms one may

@@ -36,7 +36,7 @@ class LateWriteThrough : public ::testing::Test {
   // Of each page of a sequence, in order: has the store got it?
   std::vector<bool> IsStored(SequenceId id) {
     std::vector<PageKey> keys;
-    const auto table = host().GetBlockTable(t().tenant, id).value();
+    const auto table = host().GetBlockTable(t().tenant, id)->entries;
     for (const BlockTableEntry& entry : table) {
       if (entry.key) keys.push_back(*entry.key);
     }
