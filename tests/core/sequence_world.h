@@ -263,7 +263,7 @@ class SequenceWorld : public SequenceEditor::Sequences {
       const auto count = static_cast<uint32_t>(last + 1 - at);
       table.Append({page.id(), 0, count, at});
       page.SetRows(count);
-      if (count == size) FillPage(page, rows, keys, table.back());
+      if (count == size) FillPage(page, table.back(), rows, keys);
       at = last + 1;
     }
   }
