@@ -4,7 +4,6 @@
 
 #include "absl/strings/str_cat.h"
 #include "base/log.h"
-#include "kvstore/failpoint.h"
 #include "kvstore/rocksdb_page_store.h"
 #include "kvstore/store_errors.h"
 
@@ -53,7 +52,6 @@ absl::Status RocksdbPageStore::WaitForRoom(uint64_t bytes, Durability level,
     const MonotonicTime give_up =
         std::min(deadline, options_.clock->MonotonicNow() +
                                (is_dropped ? absl::ZeroDuration() : options_.put_wait));
-    PT_FAILPOINT("put.wants_room");
     MutexLock lock(&upkeep_mu_);
     room_wanted_ = true;
     upkeep_wake_.SignalAll();
@@ -102,7 +100,6 @@ void RocksdbPageStore::RunUpkeep(MonotonicTime opened) {
       stop = stopping_;
       room_wanted_ = false;
     }
-    PT_FAILPOINT("upkeep.round");
     MeasureIndex();
     index_.ApplyExpiries();
     if (full_.load(std::memory_order_relaxed) && HasRoomAgain()) {

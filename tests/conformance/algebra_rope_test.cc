@@ -8,6 +8,7 @@
 #include <string>
 #include <vector>
 
+#include "absl/strings/ascii.h"
 #include "tests/conformance/sequence_algebra.h"
 
 namespace pagetide {
@@ -89,7 +90,7 @@ class AlgebraRopeTest : public SequenceAlgebraTest, public ::testing::WithParamI
  protected:
   void SetUp() override {
     ModelSpec spec;
-    spec.name = GetParam().name;
+    spec.name = absl::AsciiStrToLower(GetParam().name);
     spec.geometry.page_tokens = 16;
     LayerGroupSpec group;
     group.k_type = group.v_type = DataType::kF32;

@@ -54,7 +54,8 @@ TEST_F(AlgebraViewsTest, B1AClearedCacheIsFoundByNobody) {
     EXPECT_EQ(cleared.dropped_pages(), zero_data ? 6 : 2);
     ExpectRows(s, rows);
     uint32_t in_use = 0;
-    for (const auto& frame : Frames(0).frames()) in_use += frame.state() != "free";
+    const auto frames = Frames(0);
+    for (const auto& frame : frames.frames()) in_use += frame.state() != "free";
     EXPECT_EQ(in_use, 3u);
     ASSERT_OK(client_->Close(s));
   }
@@ -109,7 +110,8 @@ TEST_F(AlgebraViewsTest, B13PageListsAndFramesAgree) {
   ASSERT_OK(Remove(t, 100, 200));
   ASSERT_OK(Shift(t, 200, -1, -100));
   const uint64_t first_page = BlockTable(s).extents(0).page_id();
-  for (const auto& extent : BlockTable(t).extents()) {
+  const v1::GetBlockTableResponse table_of_t = BlockTable(t);
+  for (const auto& extent : table_of_t.extents()) {
     EXPECT_EQ(extent.first_position(), extent.first_row());
     const bool is_turned = extent.group() == 0 && extent.first_row() >= 100;
     EXPECT_EQ(extent.pending_shift(), is_turned ? -100 : 0);
@@ -120,7 +122,8 @@ TEST_F(AlgebraViewsTest, B13PageListsAndFramesAgree) {
   // Every frame that a page list names holds that page; all others are free or of nobody.
   std::map<uint32_t, std::map<uint32_t, uint64_t>> expected;  // group → frame → page
   for (const auto& state : {s, t}) {
-    for (const auto& extent : BlockTable(state).extents()) {
+    const v1::GetBlockTableResponse table = BlockTable(state);
+    for (const auto& extent : table.extents()) {
       ASSERT_TRUE(extent.has_frame());
       expected[extent.group()][extent.frame()] = extent.page_id();
     }

@@ -627,46 +627,6 @@ TEST_F(RocksdbPageStoreTest, ASegmentStaysWhileAPutIntoItHasNotEnded) {
   EXPECT_EQ(Get(page), GetOutcome::kHit);
 }
 
-TEST_F(RocksdbPageStoreTest, APutThatWaitsForRoomDoesNotKeepReclaimFromMakingIt) {
-  RocksdbPageStoreOptions options = Options();
-  options.capacity_bytes = 8 * kMiB;
-  options.clock = Clock::Real();
-  // Only the put of a store that cannot make room waits that long.
-  options.put_wait = absl::Seconds(20);
-  options.scrub_bytes_per_second = 0;
-  Gate upkeep;
-  SetFailpointObserver([&upkeep](const char* name) {
-    if (absl::string_view(name) == "upkeep.round") upkeep.Pass();
-    if (absl::string_view(name) == "put.wants_room") upkeep.Open();
-  });
-  Open(options);
-  const TestPage damaged = MakeTestPage(100, 384 * kKiB);
-  ASSERT_TRUE(Put(damaged).status.ok());
-  // Up to less than `damaged` takes, and not so far that one of these has to wait.
-  std::vector<TestPage> pages;
-  const uint64_t slack = kMiB + kMiB / 4;
-  while (Stats().physical_bytes + 192 * kKiB + slack <= options.capacity_bytes) {
-    pages.push_back(MakeTestPage(pages.size(), 64 * kKiB));
-    const auto put = Put(pages.back());
-    ASSERT_TRUE(put.status.ok()) << put.status;
-  }
-  // Beside the damaged page its segment holds garbage only.
-  const FoundRecord record = FindStoredRecord(dir_.path(), damaged.meta.key);
-  FlipFileBit(record.file, 8 * (record.offset + 300 * kKiB));
-  EXPECT_EQ(Get(damaged), GetOutcome::kQuarantined);
-  std::vector<PageKey> gone;
-  for (const TestPage& page : pages) {
-    if (FindStoredRecord(dir_.path(), page.meta.key).file == record.file)
-      gone.push_back(page.meta.key);
-  }
-  EXPECT_EQ(*store_->DeletePages(gone, kForEver), gone.size());
-  const PutPageResult again = Put(damaged);
-  upkeep.Open();
-  SetFailpointObserver(nullptr);
-  EXPECT_TRUE(again.status.ok()) << again.status;
-  EXPECT_EQ(Get(damaged), GetOutcome::kHit);
-}
-
 TEST_F(RocksdbPageStoreTest, APowerCutDuringReclaimLosesNothingProtected) {
   RocksdbPageStoreOptions options = Options();
   options.capacity_bytes = 8 * kMiB;

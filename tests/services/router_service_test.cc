@@ -507,14 +507,14 @@ TEST_F(RouterServiceTest, ALinkReportsResidencySequencesAndLoad) {
 }
 
 TEST_F(RouterServiceTest, ALinkReportsNewsOfItsLoadBeforeTheNextHeartbeat) {
-  heartbeat_ = absl::Hours(1);
+  heartbeat_ = absl::Seconds(10);
   role_.reset();
   StartRouter("127.0.0.1:0");
   const v1::Model model = Register();
   ReportJournal journal;
   std::atomic<bool> is_draining{false};
   RouterLink::Options options = LinkOptions("w1", 1);
-  options.heartbeat = heartbeat_;
+  options.heartbeat = absl::Hours(1);  // no report by itself
   RouterLink link(options, MakeChannel(role_->address()), &journal, [&] {
     v1::LoadReport load = TestLoad(model.model_digest());
     load.set_draining(is_draining);
