@@ -299,6 +299,12 @@ absl::Status ModelHostImpl::CopyRuns(uint32_t group, FrameId from, FrameId to,
                                      std::span<const TailPlan::SlotRun> runs) {
   const GroupGeometry& geometry = Geometry(group);
   for (const TailPlan::SlotRun& run : runs) {
+    if (uint64_t{run.to_slot} + run.count > page_tokens() ||
+        uint64_t{run.from_slot} + run.count > page_tokens()) {
+      return absl::InternalError(absl::StrCat("copy ", run.count, " rows from slot ", run.from_slot,
+                                              " to slot ", run.to_slot, " of pages of ",
+                                              page_tokens()));
+    }
     for (uint32_t layer = 0; layer < geometry.num_layers(); ++layer) {
       for (RowKind kind : {RowKind::kK, RowKind::kV}) {
         const uint64_t bytes = uint64_t{run.count} * geometry.row_bytes(kind);

@@ -152,7 +152,7 @@ class ModelHostImpl final : public ModelHost {
     std::vector<int32_t> parents;  // reservations only; empty: each follows the one before
     std::vector<PositionedInput> inputs;
     std::vector<PageId> pinned;
-    std::vector<PageId> in_place;  // committed tails among the targets, marked as being written
+    std::vector<PageId> in_place;  // targets with committed rows, marked as being written
     // [group]: the pages that rows go to, in order; the first may be the committed tail.
     std::vector<std::vector<PageId>> targets;
     // [group]: where in the first of targets the first row goes.

@@ -416,7 +416,10 @@ absl::StatusOr<ForkResult> ModelHostImpl::Fork(const Tenant& tenant, const Seque
           const PageTable& table = to.tables[g];
           // Whole pages are never written again: they are shared, full or not.
           if (!traits_[g].is_whole && !table.empty() && !pages_.Get(table.back().page).is_full()) {
-            tails[g] = PlanTailCopy(table, page_tokens());
+            // Rows that stand several times in their page may be more than a page takes: such a
+            // tail is shared, and nothing goes behind it in place.
+            TailPlan copy = PlanTailCopy(table, page_tokens());
+            if (copy.rows < page_tokens()) tails[g] = std::move(copy);
           }
         }
         return tails;
@@ -459,7 +462,9 @@ absl::StatusOr<ForkResult> ModelHostImpl::Fork(const Tenant& tenant, const Seque
       to->was_appended = from->was_appended;
       ForkResult result;
       for (uint32_t g = 0; g < num_groups(); ++g) {
-        result.copied_rows = std::max<uint64_t>(result.copied_rows, tails[g].rows);
+        uint64_t copied = 0;
+        for (const TailPlan::SlotRun& run : tails[g].copies) copied += run.count;
+        result.copied_rows = std::max(result.copied_rows, copied);
         absl::flat_hash_set<PageId> shared;
         for (const Extent& extent : to->tables[g].extents()) {
           pages_.Ref(pages_.Get(extent.page));

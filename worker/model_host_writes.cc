@@ -278,6 +278,9 @@ absl::Status ModelHostImpl::OpenWrite(const WritePlan& plan,
       copy.SetRows(tail.rows);
       pages_.Pin(copy);
       pending.pinned.push_back(copy.id());
+      // From here on others can come to reference its committed rows, as those of any tail.
+      copy.SetBeingWritten(true);
+      pending.in_place.push_back(copy.id());
       ReplaceTail(tail, copy, table, pages_);
       pending.targets[g].push_back(copy.id());
       for (const TailPlan::SlotRun& run : tail.copies) counters_.rows_copied += run.count;

@@ -15,7 +15,7 @@ namespace pagetide {
 
 grpc::Status SequenceServiceImpl::AppendRaw(grpc::ServerContext* context, RawStream* stream) {
   const CallContext call = MakeCallContext(*context, *worker_);
-  const StreamDeadlines::Watch watch(deadlines_, context, call.deadline, "append tokens");
+  const StreamDeadlines::Watch watch(deadlines_, context, call.end, "append tokens");
   const auto append = [&]() -> absl::Status {
     AppendMessage first;
     if (!stream->Read(first.buffer())) {
@@ -96,7 +96,7 @@ absl::StatusOr<v1::AppendTokensResponse> SequenceServiceImpl::Append(const CallC
 
 grpc::Status SequenceServiceImpl::ReadRaw(grpc::ServerContext* context, RawStream* stream) {
   const CallContext call = MakeCallContext(*context, *worker_);
-  const StreamDeadlines::Watch watch(deadlines_, context, call.deadline, "read rows");
+  const StreamDeadlines::Watch watch(deadlines_, context, call.end, "read rows");
   grpc::ByteBuffer bytes;
   v1::ReadRowsRequest request;
   if (!stream->Read(&bytes)) return ToGrpcStatus(absl::InvalidArgumentError("no ReadRowsRequest"));

@@ -28,8 +28,9 @@ CallContext MakeCallContext(const grpc::ServerContextBase& context, const Worker
   left = std::clamp(left, absl::ZeroDuration(), kMaxCallTime);
   // The last moment is for the answer: "needed, free, evictable" says more than a deadline that
   // passed at the caller.
-  left -= std::min(left / 10, kAnswerTime);
-  return CallContext{worker.TenantNamed(TenantOf(context)), worker.clock().MonotonicNow() + left};
+  const MonotonicTime now = worker.clock().MonotonicNow();
+  return CallContext{worker.TenantNamed(TenantOf(context)),
+                     now + left - std::min(left / 10, kAnswerTime), now + left};
 }
 
 absl::StatusOr<SequenceId> SequenceIdFromProto(absl::string_view sequence_id) {

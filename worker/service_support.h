@@ -36,7 +36,8 @@ inline constexpr absl::Duration kAnswerTime = absl::Milliseconds(50);
 
 struct CallContext {
   Tenant tenant;
-  MonotonicTime deadline;
+  MonotonicTime deadline;  // for the work: a moment before `end`, which is for the answer
+  MonotonicTime end;
 };
 CallContext MakeCallContext(const grpc::ServerContextBase& context, const Worker& worker);
 

@@ -142,7 +142,7 @@ grpc::Status SessionServiceImpl::ExportSequence(
     grpc::ServerContext* context, const v1::ExportSequenceRequest* request,
     grpc::ServerWriter<v1::ExportSequenceResponse>* writer) {
   const CallContext call = MakeCallContext(*context, *worker_);
-  const StreamDeadlines::Watch watch(deadlines_, context, call.deadline, "export sequence");
+  const StreamDeadlines::Watch watch(deadlines_, context, call.end, "export sequence");
   return ToGrpcStatus(ExportTo(worker_, call, *request, writer));
 }
 
@@ -210,7 +210,7 @@ grpc::Status SessionServiceImpl::ImportSequence(
     grpc::ServerContext* context, grpc::ServerReader<v1::ImportSequenceRequest>* reader,
     v1::ImportSequenceResponse* response) {
   const CallContext call = MakeCallContext(*context, *worker_);
-  const StreamDeadlines::Watch watch(deadlines_, context, call.deadline, "import sequence");
+  const StreamDeadlines::Watch watch(deadlines_, context, call.end, "import sequence");
   v1::ImportSequenceRequest first;
   if (!reader->Read(&first) || !first.has_header()) {
     return ToGrpcStatus(absl::InvalidArgumentError("the first message has no header"));

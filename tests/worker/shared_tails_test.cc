@@ -3,7 +3,10 @@
 
 #include <atomic>
 #include <functional>
+#include <span>
+#include <string>
 #include <utility>
+#include <vector>
 
 #include "tests/worker/model_host_fixture.h"
 
@@ -78,6 +81,24 @@ class SharedTailsTest : public ::testing::Test {
     EXPECT_TRUE(edited.ok()) << edited.status();
     return *t_.host->Get(t_.tenant, to.id);
   }
+  std::string BytesOf(SequenceId id) {
+    const GroupGeometry& geometry = t_.model->geometry().group(0);
+    const auto rows = t_.host->PinRows(t_.tenant, id, 0, 0, 0, t_.Soon());
+    EXPECT_TRUE(rows.ok()) << rows.status();
+    if (!rows.ok()) return "";
+    std::string all;
+    for (uint32_t layer = 0; layer < geometry.num_layers(); ++layer) {
+      for (RowKind kind : {RowKind::kK, RowKind::kV}) {
+        for (const auto& run : (*rows)->Runs(layer, kind)) {
+          std::string bytes(run.num_bytes, '\0');
+          EXPECT_TRUE(
+              t_.host->pool().Read(run.offset, std::as_writable_bytes(std::span(bytes))).ok());
+          all += bytes;
+        }
+      }
+    }
+    return all;
+  }
   void ExpectRestored(const SequenceInfo& info, uint64_t checkpoint) {
     const std::vector<uint32_t> other = Concat(Tokens(0, 10), Tokens(900, 5));
     ASSERT_TRUE(t_.Append(info, other).ok());
@@ -90,6 +111,46 @@ class SharedTailsTest : public ::testing::Test {
   WatchedDevice device_;
   HostUnderTest t_{HostUnderTest::Setup{.device = &device_}};
 };
+
+// The same behind a sealed tail: the write goes to a copy of it.
+TEST_F(SharedTailsTest, ACheckpointOfOneSequenceDoesNotEndTheWriteToACopyOfATail) {
+  const std::vector<uint32_t> tokens = Tokens(0, 30);
+  const auto a = t_.OpenAndFill(std::span(tokens).first(10));
+  ASSERT_TRUE(a.ok()) << a.status();
+  ASSERT_TRUE(t_.host->CreateCheckpoint(t_.tenant, HandleOf(*a)).ok());
+  const auto slot = t_.host->BeginAppend(t_.tenant, HandleOf(*a), "a", 10,
+                                         std::span(tokens).subspan(10), {}, false, t_.Soon());
+  ASSERT_TRUE(slot.ok()) << slot.status();
+  const SequenceInfo b = CopyOf(*a);
+  const auto checkpoint = t_.host->CreateCheckpoint(t_.tenant, HandleOf(b));
+  ASSERT_TRUE(checkpoint.ok()) << checkpoint.status();
+  ASSERT_TRUE(t_.WriteAll(*slot, tokens).ok());
+  const auto done = t_.host->Commit(t_.tenant, HandleOf(*a), slot->pending_id, {});
+  ASSERT_TRUE(done.ok()) << done.status();
+  EXPECT_EQ(*t_.WrongRows(a->id, tokens), 0u);
+  ExpectRestored(b, checkpoint->id);
+  EXPECT_EQ(*t_.WrongRows(a->id, tokens), 0u);
+}
+
+// Rows that were copied to and fro stand twice in one page: more rows than a page has slots.
+TEST_F(SharedTailsTest, AForkOfRowsThatStandTwiceInATailSharesIt) {
+  const auto a = t_.OpenAndFill(Tokens(0, 10));
+  ASSERT_TRUE(a.ok()) << a.status();
+  const auto bystander = t_.OpenAndFill(Tokens(500, 64));
+  ASSERT_TRUE(bystander.ok()) << bystander.status();
+  const SequenceInfo b = CopyOf(*a);
+  const std::vector<SequenceHandle> both = {HandleOf(*a), HandleOf(b)};
+  const SequenceEdit back = CopyRangeEdit{b.number, a->number, {0, 10}, /*allow_overlap=*/true};
+  const auto edited = t_.host->Edit(t_.tenant, both, {&back, 1});
+  ASSERT_TRUE(edited.ok()) << edited.status();
+  const std::string rows = BytesOf(a->id);
+  const auto fork = t_.host->Fork(t_.tenant, HandleOf(*a), 20, t_.Soon());
+  ASSERT_TRUE(fork.ok()) << fork.status();
+  EXPECT_EQ(fork->copied_rows, 0u);
+  EXPECT_EQ(BytesOf(fork->info.id), rows);
+  EXPECT_EQ(BytesOf(a->id), rows);
+  EXPECT_EQ(*t_.WrongRows(bystander->id, Tokens(500, 64)), 0u);
+}
 
 TEST_F(SharedTailsTest, ACheckpointOfOneSequenceDoesNotEndTheWriteOfAnother) {
   const std::vector<uint32_t> tokens = Tokens(0, 30);
