@@ -1,13 +1,10 @@
 """The page of conformance names tests that are there and run; wrong names are found."""
 
-import pathlib
-import subprocess
-import sys
-import tempfile
 import unittest
 
-ROOT = pathlib.Path(__file__).resolve().parent.parent.parent
-CHECK = ROOT / "tools" / "check_conformance.py"
+from check_harness import Check
+
+CHECK = Check("check_conformance.py")
 PAGE = "| case | what | tests |\n|---|---|---|\n| A1 | pages | {} |\n\n| a | b |\n|---|---|\n| c | Other |\n"
 TREE = {
     "tests/a/CMakeLists.txt": "pagetide_test(a_test SRCS a.cc b.cc\n  LIBS x LABELS integration conformance)\n"
@@ -18,26 +15,15 @@ TREE = {
 }
 
 
-def run(root):
-    done = subprocess.run([sys.executable, str(CHECK), "--root", str(root)], text=True,
-                          capture_output=True, check=False)
-    return done.returncode, done.stdout + done.stderr
-
-
 class CheckConformanceTest(unittest.TestCase):
     def check(self, names):
-        with tempfile.TemporaryDirectory() as folder:
-            files = dict(TREE)
-            if names is not None:
-                files["docs/conformance.md"] = PAGE.format(names)
-            for path, text in files.items():
-                file = pathlib.Path(folder) / path
-                file.parent.mkdir(parents=True, exist_ok=True)
-                file.write_text(text, encoding="utf-8")
-            return run(folder)
+        files = dict(TREE)
+        if names is not None:
+            files["docs/conformance.md"] = PAGE.format(names)
+        return CHECK.on_files(files)
 
     def test_this_tree_has_what_its_page_names(self):
-        code, output = run(ROOT)
+        code, output = CHECK.on_this_tree()
         self.assertEqual(code, 0, output)
 
     def test_tests_of_every_form_are_found(self):

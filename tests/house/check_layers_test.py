@@ -1,36 +1,19 @@
 """The layer check holds on this tree, and finds crossings that are planted in a tree of its own."""
 
-import pathlib
-import subprocess
-import sys
-import tempfile
 import unittest
 
-ROOT = pathlib.Path(__file__).resolve().parent.parent.parent
-CHECK = ROOT / "tools" / "check_layers.py"
+from check_harness import Check
 
-
-def run(root):
-    done = subprocess.run([sys.executable, str(CHECK), "--root", str(root)], text=True,
-                          capture_output=True, check=False)
-    return done.returncode, done.stdout + done.stderr
+CHECK = Check("check_layers.py")
 
 
 class CheckLayersTest(unittest.TestCase):
-    def check(self, files):
-        with tempfile.TemporaryDirectory() as folder:
-            for path, text in files.items():
-                file = pathlib.Path(folder) / path
-                file.parent.mkdir(parents=True, exist_ok=True)
-                file.write_text(text, encoding="utf-8")
-            return run(folder)
-
     def test_this_tree_keeps_its_layers(self):
-        code, output = run(ROOT)
+        code, output = CHECK.on_this_tree()
         self.assertEqual(code, 0, output)
 
     def test_good_includes_pass(self):
-        code, output = self.check({
+        code, output = CHECK.on_files({
             "core/a.h": '#include <vector>\n#include "absl/status/status.h"\n#include "base/mutex.h"\n',
             "rpc/b.cc": '#include <grpcpp/grpcpp.h>\n#include <sys/socket.h>\n#include "core/a.h"\n',
             "worker/a_service.cc": '#include <grpcpp/grpcpp.h>\n#include "worker/b_service.h"\n',
@@ -64,12 +47,12 @@ class CheckLayersTest(unittest.TestCase):
             ("cli/a.cc", '"tests/support/process.h"'),
             ("cli/a.cc", '"neighbour.h"'),
         ]:
-            code, output = self.check({path: f"#include <string>\n  #  include {include}\n"})
+            code, output = CHECK.on_files({path: f"#include <string>\n  #  include {include}\n"})
             self.assertEqual(code, 1, f"{path} {include}: {output}")
             self.assertIn(f"{path}:2: includes", output)
 
     def test_an_empty_tree_is_not_a_pass(self):
-        code, _ = self.check({"README.md": "nothing"})
+        code, _ = CHECK.on_files({"README.md": "nothing"})
         self.assertEqual(code, 1)
 
 

@@ -1,32 +1,18 @@
 """docs/metrics.md names every metric of this tree, and the check finds what a planted page lacks or invents."""
 
-import pathlib
-import subprocess
-import sys
-import tempfile
 import unittest
 
-ROOT = pathlib.Path(__file__).resolve().parent.parent.parent
-CHECK = ROOT / "tools" / "check_metrics.py"
+from check_harness import Check
 
-
-def run(root):
-    done = subprocess.run([sys.executable, str(CHECK), "--root", str(root)], text=True,
-                          capture_output=True, check=False)
-    return done.returncode, done.stdout + done.stderr
+CHECK = Check("check_metrics.py")
 
 
 class CheckMetricsTest(unittest.TestCase):
     def check(self, code, page):
-        with tempfile.TemporaryDirectory() as folder:
-            for path, text in {"rpc/a.cc": code, "docs/metrics.md": page}.items():
-                file = pathlib.Path(folder) / path
-                file.parent.mkdir(parents=True)
-                file.write_text(text, encoding="utf-8")
-            return run(folder)
+        return CHECK.on_files({"rpc/a.cc": code, "docs/metrics.md": page})
 
     def test_the_page_names_every_metric_of_this_tree(self):
-        code, output = run(ROOT)
+        code, output = CHECK.on_this_tree()
         self.assertEqual(code, 0, output)
 
     def test_a_page_that_is_complete_passes(self):
