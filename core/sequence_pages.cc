@@ -26,6 +26,12 @@ PageUse UseOf(const PageTable& table, PageId id) {
 
 }  // namespace
 
+uint64_t TailPlan::num_copied_rows() const {
+  uint64_t rows = 0;
+  for (const SlotRun& run : copies) rows += run.count;
+  return rows;
+}
+
 bool HoldsFromBase(const Extent& extent, uint64_t base) {
   return extent.first_slot == 0 && extent.first_row == base && extent.shift == 0;
 }

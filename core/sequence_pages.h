@@ -37,6 +37,8 @@ struct TailPlan {
   PageId page;
   uint32_t rows = 0;
   std::vector<SlotRun> copies;
+
+  uint64_t num_copied_rows() const;
 };
 // `canonical_row`: which row comes next, if it is canonical. Such a row goes to the slot of its
 // index within a page, even where the table has no row in front of it (behind a window): then the

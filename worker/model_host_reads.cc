@@ -462,9 +462,7 @@ absl::StatusOr<ForkResult> ModelHostImpl::Fork(const Tenant& tenant, const Seque
       to->was_appended = from->was_appended;
       ForkResult result;
       for (uint32_t g = 0; g < num_groups(); ++g) {
-        uint64_t copied = 0;
-        for (const TailPlan::SlotRun& run : tails[g].copies) copied += run.count;
-        result.copied_rows = std::max(result.copied_rows, copied);
+        result.copied_rows = std::max(result.copied_rows, tails[g].num_copied_rows());
         absl::flat_hash_set<PageId> shared;
         for (const Extent& extent : to->tables[g].extents()) {
           pages_.Ref(pages_.Get(extent.page));

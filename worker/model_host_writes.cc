@@ -283,7 +283,7 @@ absl::Status ModelHostImpl::OpenWrite(const WritePlan& plan,
       pending.in_place.push_back(copy.id());
       ReplaceTail(tail, copy, table, pages_);
       pending.targets[g].push_back(copy.id());
-      for (const TailPlan::SlotRun& run : tail.copies) counters_.rows_copied += run.count;
+      counters_.rows_copied += tail.num_copied_rows();
       ++counters_.pages_created;
       ++pending.pages_created;
     } else if (tail.kind == TailPlan::Kind::kInPlace) {

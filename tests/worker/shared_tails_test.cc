@@ -107,30 +107,34 @@ class SharedTailsTest : public ::testing::Test {
     ASSERT_TRUE(back.ok()) << back.status();
     EXPECT_EQ(*t_.WrongRows(info.id, Tokens(0, 10)), 0u);
   }
+  // While rows are written behind a tail that another sequence references, a checkpoint of that one
+  // is taken. `is_sealed`: the tail is held by a checkpoint already, and the write goes to a copy.
+  void CheckpointDuringAWrite(bool is_sealed) {
+    const std::vector<uint32_t> tokens = Tokens(0, 30);
+    const auto a = t_.OpenAndFill(std::span(tokens).first(10));
+    ASSERT_TRUE(a.ok()) << a.status();
+    if (is_sealed) {
+      ASSERT_TRUE(t_.host->CreateCheckpoint(t_.tenant, HandleOf(*a)).ok());
+    }
+    const auto slot = t_.host->BeginAppend(t_.tenant, HandleOf(*a), "a", 10,
+                                           std::span(tokens).subspan(10), {}, false, t_.Soon());
+    ASSERT_TRUE(slot.ok()) << slot.status();
+    const SequenceInfo b = CopyOf(*a);
+    const auto checkpoint = t_.host->CreateCheckpoint(t_.tenant, HandleOf(b));
+    ASSERT_TRUE(checkpoint.ok()) << checkpoint.status();
+    ASSERT_TRUE(t_.WriteAll(*slot, tokens).ok());
+    const auto done = t_.host->Commit(t_.tenant, HandleOf(*a), slot->pending_id, {});
+    ASSERT_TRUE(done.ok()) << done.status();
+    EXPECT_EQ(*t_.WrongRows(a->id, tokens), 0u);
+    EXPECT_EQ(*t_.WrongRows(b.id, Tokens(0, 10)), 0u);
+    ExpectRestored(b, checkpoint->id);
+    EXPECT_EQ(*t_.WrongRows(a->id, tokens), 0u);
+    t_.host->Quiesce();
+  }
 
   WatchedDevice device_;
   HostUnderTest t_{HostUnderTest::Setup{.device = &device_}};
 };
-
-// The same behind a sealed tail: the write goes to a copy of it.
-TEST_F(SharedTailsTest, ACheckpointOfOneSequenceDoesNotEndTheWriteToACopyOfATail) {
-  const std::vector<uint32_t> tokens = Tokens(0, 30);
-  const auto a = t_.OpenAndFill(std::span(tokens).first(10));
-  ASSERT_TRUE(a.ok()) << a.status();
-  ASSERT_TRUE(t_.host->CreateCheckpoint(t_.tenant, HandleOf(*a)).ok());
-  const auto slot = t_.host->BeginAppend(t_.tenant, HandleOf(*a), "a", 10,
-                                         std::span(tokens).subspan(10), {}, false, t_.Soon());
-  ASSERT_TRUE(slot.ok()) << slot.status();
-  const SequenceInfo b = CopyOf(*a);
-  const auto checkpoint = t_.host->CreateCheckpoint(t_.tenant, HandleOf(b));
-  ASSERT_TRUE(checkpoint.ok()) << checkpoint.status();
-  ASSERT_TRUE(t_.WriteAll(*slot, tokens).ok());
-  const auto done = t_.host->Commit(t_.tenant, HandleOf(*a), slot->pending_id, {});
-  ASSERT_TRUE(done.ok()) << done.status();
-  EXPECT_EQ(*t_.WrongRows(a->id, tokens), 0u);
-  ExpectRestored(b, checkpoint->id);
-  EXPECT_EQ(*t_.WrongRows(a->id, tokens), 0u);
-}
 
 // Rows that were copied to and fro stand twice in one page: more rows than a page has slots.
 TEST_F(SharedTailsTest, AForkOfRowsThatStandTwiceInATailSharesIt) {
@@ -153,23 +157,11 @@ TEST_F(SharedTailsTest, AForkOfRowsThatStandTwiceInATailSharesIt) {
 }
 
 TEST_F(SharedTailsTest, ACheckpointOfOneSequenceDoesNotEndTheWriteOfAnother) {
-  const std::vector<uint32_t> tokens = Tokens(0, 30);
-  const auto a = t_.OpenAndFill(std::span(tokens).first(10));
-  ASSERT_TRUE(a.ok()) << a.status();
-  const auto slot = t_.host->BeginAppend(t_.tenant, HandleOf(*a), "a", 10,
-                                         std::span(tokens).subspan(10), {}, false, t_.Soon());
-  ASSERT_TRUE(slot.ok()) << slot.status();
-  const SequenceInfo b = CopyOf(*a);
-  const auto checkpoint = t_.host->CreateCheckpoint(t_.tenant, HandleOf(b));
-  ASSERT_TRUE(checkpoint.ok()) << checkpoint.status();
-  ASSERT_TRUE(t_.WriteAll(*slot, tokens).ok());
-  const auto done = t_.host->Commit(t_.tenant, HandleOf(*a), slot->pending_id, {});
-  ASSERT_TRUE(done.ok()) << done.status();
-  EXPECT_EQ(*t_.WrongRows(a->id, tokens), 0u);
-  EXPECT_EQ(*t_.WrongRows(b.id, Tokens(0, 10)), 0u);
-  ExpectRestored(b, checkpoint->id);
-  EXPECT_EQ(*t_.WrongRows(a->id, tokens), 0u);
-  t_.host->Quiesce();
+  CheckpointDuringAWrite(/*is_sealed=*/false);
+}
+
+TEST_F(SharedTailsTest, ACheckpointOfOneSequenceDoesNotEndTheWriteToACopyOfATail) {
+  CheckpointDuringAWrite(/*is_sealed=*/true);
 }
 
 TEST_F(SharedTailsTest, ACheckpointOfATailWhoseWriteWasAbortedSealsIt) {
