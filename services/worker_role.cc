@@ -12,6 +12,7 @@
 #include "absl/strings/str_cat.h"
 #include "base/executor.h"
 #include "base/log.h"
+#include "base/periodic_task.h"
 #include "base/status_macros.h"
 #include "core/residency_digest.h"
 #include "rpc/channel.h"
@@ -45,6 +46,11 @@ uint64_t RandomIncarnation() {
 }
 
 namespace {
+
+// How soon others may resume a parked sequence that was idle here, and for how long a store that
+// does not answer may hold up the end of this worker.
+constexpr absl::Duration kGiveUpIdlePause = absl::Seconds(1);
+constexpr absl::Duration kGiveUpIdleTimeout = absl::Seconds(2);
 
 // Equal for processes of one running machine: its name and the id of this boot.
 std::string HostName() {
@@ -100,6 +106,7 @@ struct WorkerRole::Parts {
   std::unique_ptr<StoreLeaseKeeper> store_lease;
   std::unique_ptr<WorkerFence> fence;
   std::unique_ptr<LocalPlane> local_plane;
+  std::unique_ptr<PeriodicTask> idle_giver;
   std::unique_ptr<RequestMemos> memos;
   std::unique_ptr<StreamDeadlines> stream_deadlines;
   std::unique_ptr<Retentions> retentions;
@@ -141,6 +148,11 @@ absl::StatusOr<std::unique_ptr<WorkerRole>> WorkerRole::Start(Options options, P
     journal->OnSequence(info.id, host.model().digest().ToHex(), info.length);
   };
   ports.on_sequence_closed = [journal](SequenceId id) { journal->OnSequenceClosed(id); };
+  // Parking and memos are there before the worker starts.
+  ports.on_sequence_idle = [parts = parts.get()](const IdleSequence& idle) {
+    parts->parking->NoteIdle(idle.id, idle.epoch);
+    parts->memos->ForgetSequence(idle.tenant, idle.id.ToString());
+  };
   ports.on_sequence_resumed = [journal](const ModelHost& host, const SequenceInfo& info) {
     journal->OnSequenceResumed(info.id, host.model().digest().ToHex(), info.length);
   };
@@ -169,7 +181,13 @@ absl::StatusOr<std::unique_ptr<WorkerRole>> WorkerRole::Start(Options options, P
   }
   parts->parking = std::make_unique<Parking>(Parking::Options{.lease_ttl = options.store_lease_ttl},
                                              worker, store, parts->fence.get());
-  if (parts->store_lease) parts->store_lease->Start();
+  if (parts->store_lease) {
+    parts->store_lease->Start();
+    parts->idle_giver = std::make_unique<PeriodicTask>(
+        "parking-idle", kGiveUpIdlePause, [parking = parts->parking.get(), clock] {
+          parking->GiveUpIdle(clock->MonotonicNow() + kGiveUpIdleTimeout);
+        });
+  }
   parts->retentions = std::make_unique<Retentions>(worker, store, parts->fence.get());
   parts->sequence_edit_service = std::make_unique<SequenceEditServiceImpl>(
       worker, parts->memos.get(), parts->retentions.get());

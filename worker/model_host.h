@@ -54,6 +54,13 @@ struct SequenceHandle {
   std::optional<uint64_t> expected_revision;
 };
 
+// That was closed because no call was made on it.
+struct IdleSequence {
+  SequenceId id;
+  uint64_t epoch = 0;
+  std::string tenant;
+};
+
 struct SequenceInfo {
   SequenceId id;
   uint64_t number = 0;  // by which edits name it; unique in the worker, never used again
@@ -323,7 +330,8 @@ struct HostCounters {
   uint64_t rows_removed = 0;   // by edits
   uint64_t rows_moved = 0;     // by edits: rows that got another position
   uint64_t rows_compacted = 0;
-  uint64_t pages_reclaimed = 0;  // references to pages behind a window that sequences gave up
+  uint64_t sequences_expired = 0;  // closed because no call was made on them
+  uint64_t pages_reclaimed = 0;    // references to pages behind a window that sequences gave up
 };
 
 // What the router wants to know about this host now.
@@ -402,6 +410,9 @@ class ModelHost {
     // How long spilling pauses after the store refused.
     absl::Duration store_backoff = absl::Seconds(1);
     uint64_t max_open_sequences = 100000;
+    // A sequence on which no call was made for so long, and that has no pending write, is closed:
+    // its client died or forgot it. 0: never.
+    absl::Duration sequence_idle = absl::Hours(1);
     uint64_t max_sequence_tokens = uint64_t{1} << 22;
     uint64_t max_waiting_calls = 4096;
     // An append of which no row comes for so long is aborted: it holds frames.
@@ -471,6 +482,10 @@ class ModelHost {
   virtual absl::Status Close(const Tenant& tenant, SequenceId id, uint64_t epoch) = 0;
   // The number of an open sequence, whoever's it is; 0, which none has, if it is not open.
   virtual uint64_t NumberOf(SequenceId id) const = 0;
+  // Closes what was idle for Options::sequence_idle. Full pages stay in the cache, and what was
+  // saved or parked stays where it is. Returns those; looks at all open sequences, at most ten
+  // times in that while and once a second.
+  virtual std::vector<IdleSequence> CloseIdle() = 0;
   // Only if it has the expected revision and no write is pending; else as for any change.
   virtual absl::Status CloseUnchanged(const Tenant& tenant, const SequenceHandle& sequence) = 0;
   virtual absl::StatusOr<ForkResult> Fork(const Tenant& tenant, const SequenceHandle& source,

@@ -49,6 +49,10 @@ absl::Status ModelHost::Options::Validate() const {
     return absl::InvalidArgumentError(
         "max_open_sequences, max_sequence_tokens and max_waiting_calls must be > 0");
   }
+  if (sequence_idle < absl::ZeroDuration()) {
+    return absl::InvalidArgumentError(
+        absl::StrCat("sequence_idle is ", absl::FormatDuration(sequence_idle), ", must be >= 0"));
+  }
   if (store_timeout <= absl::ZeroDuration() || lookup_timeout <= absl::ZeroDuration()) {
     return absl::InvalidArgumentError("store_timeout and lookup_timeout must be > 0");
   }
@@ -153,8 +157,9 @@ absl::StatusOr<ModelHostImpl::SequencePtr> ModelHostImpl::FindSequence(const Ten
                                                                        SequenceId id) {
   const auto it = sequences_.find(NumberOfLocked(id));
   // Another tenant's sequence answers like none.
-  if (it != sequences_.end() && it->second->tenant == tenant.name) return it->second;
-  return SequenceNotFound(id);
+  if (it == sequences_.end() || it->second->tenant != tenant.name) return SequenceNotFound(id);
+  it->second->last_call = clock_->MonotonicNow();
+  return it->second;
 }
 
 absl::Status ModelHostImpl::CheckHandle(const Sequence& sequence,
@@ -244,6 +249,7 @@ void ModelHostImpl::DropPending(Sequence& sequence) {
     for (PageId id : group) pages_.Unref(pages_.Get(id));
   }
   sequence.pending.reset();
+  sequence.last_call = clock_->MonotonicNow();
   changed_.SignalAll();
 }
 
@@ -364,6 +370,7 @@ void ModelHostImpl::AddSequence(const SequencePtr& sequence,
   sequence->number = identity && is_own ? identity->id.number : NextNumber();
   sequence->id = identity ? identity->id : SequenceId{options_.incarnation, sequence->number};
   if (identity) sequence->epoch = identity->epoch;
+  sequence->last_call = clock_->MonotonicNow();
   if (!is_own) foreign_[sequence->id] = sequence->number;
   sequences_[sequence->number] = sequence;
 }

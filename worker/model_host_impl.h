@@ -64,6 +64,7 @@ class ModelHostImpl final : public ModelHost {
   absl::StatusOr<PinnedTable> PinTable(const Tenant&, SequenceId, MonotonicTime) override;
   absl::Status Close(const Tenant&, SequenceId, uint64_t) override;
   uint64_t NumberOf(SequenceId id) const override;
+  std::vector<IdleSequence> CloseIdle() override;
   absl::Status CloseUnchanged(const Tenant&, const SequenceHandle&) override;
   absl::StatusOr<ForkResult> Fork(const Tenant&, const SequenceHandle&, std::optional<uint64_t>,
                                   MonotonicTime) override;
@@ -188,6 +189,7 @@ class ModelHostImpl final : public ModelHost {
     uint64_t epoch = 1;
     uint64_t revision = 1;
     PrefixKey root;
+    MonotonicTime last_call;  // or the end of its last pending write
     std::unique_ptr<Pending> pending;
     std::vector<Checkpoint> checkpoints;  // oldest first
     bool was_appended = false;            // since open: then a lost prefix is the caller's to know
@@ -272,6 +274,7 @@ class ModelHostImpl final : public ModelHost {
                               std::span<const PositionedInput> inputs, uint64_t first) const;
 
   // --- sequences (model_host_impl.cc) ---
+  // For a call on the sequence, which is not idle then.
   absl::StatusOr<SequencePtr> FindSequence(const Tenant& tenant, SequenceId id)
       ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
   // As FindSequence, and checks epoch, revision and that no write is pending.
@@ -501,6 +504,7 @@ class ModelHostImpl final : public ModelHost {
   std::vector<uint32_t> num_spilling_ ABSL_GUARDED_BY(mu_);  // [group]
   uint64_t jobs_in_flight_ ABSL_GUARDED_BY(mu_) = 0;
   uint64_t running_calls_ ABSL_GUARDED_BY(mu_) = 0;
+  MonotonicTime look_for_idle_at_ ABSL_GUARDED_BY(mu_) = {absl::ZeroDuration()};
   MonotonicTime spill_again_at_ ABSL_GUARDED_BY(mu_) = {absl::ZeroDuration()};
   MonotonicTime ask_partial_again_at_ ABSL_GUARDED_BY(mu_) = {absl::ZeroDuration()};
   absl::Status last_store_error_ ABSL_GUARDED_BY(mu_);

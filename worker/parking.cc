@@ -154,6 +154,31 @@ void Parking::NoteStale(const WriteFence& fence) {
   if (id.ok()) CloseHere(*id, fence.epoch);
 }
 
+void Parking::NoteIdle(SequenceId id, uint64_t epoch) {
+  MutexLock lock(&mu_);
+  const auto it = owned_.find(id);
+  // It may have been resumed here since.
+  if (it != owned_.end() && it->second.epoch == epoch) it->second.is_idle = true;
+}
+
+void Parking::GiveUpIdle(MonotonicTime deadline) {
+  std::vector<std::pair<SequenceId, uint64_t>> idle;
+  {
+    MutexLock lock(&mu_);
+    for (const auto& [id, entry] : owned_) {
+      if (entry.is_idle) idle.emplace_back(id, entry.epoch);
+    }
+  }
+  for (const auto& [id, epoch] : idle) {
+    const absl::Status given =
+        store_->CompareAndSetRecord(kOwnerRecordKind, RecordKey(id), epoch, kParkedValue, deadline)
+            .status();
+    // Not ours any more: taken over, resumed or closed meanwhile.
+    if (!given.ok() && GetReason(given) != error_reason::kVersionMismatch) return;
+    Forget(id, epoch);
+  }
+}
+
 void Parking::CheckOwned(MonotonicTime deadline) {
   std::vector<std::pair<SequenceId, uint64_t>> owned;
   {

@@ -88,6 +88,12 @@ class Parking {
   // worker's, and has this epoch. False, and nothing done, otherwise.
   absl::StatusOr<bool> Drop(const Tenant& tenant, SequenceId id, uint64_t epoch,
                             MonotonicTime deadline);
+  // The worker closed a sequence because no call was made on it. If it was parked or resumed here,
+  // what was parked last stays, and GiveUpIdle makes it nobody's.
+  void NoteIdle(SequenceId id, uint64_t epoch);
+  // Lets other workers resume what NoteIdle named, without waiting for this one's lease to end.
+  // What fails is tried again by the next call.
+  void GiveUpIdle(MonotonicTime deadline);
   // Compares what is open here with the ownership records, and closes what another has taken over.
   // For when the worker's lease was away.
   void CheckOwned(MonotonicTime deadline);
@@ -96,6 +102,7 @@ class Parking {
   struct Owned {
     std::string tenant;
     uint64_t epoch = 0;
+    bool is_idle = false;  // closed here; its record still names this worker
   };
   struct Parked {
     ManifestRecord manifest;
@@ -138,7 +145,8 @@ class Parking {
   WorkerFence* const fence_;
 
   mutable Mutex mu_;
-  // Sequences whose ownership record names this worker's life. Bounded by what is open.
+  // Sequences whose ownership record names this worker's life. Bounded by what is open, and was
+  // until a moment ago.
   absl::flat_hash_map<SequenceId, Owned> owned_ ABSL_GUARDED_BY(mu_);
 };
 

@@ -7,6 +7,7 @@
 
 #include "absl/strings/str_cat.h"
 #include "base/error_info.h"
+#include "base/log.h"
 #include "base/status_macros.h"
 
 namespace pagetide {
@@ -77,7 +78,16 @@ void Worker::TickLoop() {
   for (;;) {
     leases_.Expire();
     const std::vector<ModelHost*> hosts = Hosts();
-    for (ModelHost* host : hosts) host->Tick();
+    for (ModelHost* host : hosts) {
+      host->Tick();
+      for (const IdleSequence& idle : host->CloseIdle()) {
+        if (ports_.on_sequence_idle) ports_.on_sequence_idle(idle);
+        NoteClosed(idle.id);
+        LogInfo("worker", "sequence ", idle.id.ToString(),
+                " is closed: no call was made on it for ",
+                absl::FormatDuration(options_.host.sequence_idle));
+      }
+    }
     metrics_.Update(staged_rows_, hosts, leases_.size());
     const MonotonicTime next = ports_.clock->MonotonicNow() + options_.tick_period;
     MutexLock lock(&mu_);

@@ -70,6 +70,8 @@ class Worker {
     std::function<void(ModelHost&)> on_host;  // once a host, before its first use
     std::function<void(const ModelHost&, const SequenceInfo&)> on_sequence;  // opened or changed
     std::function<void(SequenceId)> on_sequence_closed;
+    // Besides, of one that was closed because no call was made on it; from the upkeep thread.
+    std::function<void(const IdleSequence&)> on_sequence_idle;
     // One that may have been open here before, and closed.
     std::function<void(const ModelHost&, const SequenceInfo&)> on_sequence_resumed;
   };

@@ -57,6 +57,8 @@ constexpr CounterName kCounters[] = {
      "Reservations whose lease ended and appends of which no rows came"},
     {&HostCounters::prefixes_lost, "pagetide_worker_prefixes_lost_total",
      "Sequences cut to a valid prefix because a restore failed"},
+    {&HostCounters::sequences_expired, "pagetide_worker_sequences_expired_total",
+     "Sequences closed because no call was made on them"},
     {&HostCounters::edits, "pagetide_worker_edits_total",
      "Transactions of edits that went through"},
     {&HostCounters::edits_refused, "pagetide_worker_edits_refused_total",

@@ -15,17 +15,20 @@
 #include "absl/strings/str_cat.h"
 #include "base/error_info.h"
 #include "base/mutex.h"
+#include "base/status_macros.h"
 #include "kvstore/remote_page_store.h"
 #include "pagetide/v1/session.grpc.pb.h"
 #include "rpc/channel.h"
 #include "rpc/status_mapping.h"
 #include "tests/support/process.h"
+#include "tests/support/timing.h"
 #include "tests/support/worker_client.h"
 
 namespace pagetide {
 namespace {
 
 using ::pagetide::testing::ChildProcess;
+using ::pagetide::testing::Eventually;
 using ::pagetide::testing::MakeTestModel;
 using ::pagetide::testing::RegisterTestModel;
 using ::pagetide::testing::TempDir;
@@ -101,11 +104,13 @@ class TakeoverProcessTest : public ::testing::Test {
     EXPECT_TRUE(started.ok()) << started.status();
     return started.ok() ? *std::move(started) : nullptr;
   }
-  void StartWorker(const std::string& id, WorkerProcess* worker) {
-    worker->process =
-        Start("pagetide-worker", {absl::StrCat("--worker-id=", id),
-                                  absl::StrCat("--store=", store_process_->Address("grpc")),
-                                  "--pool-bytes=16MiB", "--store-lease-ms=3000"});
+  void StartWorker(const std::string& id, WorkerProcess* worker,
+                   std::vector<std::string> more = {}) {
+    std::vector<std::string> args = {absl::StrCat("--worker-id=", id),
+                                     absl::StrCat("--store=", store_process_->Address("grpc")),
+                                     "--pool-bytes=16MiB", "--store-lease-ms=3000"};
+    args.insert(args.end(), more.begin(), more.end());
+    worker->process = Start("pagetide-worker", args);
     worker->client = std::make_unique<WorkerClient>(worker->process->Address("grpc"), model_);
     worker->sessions = v1::SessionService::NewStub(worker->client->channel());
   }
@@ -190,6 +195,45 @@ TEST_F(TakeoverProcessTest, AKilledWorkersSequenceIsTakenOverAsItWasParkedLast) 
       "{\"test\":\"takeover_after_kill\",\"lease_ms\":3000,\"refused_before\":%d,"
       "\"taken_over_after_ms\":%.0f,\"lost_tokens_that_were_not_parked\":30}\n",
       num_refused, absl::ToDoubleMilliseconds(took));
+}
+
+TEST_F(TakeoverProcessTest, ASequenceThatItsClientForgotIsClosedAndItsParkedStateGoesOnElsewhere) {
+  WorkerProcess c;
+  StartWorker("c", &c, {"--sequence-idle-ms=1000"});
+  const std::vector<uint32_t> tokens = TestTokens(7, 100);
+  // A machine may be so slow that the sequence is idle between two of these calls.
+  v1::SequenceState state;
+  const auto fill_and_park = [&]() -> absl::Status {
+    PT_ASSIGN_OR_RETURN(const v1::OpenSequenceResponse opened, c.client->Open(tokens));
+    PT_ASSIGN_OR_RETURN(const v1::AppendTokensResponse appended,
+                        c.client->Append(opened.state(), tokens, tokens.size()));
+    state = appended.state();
+    return c.Park(state, /*keep_open=*/true).status();
+  };
+  ASSERT_TRUE(Eventually([&] { return fill_and_park().ok(); }));
+  EXPECT_TRUE(c.client->EventuallyStat("pagetide_worker_sequences_expired_total", 1));
+  // Other than a call on the sequence, the list does not keep it open.
+  EXPECT_TRUE(Eventually([&] {
+    TestContext context;
+    v1::ListWorkerSequencesResponse open;
+    EXPECT_TRUE(c.client->sequences().ListWorkerSequences(&context, {}, &open).ok());
+    return open.sequences().empty();
+  }));
+  TestContext context;
+  v1::GetSequenceRequest request;
+  request.set_sequence_id(state.sequence_id());
+  v1::GetSequenceResponse response;
+  const absl::Status gone =
+      FromGrpcStatus(c.client->sequences().GetSequence(&context, request, &response));
+  EXPECT_EQ(GetReason(gone), "SEQUENCE_NOT_FOUND") << gone;
+  // Its worker is alive and has let go of it.
+  absl::StatusOr<v1::ResumeSequenceResponse> resumed;
+  ASSERT_TRUE(Eventually([&] {
+    resumed = b_.Resume(state.sequence_id());
+    return resumed.ok();
+  })) << resumed.status();
+  EXPECT_FALSE(resumed->was_taken_over());
+  EXPECT_GT(b_.client->Verify(state.sequence_id(), tokens, 0, 100).value_or(0), 0u);
 }
 
 TEST_F(TakeoverProcessTest, AWorkerThatStoodStillWritesNothingAfterItWasTakenOver) {

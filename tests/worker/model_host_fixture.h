@@ -85,6 +85,7 @@ class HostUnderTest {
     uint32_t max_overtakes = 64;
     uint64_t max_known_stored_pages = 65536;
     absl::Duration store_backoff = absl::Milliseconds(20);
+    absl::Duration sequence_idle = absl::ZeroDuration();
     std::shared_ptr<const Model> model;  // null: TestModel
     Device* device = nullptr;            // null: a CPU device of its own
     Clock* clock = Clock::Real();        // the host's; In and Soon are of the real one
@@ -106,6 +107,7 @@ class HostUnderTest {
     options.max_overtakes = setup.max_overtakes;
     options.max_known_stored_pages = setup.max_known_stored_pages;
     options.store_backoff = setup.store_backoff;
+    options.sequence_idle = setup.sequence_idle;
     host = setup.existing;
     if (host != nullptr) return;
     own_host = ModelHost::Create(options, model, setup.device != nullptr ? setup.device : &device,

@@ -386,6 +386,37 @@ TEST_F(ParkingTest, AWorkerThatComesBackClosesWhatWasTaken) {
   EXPECT_TRUE(a_.Park(*kept).ok());
 }
 
+TEST_F(ParkingTest, WhatWasParkedOfAnIdleSequenceCanBeResumedElsewhereAtOnce) {
+  const SequenceInfo info = Fill();
+  ASSERT_TRUE(a_.Park(info, /*keep_open=*/true).ok());
+  a_.parking.GiveUpIdle(Soon());  // nothing is idle yet
+  EXPECT_TRUE(a_.parking.Owns(info.id));
+  // The worker closes it because no call was made on it.
+  ASSERT_TRUE(a_.host()->Close(a_.tenant(), info.id, info.epoch).ok());
+  a_.parking.NoteIdle(info.id, info.epoch);
+  EXPECT_EQ(GetReason(b_.Resume(info.id).status()), error_reason::kSequenceMoved)
+      << "its record still names a living worker";
+  a_.parking.GiveUpIdle(Soon());
+  EXPECT_FALSE(a_.parking.Owns(info.id));
+  const auto resumed = b_.Resume(info.id);
+  ASSERT_TRUE(resumed.ok()) << resumed.status();
+  EXPECT_FALSE(resumed->was_taken_over);
+  EXPECT_EQ(WrongRows(b_, info.id, tokens_), 0u);
+}
+
+TEST_F(ParkingTest, AnIdleSequenceThatWasResumedHereMeanwhileIsNotGivenUp) {
+  const SequenceInfo info = Fill();
+  ASSERT_TRUE(a_.Park(info, /*keep_open=*/true).ok());
+  ASSERT_TRUE(a_.host()->Close(a_.tenant(), info.id, info.epoch).ok());
+  a_.parking.NoteIdle(info.id, info.epoch);
+  const auto resumed = a_.Resume(info.id);
+  ASSERT_TRUE(resumed.ok()) << resumed.status();
+  a_.parking.NoteIdle(info.id, info.epoch);  // late: that epoch is over
+  a_.parking.GiveUpIdle(Soon());
+  EXPECT_TRUE(a_.parking.Owns(info.id));
+  EXPECT_TRUE(a_.Park(resumed->info, /*keep_open=*/true).ok()) << "its epoch still holds";
+}
+
 TEST_F(ParkingTest, ARetryGetsTheFirstAnswer) {
   const SequenceInfo info = Fill();
   auto parked = a_.Park(info, false, "r1");
