@@ -417,9 +417,11 @@ void ModelHostImpl::RunSpills(const std::vector<SpillItem>& items, Durability le
       if (!status.ok()) {
         ++counters_.store_errors;
         last_store_error_ = status;
+        did_put_fail_ = true;
         spill_again_at_ = clock_->MonotonicNow() + options_.store_backoff;
         continue;
       }
+      did_put_fail_ = false;
       stored[put_of[p]] = Page::StoredAs{items[put_of[p]].key, results[p].checksum};
       const GroupGeometry& group = Geometry(items[put_of[p]].group);
       counters_.bytes_verified += group.page_bytes();

@@ -506,6 +506,7 @@ class ModelHostImpl final : public ModelHost {
   uint64_t running_calls_ ABSL_GUARDED_BY(mu_) = 0;
   MonotonicTime look_for_idle_at_ ABSL_GUARDED_BY(mu_) = {absl::ZeroDuration()};
   MonotonicTime spill_again_at_ ABSL_GUARDED_BY(mu_) = {absl::ZeroDuration()};
+  bool did_put_fail_ ABSL_GUARDED_BY(mu_) = false;  // the last one that was answered
   MonotonicTime ask_partial_again_at_ ABSL_GUARDED_BY(mu_) = {absl::ZeroDuration()};
   absl::Status last_store_error_ ABSL_GUARDED_BY(mu_);
   ComputeClaims claims_ ABSL_GUARDED_BY(mu_);

@@ -24,11 +24,13 @@ bool ModelHostImpl::MayDrop(const Page& page) const {
 
 void ModelHostImpl::WriteThroughOwed() {
   if (!options_.write_through || !CanSpill()) return;
+  // One page tells whether the store takes any again: a full one would be sent many, for nothing.
+  const size_t limit = did_put_fail_ ? 1 : kMaxSpillingWithOwed;
   size_t num_spilling = 0;
   for (uint32_t in_group : num_spilling_) num_spilling += in_group;
   std::vector<PageId> owed;
   for (PageId id : pages_.unstored()) {
-    if (num_spilling + owed.size() >= kMaxSpillingWithOwed) break;
+    if (num_spilling + owed.size() >= limit) break;
     if (IsOwed(pages_.Get(id))) owed.push_back(id);
   }
   StartSpills(owed, options_.write_through_level);

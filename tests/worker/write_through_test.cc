@@ -84,9 +84,11 @@ TEST_F(LateWriteThrough, PagesFilledDuringAHiccupOfTheStoreReachItAfterwards) {
   EXPECT_EQ(host().Load().owed_pages, 4u);
 
   Heal();
-  host().Tick();
-  host().Quiesce();
-  EXPECT_EQ(host().Load().owed_pages, 0u);
+  for (uint64_t left : {3, 0}) {
+    host().Tick();
+    host().Quiesce();
+    EXPECT_EQ(host().Load().owed_pages, left);
+  }
   EXPECT_EQ(IsStored(info.id), std::vector<bool>(4, true));
   EXPECT_EQ(host().Counters().pages_written_through, 4u);
   EXPECT_EQ(host().Counters().pages_spilled, 0u);
@@ -100,14 +102,22 @@ TEST_F(LateWriteThrough, PagesFilledDuringAHiccupOfTheStoreReachItAfterwards) {
   EXPECT_EQ(second.WrongRows(opened->info.id, tokens).value(), 0u);
 }
 
-TEST_F(LateWriteThrough, GoesOldestFirstAndABoundedNumberATick) {
+TEST_F(LateWriteThrough, OnePageAsksWhetherTheStoreTakesAnyThenManyGoOldestFirst) {
   Start(128);
   const auto info = t().OpenAndFill(Tokens(0, 100 * kPageTokens));
   ASSERT_TRUE(info.ok()) << info.status();
   host().Quiesce();
   EXPECT_EQ(host().Load().owed_pages, 100u);
+  // It pauses after each refusal; then one page is sent, not all of them again.
+  for (int i = 0; i < 3; ++i) {
+    ASSERT_TRUE(Eventually([&] { return !host().Load().is_store_degraded; }));
+    const uint64_t failed = host().Counters().store_errors;
+    host().Tick();
+    host().Quiesce();
+    EXPECT_EQ(host().Counters().store_errors, failed + 1);
+  }
   Heal();
-  for (size_t num_stored : {32, 64, 96, 100}) {
+  for (size_t num_stored : {1, 33, 65, 97, 100}) {
     host().Tick();
     host().Quiesce();
     std::vector<bool> expected(100, false);
