@@ -10,10 +10,12 @@
 #include <gtest/gtest.h>
 #include <stdlib.h>
 #include <sys/stat.h>
+#include <sys/time.h>
 #include <unistd.h>
 
 #include <future>
 #include <memory>
+#include <optional>
 #include <string>
 #include <thread>
 #include <vector>
@@ -237,6 +239,71 @@ grpc::Status CallByName(const std::string& address, const std::string& method,
   call->Finish(&status, nullptr);
   step();
   return status;
+}
+
+// An HTTP/2 frame on stream 0. Source: RFC 9113, section 4.1.
+std::string Http2Frame(char type, char flags, const std::string& payload) {
+  std::string frame = {0, 0, static_cast<char>(payload.size()), type, flags, 0, 0, 0, 0};
+  return frame + payload;
+}
+constexpr char kSettingsFrame = 0x4, kPingFrame = 0x6, kGoAwayFrame = 0x7;
+constexpr char kAckFlag = 0x1;
+constexpr uint8_t kEnhanceYourCalm = 0xb;
+
+// What a server answers to a client that only pings: the error code of its GOAWAY, if it sent one,
+// and the number of pings that it acknowledged. Ends with the connection, or when `num_acks` came.
+struct PingAnswers {
+  int num_acks = 0;
+  std::optional<uint8_t> go_away;
+  std::string debug_data;
+};
+PingAnswers AnswersToPings(int port, int num_pings, int num_acks) {
+  RawConnection connection(port);
+  const timeval give_up{.tv_sec = 60, .tv_usec = 0};  // only a failing test ever waits that long
+  setsockopt(connection.fd(), SOL_SOCKET, SO_RCVTIMEO, &give_up, sizeof(give_up));
+  std::string sent = "PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + Http2Frame(kSettingsFrame, 0, "");
+  for (int i = 0; i < num_pings; ++i) sent += Http2Frame(kPingFrame, 0, "01234567");
+  EXPECT_TRUE(connection.Send(sent));
+  PingAnswers answers;
+  std::string got;
+  char buffer[4096];
+  for (ssize_t n; (n = recv(connection.fd(), buffer, sizeof(buffer), 0)) > 0;) {
+    got.append(buffer, static_cast<size_t>(n));
+    while (got.size() >= 9) {
+      const auto byte = [&got](size_t i) { return static_cast<uint8_t>(got[i]); };
+      const size_t length = byte(0) << 16 | byte(1) << 8 | byte(2);
+      if (got.size() < 9 + length) break;
+      if (got[3] == kPingFrame && got[4] == kAckFlag) ++answers.num_acks;
+      if (got[3] == kGoAwayFrame && length >= 8) {
+        answers.go_away = byte(9 + 7);  // last stream id, then the error code, big-endian
+        answers.debug_data = got.substr(9 + 8, length - 8);
+      }
+      got.erase(0, 9 + length);
+    }
+    if (answers.num_acks >= num_acks) break;
+  }
+  return answers;
+}
+
+TEST_F(RpcServerTest, APeerThatPingsTooOftenIsToldToCalmDownAndCutOff) {
+  RpcServer::Options options;
+  options.min_ping_interval = absl::Hours(1);
+  Start(options);
+  const PingAnswers answers = AnswersToPings(server_->port(), 20, /*num_acks=*/21);
+  ASSERT_TRUE(answers.go_away.has_value()) << answers.num_acks << " pings were acknowledged";
+  EXPECT_EQ(*answers.go_away, kEnhanceYourCalm);
+  EXPECT_EQ(answers.debug_data, "too_many_pings");
+  EXPECT_TRUE(Eventually([&] { return server_->num_connections() == 0; }));
+  EXPECT_TRUE(Echo("others are served").ok());
+}
+
+TEST_F(RpcServerTest, AFewPingsAreAnswered) {
+  RpcServer::Options options;
+  options.min_ping_interval = absl::Hours(1);
+  Start(options);
+  const PingAnswers answers = AnswersToPings(server_->port(), 2, /*num_acks=*/2);
+  EXPECT_EQ(answers.num_acks, 2);
+  EXPECT_FALSE(answers.go_away.has_value());
 }
 
 // SERVING, NOT_SERVING, or the name of the error.
