@@ -37,7 +37,8 @@ struct RetryUnavailable {
   }
 };
 
-// For calls that must not be repeated without the caller's knowledge.
+// For calls that must not be repeated without the caller's knowledge: a repeat would act on what
+// came after the first.
 struct RetryNothing {
   static bool IsRetryable(const absl::Status&) { return false; }
 };

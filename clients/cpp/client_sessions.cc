@@ -117,9 +117,13 @@ absl::StatusOr<uint64_t> Client::DeleteSession(absl::string_view name,
   v1::DeleteSessionRequest request;
   request.set_name(std::string(name));
   if (expected_version) request.set_expected_version(*expected_version);
+  // Without a version a repeat after a lost answer deletes what was saved under the name meanwhile.
+  const CallOptions& options = worker->call_options();
   PT_ASSIGN_OR_RETURN(
       const v1::DeleteSessionResponse response,
-      CallUnary(worker->call_options(), worker->sessions(), &Sessions::DeleteSession, request));
+      expected_version ? CallUnary(options, worker->sessions(), &Sessions::DeleteSession, request)
+                       : CallUnary<RetryNothing>(options, worker->sessions(),
+                                                 &Sessions::DeleteSession, request));
   return response.deleted_version();
 }
 

@@ -77,7 +77,10 @@ absl::Status Client::Unpin(absl::string_view name) {
   PT_ASSIGN_OR_RETURN(const std::shared_ptr<WorkerConnection> worker, AnyWorker());
   v1::UnpinRangeRequest request;
   request.set_name(std::string(name));
-  return CallUnary(worker->call_options(), worker->edits(), &Edits::UnpinRange, request).status();
+  // A repeat after a lost answer ends a pin that was made under the name meanwhile.
+  return CallUnary<RetryNothing>(worker->call_options(), worker->edits(), &Edits::UnpinRange,
+                                 request)
+      .status();
 }
 
 absl::StatusOr<std::vector<v1::PinInfo>> Client::ListPins(absl::string_view prefix) {

@@ -43,21 +43,21 @@ inline void SetDeadline(grpc::ClientContext* context, absl::Duration time_left) 
   context->set_deadline(std::chrono::system_clock::now() + absl::ToChronoNanoseconds(time_left));
 }
 
-// Unary call `method` of `stub`, with retries.
-template <typename Stub, typename Request, typename Response>
+// Unary call `method` of `stub`, with the retries that Traits allow.
+template <typename Traits = RetryUnavailable, typename Stub, typename Request, typename Response>
 absl::StatusOr<Response> CallUnary(const CallOptions& options, Stub* stub,
                                    grpc::Status (Stub::*method)(grpc::ClientContext*,
                                                                 const Request&, Response*),
                                    const Request& request) {
-  return CallWithRetry(options.retry, options.timeout,
-                       [&](absl::Duration time_left) -> absl::StatusOr<Response> {
-                         grpc::ClientContext context;
-                         SetDeadline(&context, time_left);
-                         Response response;
-                         const grpc::Status status = (stub->*method)(&context, request, &response);
-                         if (!status.ok()) return FromGrpcStatus(status);
-                         return response;
-                       });
+  return CallWithRetry<Traits>(
+      options.retry, options.timeout, [&](absl::Duration time_left) -> absl::StatusOr<Response> {
+        grpc::ClientContext context;
+        SetDeadline(&context, time_left);
+        Response response;
+        const grpc::Status status = (stub->*method)(&context, request, &response);
+        if (!status.ok()) return FromGrpcStatus(status);
+        return response;
+      });
 }
 
 class WorkerConnection {
