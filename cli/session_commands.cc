@@ -27,6 +27,7 @@ struct SessionFlags : WorkerFlags {
   std::vector<std::string> metadata;  // key=value
   int64_t expected_version = -1;      // -1: whatever is there
   int64_t length = -1;                // -1: all
+  bool compact = false;
 };
 
 std::vector<std::string> Row(const v1::SessionInfo& session) {
@@ -93,6 +94,7 @@ absl::Status RunSave(const SessionFlags& flags, std::ostream& out) {
   request.mutable_sequence()->set_epoch(sequence.state().epoch());
   if (flags.expected_version >= 0) request.set_expected_version(flags.expected_version);
   if (flags.length >= 0) request.set_keep_tokens(flags.length);
+  request.set_compact(flags.compact);
   for (const std::string& entry : flags.metadata) {
     const size_t at = entry.find('=');
     if (at == std::string::npos) {
@@ -170,6 +172,7 @@ CommandRunner AddSessionsCommand(CLI::App& app) {
   save.add_option("--metadata", flags->metadata, "key=value, any number of times");
   save.add_option("--keep-tokens", flags->length, "Save the first so many tokens only")
       ->check(CLI::NonNegativeNumber);
+  save.add_flag("--compact", flags->compact, "First move the rows of an edited sequence together");
   add_version(save, "Version that must be there; 0: none");
   CLI::App& load = add_name(add("load", "Open a new sequence with what was saved", RunLoad));
   load.add_option("--length", flags->length, "The first so many tokens only")

@@ -45,6 +45,8 @@ std::map<std::string, std::string> WorkerFlagHelp() {
       {"deployment_secret_file", "File with the secret that tenant salts are derived from"},
       {"insecure", "Serve without TLS on addresses that are not loopback"},
       {"io_threads", "Threads that spill and restore (default 4)"},
+      {"checkpoint_host_bytes", "Memory for copies of checkpoints, a model (default 256MiB)"},
+      {"checkpoint_every_pages", "Pages between automatic checkpoints (default 0: none)"},
       {"import_dir", "Folder where files that are imported are gathered (default /var/tmp)"},
       {"import_max_bytes", "Largest file that is imported (default 64GiB)"},
       {"drain_seconds", "How long a stop waits for running calls (default 30)"},
@@ -90,6 +92,13 @@ absl::StatusOr<WorkerRole::Options> WorkerOptionsFromConfig(const config::Worker
   }
   if (config.has_spill_low_watermark()) {
     worker.host.spill_low_watermark = config.spill_low_watermark();
+  }
+  if (config.has_checkpoint_host_bytes()) {
+    PT_RETURN_IF_ERROR(SetByteSize("checkpoint_host_bytes", config.checkpoint_host_bytes(),
+                                   &worker.host.checkpoint_host_bytes));
+  }
+  if (config.has_checkpoint_every_pages()) {
+    worker.host.checkpoint_every_pages = config.checkpoint_every_pages();
   }
   worker.host.unsafe_skip_verify = config.unsafe_skip_verify();
   options.device.reserve_memory = config.reserve_memory();

@@ -332,6 +332,8 @@ struct HostCounters {
   uint64_t rows_compacted = 0;
   uint64_t sequences_expired = 0;  // closed because no call was made on them
   uint64_t pages_reclaimed = 0;    // references to pages behind a window that sequences gave up
+  uint64_t checkpoints_created = 0;  // automatic ones included
+  uint64_t checkpoints_restored = 0;
 };
 
 // What the router wants to know about this host now.
@@ -344,6 +346,7 @@ struct HostLoad {
   uint64_t queued_prefill_tokens = 0;  // of open appends, not yet committed
   double prefill_tokens_per_second = 0;
   double store_bytes_per_second = 0;
+  uint64_t checkpoint_host_bytes = 0;  // of copies in host memory
   bool is_store_degraded = false;
   uint64_t owed_pages = 0;  // full pages that write-through has not put yet
 };
@@ -368,7 +371,37 @@ class StateSnapshot {
   // FAILED_PRECONDITION (PREFIX_LOST) when a page's bytes are gone everywhere; the store's errors.
   virtual absl::StatusOr<Put> PutPages(std::span<const PageKey> missing, Durability level,
                                        MonotonicTime deadline) = 0;
+
+  // A page in host memory, as PutPages would have put it.
+  struct Copy {
+    ManifestPageRef ref;
+    std::vector<std::byte> body;  // slots without rows of the state are zero
+    uint32_t rows = 0;
+    bool is_full = false;  // every slot is written, whether the state has rows there or not
+  };
+  // Of each page, in the order of state(). Once, and not with PutPages. Errors as PutPages, but
+  // those of the store.
+  virtual absl::StatusOr<std::vector<Copy>> CopyPages(MonotonicTime deadline) = 0;
 };
+
+// Which layer groups a checkpoint keeps. Values equal the proto enum CheckpointScope.
+enum class CheckpointScope : uint8_t {
+  kAll = 1,
+  // Those that cannot be rewound by cutting: behind a window rows are given up, and a recurrent
+  // state is one. Of the others it needs the rows that the sequence still has.
+  kNonRewindable = 2,
+};
+
+struct CheckpointOptions {
+  CheckpointScope scope = CheckpointScope::kAll;
+  // kDevice: references to the pages, which spill like all others. kHost: a copy in this process's
+  // memory, bounded by Options::checkpoint_host_bytes. kStore: a root in the store.
+  Tier tier = Tier::kDevice;
+  // Of kStore only: how long the store keeps it at most, whatever becomes of this process.
+  absl::Duration ttl = absl::Hours(24);
+  std::optional<WriteFence> fence;  // of kStore only: what the write carries
+};
+inline constexpr absl::Duration kMaxCheckpointTtl = absl::Hours(24 * 366);
 
 struct CheckpointInfo {
   uint64_t id = 0;  // unique in the process
@@ -376,6 +409,13 @@ struct CheckpointInfo {
   bool is_automatic = false;
   uint64_t num_pages = 0;
   absl::Time created_at = absl::UnixEpoch();
+  CheckpointScope scope = CheckpointScope::kAll;
+  Tier tier = Tier::kDevice;
+  uint64_t copied_bytes = 0;  // kHost: of its copy; kStore: of page bodies that were sent
+  std::optional<absl::Time> expires_at;  // kStore
+  // kNonRewindable: the sequence was cut or edited in front of `length` since, so that there is
+  // nothing to go back to any more.
+  bool is_void = false;
 };
 
 // A page entered or left a tier of this host. Private pages are not reported.
@@ -420,6 +460,11 @@ class ModelHost {
     // Calls that need no frame, as all their pages are resident, may pass one that waits for
     // frames, so often: they pin pages that it may be waiting for.
     uint32_t max_overtakes = 64;
+    // Memory for the copies of checkpoints of tier kHost, all sequences together.
+    uint64_t checkpoint_host_bytes = uint64_t{256} << 20;
+    // Every so many pages of tokens a commit leaves an automatic checkpoint of the groups that
+    // cannot be rewound by cutting, if the model has any. 0: none.
+    uint32_t checkpoint_every_pages = 0;
     // Tests only: do not compare checksums on restore.
     bool unsafe_skip_verify = false;
     absl::Status Validate() const;
@@ -614,15 +659,21 @@ class ModelHost {
                                                   std::optional<uint64_t> length) = 0;
 
   // --- checkpoints ---
-  // The sequence as it is, by references; ends with it. At most 32 a sequence: the oldest automatic
-  // one gives way; RESOURCE_EXHAUSTED (TOO_MANY_CHECKPOINTS) without one.
+  // The sequence as it is; ends with it. At most 32 a sequence: the oldest automatic one gives way;
+  // RESOURCE_EXHAUSTED (TOO_MANY_CHECKPOINTS) without one. kHost: waits for pages that are not
+  // resident; RESOURCE_EXHAUSTED (CHECKPOINT_MEMORY). kStore: durable when it answers;
+  // FAILED_PRECONDITION (NO_STORE, STALE_EPOCH), INVALID_ARGUMENT (ttl), the store's errors.
   virtual absl::StatusOr<CheckpointInfo> CreateCheckpoint(const Tenant& tenant,
-                                                          const SequenceHandle& sequence) = 0;
-  // NOT_FOUND (CHECKPOINT_NOT_FOUND). The checkpoint stays. If one of its pages was lost since, the
-  // sequence becomes the valid prefix of it.
+                                                          const SequenceHandle& sequence,
+                                                          const CheckpointOptions& options,
+                                                          MonotonicTime deadline) = 0;
+  // NOT_FOUND (CHECKPOINT_NOT_FOUND), FAILED_PRECONDITION (CHECKPOINT_VOID, CHECKPOINT_EXPIRED).
+  // The checkpoint stays. If one of its pages was lost since, the sequence becomes the valid prefix
+  // of it. A copy in host memory waits for frames: RESOURCE_EXHAUSTED (POOL_EXHAUSTED).
   virtual absl::StatusOr<SequenceInfo> RestoreCheckpoint(const Tenant& tenant,
                                                          const SequenceHandle& sequence,
-                                                         uint64_t checkpoint_id) = 0;
+                                                         uint64_t checkpoint_id,
+                                                         MonotonicTime deadline) = 0;
   // Oldest first.
   virtual absl::StatusOr<std::vector<CheckpointInfo>> ListCheckpoints(const Tenant& tenant,
                                                                       SequenceId id) = 0;

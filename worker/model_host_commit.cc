@@ -313,6 +313,7 @@ absl::StatusOr<CommitResult> ModelHostImpl::CommitRows(const Tenant& tenant,
       prefill_meter_.Add(n, clock_->MonotonicNow() - pending->began);
     }
     DropPending(*sequence);
+    TakeAutomaticCheckpoint(*sequence, sequence->length() - n);
     if (CanSpill()) StartSpills(write_through, options_.write_through_level);
     result.info = InfoOf(*sequence);
     return result;

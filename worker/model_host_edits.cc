@@ -75,6 +75,10 @@ absl::StatusOr<EditResult> ModelHostImpl::EditLocked(const Tenant& tenant,
     changed.push_back(&sequence);
   }
   // From here on nothing can fail.
+  for (const RowsChange& change : changes) {
+    auto& sequence = static_cast<Sequence&>(*change.rows);
+    VoidCheckpoints(sequence, CommonRows(sequence, change.next));
+  }
   const DroppedPages dropped = AdoptRows(std::move(changes), pages_);
   for (Sequence* sequence : changed) {
     SyncTails(*sequence, sequence->root, page_tokens(), pages_);

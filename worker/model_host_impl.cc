@@ -232,6 +232,7 @@ uint64_t ModelHostImpl::Truncate(Sequence& sequence, uint64_t length) {
   uint64_t freed = 0;
   // Without the rows that a window needs at that length nothing of it can go on.
   if (sequence.LackedAt(traits_, length)) length = 0;
+  VoidCheckpoints(sequence, length);
   for (PageId id : static_cast<SequenceRows&>(sequence).Truncate(length, page_tokens())) {
     if (pages_.Unref(pages_.Get(id))) ++freed;
   }
@@ -400,6 +401,7 @@ void ModelHostImpl::Tick() {
   {
     MutexLock lock(&mu_);
     const MonotonicTime now = clock_->MonotonicNow();
+    StartReleases();
     std::vector<SequencePtr> expired;
     for (const auto& [number, sequence] : sequences_) {
       const Pending* const pending = sequence->pending.get();
@@ -548,6 +550,7 @@ HostLoad ModelHostImpl::Load() {
   MutexLock lock(&mu_);
   load.open_sequences = sequences_.size();
   load.running_calls = running_calls_;
+  load.checkpoint_host_bytes = checkpoint_bytes_;
   for (const auto& [number, sequence] : sequences_) {
     if (sequence->pending && sequence->pending->is_append()) {
       load.queued_prefill_tokens += sequence->pending->num_tokens;

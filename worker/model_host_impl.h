@@ -103,9 +103,10 @@ class ModelHostImpl final : public ModelHost {
   absl::StatusOr<PrefixReuse> LookupSaved(const Tenant&, const SessionState&,
                                           std::span<const ManifestPageRef>,
                                           std::optional<uint64_t>) override;
-  absl::StatusOr<CheckpointInfo> CreateCheckpoint(const Tenant&, const SequenceHandle&) override;
-  absl::StatusOr<SequenceInfo> RestoreCheckpoint(const Tenant&, const SequenceHandle&,
-                                                 uint64_t) override;
+  absl::StatusOr<CheckpointInfo> CreateCheckpoint(const Tenant&, const SequenceHandle&,
+                                                  const CheckpointOptions&, MonotonicTime) override;
+  absl::StatusOr<SequenceInfo> RestoreCheckpoint(const Tenant&, const SequenceHandle&, uint64_t,
+                                                 MonotonicTime) override;
   absl::StatusOr<std::vector<CheckpointInfo>> ListCheckpoints(const Tenant&, SequenceId) override;
   absl::Status DeleteCheckpoint(const Tenant&, const SequenceHandle&, uint64_t) override;
   absl::StatusOr<EvictResult> EvictPages(uint64_t, MonotonicTime) override;
@@ -175,11 +176,20 @@ class ModelHostImpl final : public ModelHost {
     bool is_busy() const { return state != State::kOpen || num_writers > 0; }
   };
 
+  // A checkpoint's own copy, in host memory or in the store.
+  struct SavedCheckpoint {
+    SessionState state;
+    std::vector<ManifestPageRef> pages;
+    std::vector<StateSnapshot::Copy> copies;  // kHost, in the order of pages
+    std::string manifest;                     // kStore
+    uint64_t manifest_version = 0;
+  };
   struct Checkpoint {
-    uint64_t id = 0;
-    bool is_automatic = false;
-    absl::Time created_at;
-    SequenceRows rows;  // one reference for each extent
+    CheckpointInfo info;
+    bool is_ready = true;  // false: its copy is being made; nobody but its maker sees it
+    // kDevice: one reference for each extent. Of groups that it does not keep the table is empty.
+    SequenceRows rows;
+    std::shared_ptr<const SavedCheckpoint> saved;  // shared with restores that wait for frames
   };
 
   struct Sequence : SequenceRows {
@@ -428,16 +438,86 @@ class ModelHostImpl final : public ModelHost {
   // nullptr when this host does not know the page.
   const Page* FindSavedPage(uint32_t group, const SavedExtent& extent, const ManifestPageRef& ref,
                             const std::vector<PrefixKey>& keys) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
-  // The page that stands for extent `extent` of saved state. `keys`: of its canonical full pages.
-  Page& AdoptSavedPage(uint32_t group, const Sequence& sequence, const SessionState& state,
-                       const SavedExtent& extent, const ManifestPageRef& ref,
-                       const std::vector<PrefixKey>& keys) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
+  // The page that stands for the extent of saved state that comes behind `table`. `keys`: of its
+  // canonical full pages.
+  Page& AdoptSavedPage(uint32_t group, const Sequence& sequence, const PageTable& table,
+                       const SessionState& state, const SavedExtent& extent,
+                       const ManifestPageRef& ref, const std::vector<PrefixKey>& keys)
+      ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
+  // Rows of saved state, cut to `length`, with one reference for each extent. page_of(group, table,
+  // extent) gives the page of the extent that comes behind `table`.
+  SequenceRows SavedRows(
+      const SessionState& state, uint64_t length, const std::vector<PrefixKey>& keys,
+      absl::FunctionRef<Page&(uint32_t group, const PageTable& table, const SavedExtent& extent)>
+          page_of) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
+  // Its end takes the lock.
+  absl::StatusOr<std::unique_ptr<StateSnapshot>> TakeSnapshot(const Tenant& tenant,
+                                                              const Sequence& sequence,
+                                                              std::optional<uint64_t> length,
+                                                              CheckpointScope scope)
+      ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
 
   // --- checkpoints (model_host_checkpoints.cc) ---
-  absl::StatusOr<CheckpointInfo> TakeCheckpoint(Sequence& sequence, bool is_automatic)
+  bool IsKept(CheckpointScope scope, uint32_t group) const {
+    return scope == CheckpointScope::kAll || traits_[group].is_whole || traits_[group].forgets();
+  }
+  // Room for one more; the oldest automatic one may go.
+  absl::Status MakeCheckpointRoom(Sequence& sequence) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
+  absl::StatusOr<CheckpointInfo> TakeCheckpoint(Sequence& sequence, CheckpointScope scope,
+                                                bool is_automatic)
       ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
+  // An automatic one, if the commit of rows behind `before` passed a multiple of
+  // checkpoint_every_pages.
+  void TakeAutomaticCheckpoint(Sequence& sequence, uint64_t before)
+      ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
+  absl::StatusOr<CheckpointInfo> CopyCheckpoint(const Tenant& tenant,
+                                                const SequenceHandle& sequence,
+                                                const CheckpointOptions& options,
+                                                MonotonicTime deadline) ABSL_LOCKS_EXCLUDED(mu_);
+  absl::Status PutCheckpoint(StateSnapshot& snapshot, const CheckpointOptions& options,
+                             SavedCheckpoint* saved, CheckpointInfo* info, MonotonicTime deadline)
+      ABSL_LOCKS_EXCLUDED(mu_);
+  absl::StatusOr<SequenceInfo> RestoreLocked(const Tenant& tenant, const SequenceHandle& handle,
+                                             uint64_t checkpoint_id, MonotonicTime deadline)
+      ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
+  // Takes `bytes` of the memory for copies; RESOURCE_EXHAUSTED (CHECKPOINT_MEMORY).
+  absl::Status ReserveCopy(SequenceId id, uint64_t bytes) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
+  static std::vector<Checkpoint>::iterator FindCheckpoint(Sequence& sequence, uint64_t id,
+                                                          bool is_ready);
+  // A page of a copy in host memory, on its way back.
+  struct CopiedPage {
+    uint32_t page = 0;  // of the copy
+    uint32_t group = 0;
+    const SavedExtent* extent = nullptr;  // the first of the page
+    std::optional<FrameId> frame;         // holds the copy's bytes
+  };
+  // [page of the copy] the pages that stand for it, with one reference each, which the caller gives
+  // back. What is not resident is written into new frames. Unlocks while it waits for frames and
+  // writes. ABORTED when the sequence changed meanwhile.
+  absl::StatusOr<std::vector<PageId>> BringBack(const SequencePtr& sequence,
+                                                const SavedCheckpoint& saved,
+                                                const std::vector<PrefixKey>& keys,
+                                                MonotonicTime deadline)
+      ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
+  // One page of it, with one reference; its frame leaves `got` unless the page is resident by now.
+  PageId AdoptCopiedPage(const Sequence& sequence, const SavedCheckpoint& saved,
+                         const CopiedPage& copied, std::optional<PageId> parent,
+                         const std::vector<PrefixKey>& keys, Acquired& got)
+      ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
+  // With one reference. Full again, and keyed if it was; sealed where it was not full.
+  Page& MakeCopiedPage(const Sequence& sequence, const SavedCheckpoint& saved,
+                       const CopiedPage& copied, std::optional<PageId> parent,
+                       const std::vector<PrefixKey>& keys) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
   void DropCheckpoint(const Checkpoint& checkpoint) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
-  static CheckpointInfo InfoOf(const Checkpoint& checkpoint);
+  // The sequence keeps only `rows` of the rows it had: what checkpoints relied on behind them is
+  // gone.
+  static void VoidCheckpoints(Sequence& sequence, uint64_t rows);
+  // Leading rows that `a` and `b` have in the same slots in groups that can be rewound by cutting.
+  uint64_t CommonRows(const SequenceRows& a, const SequenceRows& b) const;
+  // The manifest of a checkpoint that ended is to be deleted.
+  void Release(const std::string& manifest, uint64_t version) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
+  // Begins to delete what was released.
+  void StartReleases() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
 
   // --- writes (model_host_writes.cc; their end: model_host_commit.cc) ---
   // A write about to begin: its sequence, what it needs, and in which groups the tail is shared or
@@ -503,6 +583,10 @@ class ModelHostImpl final : public ModelHost {
   std::deque<Ticket*> line_ ABSL_GUARDED_BY(mu_);
   std::vector<uint32_t> num_spilling_ ABSL_GUARDED_BY(mu_);  // [group]
   uint64_t jobs_in_flight_ ABSL_GUARDED_BY(mu_) = 0;
+  uint64_t checkpoint_bytes_ ABSL_GUARDED_BY(mu_) = 0;  // of copies in host memory
+  // Of checkpoints that ended: names and versions, to be deleted in the store.
+  std::deque<std::pair<std::string, uint64_t>> released_manifests_ ABSL_GUARDED_BY(mu_);
+  MonotonicTime release_again_at_ ABSL_GUARDED_BY(mu_) = {absl::ZeroDuration()};
   uint64_t running_calls_ ABSL_GUARDED_BY(mu_) = 0;
   MonotonicTime look_for_idle_at_ ABSL_GUARDED_BY(mu_) = {absl::ZeroDuration()};
   MonotonicTime spill_again_at_ ABSL_GUARDED_BY(mu_) = {absl::ZeroDuration()};

@@ -97,7 +97,7 @@ class ModelHostImpl::SnapshotImpl final : public StateSnapshot {
 
   // Copies what the sequence is now, cut to `length`. Once, before anything else, under the host's
   // mutex.
-  void Take(const Sequence& sequence, uint64_t length) {
+  void Take(const Sequence& sequence, uint64_t length, CheckpointScope scope) {
     host_->mu_.AssertHeld();
     const Model& model = *host_->model_;
     state_.tenant = sequence.tenant;
@@ -118,7 +118,15 @@ class ModelHostImpl::SnapshotImpl final : public StateSnapshot {
     absl::flat_hash_map<PageId, uint32_t> index_of;
     for (uint32_t g = 0; g < host_->num_groups(); ++g) {
       state_.fingerprints.push_back(host_->Geometry(g).fingerprint());
+      if (!host_->IsKept(scope, g)) continue;
+      // What no later token can attend to is not saved, but for the last rows.
+      const int64_t next = length == 0 ? 0 : sequence.position(length - 1) + 1;
+      const uint64_t masked = sequence.MaskedRows(host_->traits_[g], next);
+      const uint64_t kept = sequence.KeptRows(host_->traits_[g]);
       for (const Extent& extent : sequence.tables[g].Cover(0, length)) {
+        if (extent.end_row() <= masked && extent.first_row >= kept && extent.end_row() < length) {
+          continue;
+        }
         const auto [it, is_new] =
             index_of.try_emplace(extent.page, static_cast<uint32_t>(items_.size()));
         if (is_new) Add(g, extent.page);
@@ -168,15 +176,40 @@ class ModelHostImpl::SnapshotImpl final : public StateSnapshot {
       if (!item.is_done) todo.push_back(i);
     }
     absl::Status status;
-    for (size_t at = 0; at < todo.size() && status.ok(); at += kBatchPages) {
-      status = PutBatch(std::span(todo).subspan(at, std::min(kBatchPages, todo.size() - at)), level,
-                        deadline);
+    const size_t batch = BatchPages();
+    for (size_t at = 0; at < todo.size() && status.ok(); at += batch) {
+      status =
+          PutBatch(std::span(todo).subspan(at, std::min(batch, todo.size() - at)), level, deadline);
     }
     host_->Flush();
     PT_RETURN_IF_ERROR(status);
     put_.pages.clear();
     for (const Item& item : items_) put_.pages.push_back(item.ref);
     return put_;
+  }
+
+  absl::StatusOr<std::vector<Copy>> CopyPages(MonotonicTime deadline) override {
+    // Tails first, one by one: their pins end before this call waits for more than one frame.
+    std::vector<std::vector<size_t>> batches;
+    std::vector<size_t> others;
+    for (size_t i = 0; i < items_.size(); ++i) {
+      if (items_[i].is_pinned) {
+        batches.push_back({i});
+      } else {
+        others.push_back(i);
+      }
+    }
+    const size_t size = BatchPages();
+    for (size_t at = 0; at < others.size(); at += size) {
+      const auto end = others.begin() + std::min(at + size, others.size());
+      batches.emplace_back(others.begin() + at, end);
+    }
+    std::vector<Copy> copies(items_.size());
+    for (const std::vector<size_t>& batch : batches) {
+      PT_RETURN_IF_ERROR(CopyBatch(batch, copies, deadline));
+    }
+    host_->Flush();
+    return copies;
   }
 
  private:
@@ -201,7 +234,11 @@ class ModelHostImpl::SnapshotImpl final : public StateSnapshot {
     std::span<const std::byte> body;
     std::vector<std::byte> buffer;
     uint32_t sealed_rows = 0;  // of a tail that a checkpoint sealed; 0: the frame is the body
+    std::optional<PageKey> stored_key;  // of a private page whose record holds the frame's bytes
   };
+
+  // A pool may be smaller than a batch.
+  size_t BatchPages() const { return std::min<size_t>(kBatchPages, host_->num_frames_); }
 
   uint32_t DepthOf(PageId id) const ABSL_EXCLUSIVE_LOCKS_REQUIRED(host_->mu_) {
     return host_->pages_.Get(id).depth();
@@ -277,6 +314,60 @@ class ModelHostImpl::SnapshotImpl final : public StateSnapshot {
     return body;
   }
 
+  absl::Status CopyBatch(std::span<const size_t> batch, std::vector<Copy>& copies,
+                         MonotonicTime deadline) {
+    Acquired got;
+    std::vector<Outgoing> out;
+    {
+      MutexLock lock(&host_->mu_);
+      Need need;
+      need.fresh.assign(host_->num_groups(), 0);
+      for (size_t i : batch) need.pages.push_back(items_[i].page);
+      PT_RETURN_IF_ERROR(host_->Acquire(tenant_.name, need, deadline, &got));
+      for (size_t i : batch) {
+        out.push_back(Describe(i));
+        // A tail may have filled up behind the rows that are the state's.
+        if (items_[i].is_pinned) out.back().expected.reset();
+      }
+    }
+    absl::Status status;
+    for (Outgoing& page : out) {
+      Item& item = items_[page.item];
+      Copy& copy = copies[page.item];
+      copy.is_full = page.expected.has_value();
+      copy.rows = copy.is_full                              ? host_->page_tokens()
+                  : page.sealed_rows > 0 && !item.is_pinned ? page.sealed_rows
+                                                            : item.rows;
+      auto body = CopyRows(item.group, page.offset, copy.rows);
+      status = body.status();
+      if (!status.ok()) break;
+      copy.body = *std::move(body);
+      copy.ref.checksum = ChecksumOf(copy.body);
+      if (page.expected && *page.expected != copy.ref.checksum) {
+        status =
+            absl::DataLossError(absl::StrCat("copy a page: checksum 0x", copy.ref.checksum.ToHex(),
+                                             " != 0x", page.expected->ToHex()));
+        break;
+      }
+      if (copy.is_full && (page.meta.prefix || page.stored_key)) {
+        copy.ref.key = page.meta.prefix ? page.meta.key : *page.stored_key;
+      } else {
+        copy.ref.key =
+            MakeContentPageKey(tenant_.salt, page.meta.fingerprint, copy.rows, copy.body);
+      }
+    }
+    MutexLock lock(&host_->mu_);
+    for (const Outgoing& page : out) {
+      Item& item = items_[page.item];
+      if (!item.is_pinned) continue;
+      host_->pages_.Unpin(host_->pages_.Get(item.page));
+      item.is_pinned = false;
+    }
+    if (got.fresh.empty()) got.fresh.resize(host_->num_groups());
+    host_->ReleaseAcquired(got);
+    return status;
+  }
+
   absl::Status PutBatch(std::span<const size_t> batch, Durability level, MonotonicTime deadline) {
     Acquired got;
     std::vector<Outgoing> out;
@@ -320,6 +411,9 @@ class ModelHostImpl::SnapshotImpl final : public StateSnapshot {
     out.offset = host_->FrameOffset(item.group, page.frame());
     out.expected = page.checksum();
     if (!page.checksum()) out.sealed_rows = page.rows();
+    if (page.is_stored() && page.checksum() == page.stored()->checksum) {
+      out.stored_key = page.stored()->key;
+    }
     if (page.is_keyed()) {
       out.meta.key = *page.page_key();
       out.meta.prefix = page.prefix();
@@ -426,6 +520,22 @@ class ModelHostImpl::SnapshotImpl final : public StateSnapshot {
   Put put_;
 };
 
+absl::StatusOr<std::unique_ptr<StateSnapshot>> ModelHostImpl::TakeSnapshot(
+    const Tenant& tenant, const Sequence& sequence, std::optional<uint64_t> length,
+    CheckpointScope scope) {
+  const uint64_t rows = length.value_or(sequence.length());
+  if (rows > sequence.length()) {
+    return absl::InvalidArgumentError(absl::StrCat(
+        "save: keep_tokens = ", rows, " is above the sequence's length ", sequence.length()));
+  }
+  if (const auto lacked = sequence.LackedAt(traits_, rows)) {
+    return RowsLacking(absl::StrCat("save the first ", rows, " rows"), *lacked);
+  }
+  auto snapshot = std::make_unique<SnapshotImpl>(this, tenant);
+  snapshot->Take(sequence, rows, scope);
+  return snapshot;
+}
+
 absl::StatusOr<std::unique_ptr<StateSnapshot>> ModelHostImpl::Snapshot(
     const Tenant& tenant, const SequenceHandle& handle, std::optional<uint64_t> length) {
   if (store_ == nullptr) {
@@ -435,17 +545,7 @@ absl::StatusOr<std::unique_ptr<StateSnapshot>> ModelHostImpl::Snapshot(
   PT_ASSIGN_OR_RETURN(SequencePtr sequence, FindSequence(tenant, handle.id));
   PT_RETURN_IF_ERROR(CheckHandle(*sequence, handle));
   if (!sequence->pending) PT_RETURN_IF_ERROR(CutIfLost(*sequence));
-  const uint64_t rows = length.value_or(sequence->length());
-  if (rows > sequence->length()) {
-    return absl::InvalidArgumentError(absl::StrCat(
-        "save: keep_tokens = ", rows, " is above the sequence's length ", sequence->length()));
-  }
-  if (const auto lacked = sequence->LackedAt(traits_, rows)) {
-    return RowsLacking(absl::StrCat("save the first ", rows, " rows"), *lacked);
-  }
-  auto snapshot = std::make_unique<SnapshotImpl>(this, tenant);
-  snapshot->Take(*sequence, rows);
-  return snapshot;
+  return TakeSnapshot(tenant, *sequence, length, CheckpointScope::kAll);
 }
 
 const Page* ModelHostImpl::FindSavedPage(uint32_t group, const SavedExtent& extent,
@@ -476,12 +576,11 @@ bool ModelHostImpl::GoesByPrefix(uint32_t group, const SavedExtent& extent,
 }
 
 Page& ModelHostImpl::AdoptSavedPage(uint32_t group, const Sequence& sequence,
-                                    const SessionState& state, const SavedExtent& extent,
-                                    const ManifestPageRef& ref,
+                                    const PageTable& table, const SessionState& state,
+                                    const SavedExtent& extent, const ManifestPageRef& ref,
                                     const std::vector<PrefixKey>& keys) {
   const uint64_t index = extent.first_row / page_tokens();
   const uint64_t base = index * page_tokens();
-  const PageTable& table = sequence.tables[group];
   const std::optional<PageId> parent =
       table.empty() ? std::nullopt : std::optional(table.back().page);
   const auto has_input = [&](uint64_t begin, uint64_t end) {
@@ -510,6 +609,42 @@ Page& ModelHostImpl::AdoptSavedPage(uint32_t group, const Sequence& sequence,
         has_input(base, end));
   }
   return page;
+}
+
+SequenceRows ModelHostImpl::SavedRows(
+    const SessionState& state, uint64_t length, const std::vector<PrefixKey>& keys,
+    absl::FunctionRef<Page&(uint32_t group, const PageTable& table, const SavedExtent& extent)>
+        page_of) {
+  SequenceRows rows;
+  rows.tables.resize(num_groups());
+  for (uint32_t g = 0; g < num_groups(); ++g) {
+    for (const SavedExtent& extent : state.groups[g]) {
+      if (extent.first_row >= length) break;
+      Page& page = page_of(g, rows.tables[g], extent);
+      if (rows.tables[g].Append({.page = page.id(),
+                                 .first_slot = extent.first_slot,
+                                 .count = static_cast<uint32_t>(
+                                     std::min<uint64_t>(extent.count, length - extent.first_row)),
+                                 .first_row = extent.first_row,
+                                 .shift = extent.shift})) {
+        pages_.Ref(page);
+      }
+      pages_.Touch(page);
+    }
+  }
+  rows.tokens.assign(state.tokens.begin(), state.tokens.begin() + length);
+  rows.keys.assign(keys.begin(),
+                   keys.begin() + std::min<uint64_t>(keys.size(), length / page_tokens()));
+  if (state.canonical_length < length) {
+    rows.canonical_limit = state.canonical_length;
+    if (!state.positions.empty()) {
+      rows.positions.assign(state.positions.begin(), state.positions.begin() + length);
+    }
+  }
+  for (const PositionedInput& input : state.inputs) {
+    if (input.position < rows.canonical_rows()) rows.inputs.push_back(input);
+  }
+  return rows;
 }
 
 absl::StatusOr<uint64_t> ModelHostImpl::CheckSaved(const SessionState& state,
@@ -585,35 +720,12 @@ absl::StatusOr<OpenResult> ModelHostImpl::OpenSaved(
       return absl::AlreadyExistsError(
           absl::StrCat("load: sequence ", identity->id.ToString(), " is open here"));
     }
-    for (uint32_t g = 0; g < num_groups(); ++g) {
-      for (const SavedExtent& extent : state.groups[g]) {
-        if (extent.first_row >= length) break;
-        Page& page = AdoptSavedPage(g, *sequence, state, extent, pages[extent.page], keys);
-        const uint32_t count =
-            static_cast<uint32_t>(std::min<uint64_t>(extent.count, length - extent.first_row));
-        // The table's reference: one for each extent.
-        if (sequence->tables[g].Append({.page = page.id(),
-                                        .first_slot = extent.first_slot,
-                                        .count = count,
-                                        .first_row = extent.first_row,
-                                        .shift = extent.shift})) {
-          pages_.Ref(page);
-        }
-        pages_.Touch(page);
-      }
-    }
-    sequence->tokens.assign(state.tokens.begin(), state.tokens.begin() + length);
-    sequence->keys.assign(keys.begin(),
-                          keys.begin() + std::min<uint64_t>(keys.size(), length / page_tokens()));
-    if (state.canonical_length < length) {
-      sequence->canonical_limit = state.canonical_length;
-      if (!state.positions.empty()) {
-        sequence->positions.assign(state.positions.begin(), state.positions.begin() + length);
-      }
-    }
-    for (const PositionedInput& input : state.inputs) {
-      if (input.position < sequence->canonical_rows()) sequence->inputs.push_back(input);
-    }
+    static_cast<SequenceRows&>(*sequence) = SavedRows(
+        state, length, keys,
+        [&](uint32_t g, const PageTable& table, const SavedExtent& extent) -> Page& {
+          mu_.AssertHeld();
+          return AdoptSavedPage(g, *sequence, table, state, extent, pages[extent.page], keys);
+        });
     AddSequence(sequence, identity);
     counters_.tokens_reused += length;
     PrefixReuse& reuse = result.reuse;

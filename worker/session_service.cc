@@ -37,13 +37,68 @@ v1::SaveSessionResponse ToProto(const std::string& name, const SaveAnswer& answe
   return proto;
 }
 
+v1::Tier TierToProto(Tier tier) {
+  switch (tier) {
+    case Tier::kDevice:
+      return v1::TIER_DEVICE;
+    case Tier::kHost:
+      return v1::TIER_HOST;
+    case Tier::kStore:
+      return v1::TIER_STORE;
+  }
+  return v1::TIER_UNSPECIFIED;
+}
+
 v1::CheckpointInfo ToProto(const CheckpointInfo& info) {
   v1::CheckpointInfo proto;
   proto.set_checkpoint_id(info.id);
   proto.set_length(info.length);
   proto.set_pages(info.num_pages);
   *proto.mutable_created_at() = TimestampToProto(info.created_at);
+  proto.set_scope(static_cast<v1::CheckpointScope>(info.scope));
+  proto.set_tier(TierToProto(info.tier));
+  proto.set_copied_bytes(info.copied_bytes);
+  if (info.expires_at) *proto.mutable_expires_at() = TimestampToProto(*info.expires_at);
+  proto.set_automatic(info.is_automatic);
+  proto.set_is_void(info.is_void);
   return proto;
+}
+
+absl::StatusOr<CheckpointOptions> OptionsFromProto(const v1::CreateCheckpointRequest& request) {
+  CheckpointOptions options;
+  switch (request.scope()) {
+    case v1::CHECKPOINT_SCOPE_UNSPECIFIED:
+    case v1::CHECKPOINT_SCOPE_ALL:
+      break;
+    case v1::CHECKPOINT_SCOPE_NON_REWINDABLE:
+      options.scope = CheckpointScope::kNonRewindable;
+      break;
+    default:
+      return absl::InvalidArgumentError(
+          absl::StrCat("scope is ", request.scope(), ", known are 1 (ALL) and 2 (NON_REWINDABLE)"));
+  }
+  switch (request.tier()) {
+    case v1::TIER_UNSPECIFIED:
+    case v1::TIER_DEVICE:
+      break;
+    case v1::TIER_HOST:
+      options.tier = Tier::kHost;
+      break;
+    case v1::TIER_STORE:
+      options.tier = Tier::kStore;
+      break;
+    default:
+      return absl::InvalidArgumentError(
+          absl::StrCat("tier is ", request.tier(), ", known are 1 (DEVICE) to 3 (STORE)"));
+  }
+  if (request.has_ttl()) {
+    if (options.tier != Tier::kStore) {
+      return absl::InvalidArgumentError(
+          absl::StrCat("ttl is of tier STORE only, tier is ", v1::Tier_Name(request.tier())));
+    }
+    PT_ASSIGN_OR_RETURN(options.ttl, DurationFromProto("ttl", request.ttl()));
+  }
+  return options;
 }
 
 v1::SessionInfo ToProto(const ListedSession& session) {
@@ -88,6 +143,7 @@ absl::StatusOr<v1::SaveSessionResponse> SessionServiceImpl::Save(
   save.metadata.insert(request.metadata().begin(), request.metadata().end());
   if (request.has_expected_version()) save.expected_version = request.expected_version();
   if (request.has_keep_tokens()) save.keep_tokens = request.keep_tokens();
+  save.compact = request.compact();
   save.request_id = request.request_id();
   save.request_digest = DigestOfMessage(request);
   PT_ASSIGN_OR_RETURN(save.level, LevelFromProto(request.level()));
@@ -206,8 +262,10 @@ grpc::Status SessionServiceImpl::CreateCheckpoint(grpc::ServerContext* context,
   const CallContext call = MakeCallContext(*context, *worker_);
   const auto create = [&]() -> absl::StatusOr<v1::CreateCheckpointResponse> {
     PT_ASSIGN_OR_RETURN(const HandleTarget target, FindSequence(*worker_, request->sequence()));
+    PT_ASSIGN_OR_RETURN(const CheckpointOptions options, OptionsFromProto(*request));
     PT_ASSIGN_OR_RETURN(const CheckpointInfo info,
-                        target.host->CreateCheckpoint(call.tenant, target.handle));
+                        sessions_->CreateCheckpoint(call.tenant, target.host, target.handle,
+                                                    options, call.deadline));
     v1::CreateCheckpointResponse answer;
     *answer.mutable_checkpoint() = ToProto(info);
     return answer;
@@ -226,9 +284,9 @@ grpc::Status SessionServiceImpl::RestoreCheckpoint(grpc::ServerContext* context,
   const CallContext call = MakeCallContext(*context, *worker_);
   const auto restore = [&]() -> absl::StatusOr<v1::RestoreCheckpointResponse> {
     PT_ASSIGN_OR_RETURN(const HandleTarget target, FindSequence(*worker_, request->sequence()));
-    PT_ASSIGN_OR_RETURN(
-        const SequenceInfo info,
-        target.host->RestoreCheckpoint(call.tenant, target.handle, request->checkpoint_id()));
+    PT_ASSIGN_OR_RETURN(const SequenceInfo info,
+                        sessions_->RestoreCheckpoint(call.tenant, target.host, target.handle,
+                                                     request->checkpoint_id(), call.deadline));
     worker_->NoteSequence(*target.host, info);
     v1::RestoreCheckpointResponse answer;
     *answer.mutable_state() = StateToProto(*worker_, *target.host, info);

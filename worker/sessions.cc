@@ -12,6 +12,8 @@
 namespace pagetide {
 namespace {
 
+// Rows that one step of a compaction moves.
+constexpr uint64_t kCompactRows = 4096;
 constexpr size_t kMaxCountedSessions = 10000;
 
 std::string SessionNamePrefix(const Tenant& tenant) {
@@ -71,7 +73,8 @@ void Sessions::Count(absl::string_view operation, const absl::Status& status) co
     if (reason.empty()) reason = absl::StatusCodeToString(status.code());
   }
   worker_->metrics()
-      .GetCounter("pagetide_session_calls_total", "Saves, loads and deletions by their outcome",
+      .GetCounter("pagetide_session_calls_total",
+                  "Saves, loads, deletions and checkpoints by their outcome",
                   {{"operation", std::string(operation)}, {"outcome", reason}})
       ->Increment();
 }
@@ -161,6 +164,17 @@ absl::StatusOr<PutManifestResult> Sessions::PutState(StateSnapshot& snapshot,
                                          " pages left the store again before they could be named"));
 }
 
+absl::StatusOr<SequenceHandle> Sessions::Compacted(const Tenant& tenant, ModelHost* host,
+                                                   SequenceHandle sequence,
+                                                   MonotonicTime deadline) {
+  for (;;) {
+    PT_ASSIGN_OR_RETURN(const CompactResult result,
+                        host->Compact(tenant, sequence, kCompactRows, false, deadline));
+    if (result.moved_rows == 0) return sequence;
+    if (sequence.expected_revision) sequence.expected_revision = result.info.revision;
+  }
+}
+
 absl::StatusOr<SaveAnswer> Sessions::Save(const Tenant& tenant, ModelHost* host,
                                           const SaveRequest& request, MonotonicTime deadline) {
   WriteFence fence;
@@ -174,8 +188,12 @@ absl::StatusOr<SaveAnswer> Sessions::Save(const Tenant& tenant, ModelHost* host,
     // First of all: what is written below belongs to this ownership period.
     PT_ASSIGN_OR_RETURN(fence, parking_ == nullptr ? fence_->Get(deadline)
                                                    : parking_->FenceOf(request.sequence, deadline));
+    SequenceHandle sequence = request.sequence;
+    if (request.compact) {
+      PT_ASSIGN_OR_RETURN(sequence, Compacted(tenant, host, sequence, deadline));
+    }
     PT_ASSIGN_OR_RETURN(const std::unique_ptr<StateSnapshot> snapshot,
-                        host->Snapshot(tenant, request.sequence, request.keep_tokens));
+                        host->Snapshot(tenant, sequence, request.keep_tokens));
     PT_RETURN_IF_ERROR(
         CheckManifestSize(absl::StrCat("save session ", request.name), snapshot->state()));
     ManifestRecord manifest;
@@ -314,6 +332,38 @@ uint64_t Sessions::LoadsHere(const Tenant& tenant, absl::string_view name) const
   MutexLock lock(&mu_);
   const auto it = loads_.find(SessionManifestName(tenant, name));
   return it == loads_.end() ? 0 : it->second;
+}
+
+absl::StatusOr<CheckpointInfo> Sessions::CreateCheckpoint(const Tenant& tenant, ModelHost* host,
+                                                          const SequenceHandle& sequence,
+                                                          CheckpointOptions options,
+                                                          MonotonicTime deadline) {
+  const auto create = [&]() -> absl::StatusOr<CheckpointInfo> {
+    if (options.tier == Tier::kStore) {
+      PT_RETURN_IF_ERROR(CheckStore());
+      PT_ASSIGN_OR_RETURN(options.fence, parking_ == nullptr
+                                             ? fence_->Get(deadline)
+                                             : parking_->FenceOf(sequence, deadline));
+    }
+    return host->CreateCheckpoint(tenant, sequence, options, deadline);
+  };
+  absl::StatusOr<CheckpointInfo> info = create();
+  Count("checkpoint", info.status());
+  if (parking_ != nullptr && options.fence &&
+      GetReason(info.status()) == error_reason::kStaleEpoch) {
+    parking_->NoteStale(*options.fence);
+  }
+  return info;
+}
+
+absl::StatusOr<SequenceInfo> Sessions::RestoreCheckpoint(const Tenant& tenant, ModelHost* host,
+                                                         const SequenceHandle& sequence,
+                                                         uint64_t checkpoint_id,
+                                                         MonotonicTime deadline) {
+  absl::StatusOr<SequenceInfo> info =
+      host->RestoreCheckpoint(tenant, sequence, checkpoint_id, deadline);
+  Count("restore", info.status());
+  return info;
 }
 
 }  // namespace pagetide

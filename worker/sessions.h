@@ -31,6 +31,8 @@ struct SaveRequest {
   std::optional<uint64_t> expected_version;  // 0: none may be there; absent: replace what is there
   Durability level = Durability::kLocal;
   std::optional<uint64_t> keep_tokens;
+  // First move the sequence's rows together, so that pages hold no rows that it has not.
+  bool compact = false;
   std::string request_id;
   Digest request_digest;  // of all that was asked for
 };
@@ -74,6 +76,16 @@ class Sessions {
   // `parking` may be null: then no sequence has an owner of its own.
   Sessions(Worker* worker, PageStore* store, WorkerFence* fence, Parking* parking = nullptr);
 
+  // See SessionService for what checkpoints are; these add what a write to the store carries, and
+  // count.
+  absl::StatusOr<CheckpointInfo> CreateCheckpoint(const Tenant& tenant, ModelHost* host,
+                                                  const SequenceHandle& sequence,
+                                                  CheckpointOptions options,
+                                                  MonotonicTime deadline);
+  absl::StatusOr<SequenceInfo> RestoreCheckpoint(const Tenant& tenant, ModelHost* host,
+                                                 const SequenceHandle& sequence,
+                                                 uint64_t checkpoint_id, MonotonicTime deadline);
+
   // See SessionService.SaveSession for what holds when it answers, and for the errors.
   absl::StatusOr<SaveAnswer> Save(const Tenant& tenant, ModelHost* host, const SaveRequest& request,
                                   MonotonicTime deadline);
@@ -103,6 +115,9 @@ class Sessions {
   uint64_t LoadsHere(const Tenant& tenant, absl::string_view name) const;
 
  private:
+  // The handle of the sequence once nothing is left to move.
+  static absl::StatusOr<SequenceHandle> Compacted(const Tenant& tenant, ModelHost* host,
+                                                  SequenceHandle sequence, MonotonicTime deadline);
   // What is there now; version 0 when nothing is.
   absl::StatusOr<ManifestEntry> Stat(const std::string& manifest, MonotonicTime deadline);
   absl::StatusOr<PutManifestResult> PutState(StateSnapshot& snapshot, const SaveRequest& request,

@@ -68,6 +68,10 @@ constexpr CounterName kCounters[] = {
      "Rows that edits gave another position"},
     {&HostCounters::rows_compacted, "pagetide_worker_rows_compacted_total",
      "Rows that compaction moved to other pages"},
+    {&HostCounters::checkpoints_created, "pagetide_worker_checkpoints_created_total",
+     "Checkpoints taken, automatic ones included"},
+    {&HostCounters::checkpoints_restored, "pagetide_worker_checkpoints_restored_total",
+     "Sequences taken back to a checkpoint"},
     {&HostCounters::pages_reclaimed, "pagetide_worker_pages_reclaimed_total",
      "References to pages behind a window that sequences gave up"},
 };
@@ -80,6 +84,7 @@ void WorkerMetrics::Update(const ByteGauge& staged_rows, const std::vector<Model
   uint64_t open_sequences = 0;
   uint64_t running_calls = 0;
   uint64_t owed_pages = 0;
+  uint64_t checkpoint_bytes = 0;
   bool store_degraded = false;
   for (ModelHost* host : hosts) {
     const HostCounters counters = host->Counters();
@@ -88,6 +93,7 @@ void WorkerMetrics::Update(const ByteGauge& staged_rows, const std::vector<Model
     open_sequences += load.open_sequences;
     running_calls += load.running_calls;
     owed_pages += load.owed_pages;
+    checkpoint_bytes += load.checkpoint_host_bytes;
     store_degraded = store_degraded || load.is_store_degraded;
     const std::string model = host->model().digest().ToShortHex();
     for (const PoolUsage& usage : host->Usage()) {
@@ -124,6 +130,9 @@ void WorkerMetrics::Update(const ByteGauge& staged_rows, const std::vector<Model
       ->GetGauge("pagetide_worker_append_staging_peak_bytes",
                  "The most that pagetide_worker_append_staging_bytes ever was")
       ->Set(static_cast<double>(staged_rows.peak()));
+  metrics_
+      ->GetGauge("pagetide_worker_checkpoint_host_bytes", "Copies of checkpoints in host memory")
+      ->Set(static_cast<double>(checkpoint_bytes));
   metrics_->GetGauge("pagetide_worker_pin_leases", "Open pin leases")
       ->Set(static_cast<double>(open_leases));
   metrics_

@@ -266,13 +266,16 @@ absl::StatusOr<v1::SaveSessionResponse> Sequence::Save(absl::string_view name,
   request.mutable_metadata()->insert(options.metadata.begin(), options.metadata.end());
   if (options.expected_version) request.set_expected_version(*options.expected_version);
   if (options.keep_tokens) request.set_keep_tokens(*options.keep_tokens);
+  request.set_compact(options.compact);
   return CallUnary(worker_->call_options(), worker_->sessions(),
                    &v1::SessionService::StubInterface::SaveSession, request);
 }
 
-absl::StatusOr<uint64_t> Sequence::CreateCheckpoint() {
+absl::StatusOr<uint64_t> Sequence::CreateCheckpoint(v1::Tier tier, v1::CheckpointScope scope) {
   v1::CreateCheckpointRequest request;
   request.set_request_id(NewRequestId());
+  request.set_tier(tier);
+  request.set_scope(scope);
   *request.mutable_sequence() = Ref();
   PT_ASSIGN_OR_RETURN(const v1::CreateCheckpointResponse response,
                       CallUnary(worker_->call_options(), worker_->sessions(),

@@ -75,6 +75,7 @@ struct SaveOptions {
   // The version that must be there; 0: none. Absent: whatever is there is replaced.
   std::optional<uint64_t> expected_version;
   std::optional<uint64_t> keep_tokens;  // the first so many only
+  bool compact = false;                 // first move the rows of an edited sequence together
 };
 
 // How long tokens [begin, end) are worth keeping in the store; end absent: the committed length.
@@ -161,8 +162,10 @@ class Sequence {
   // Makes the sequence durable under its id. It stays open if keep_open; else it is closed here,
   // and Client::Resume takes it up again on any worker.
   absl::StatusOr<v1::ParkSequenceResponse> Park(bool keep_open = false);
-  // Remembers the sequence as it is; ends with it. Returns the checkpoint's id.
-  absl::StatusOr<uint64_t> CreateCheckpoint();
+  // Remembers the sequence as it is; ends with it. Returns the checkpoint's id. What the scopes and
+  // tiers are: proto/pagetide/v1/session.proto.
+  absl::StatusOr<uint64_t> CreateCheckpoint(v1::Tier tier = v1::TIER_DEVICE,
+                                            v1::CheckpointScope scope = v1::CHECKPOINT_SCOPE_ALL);
   // Makes it that again, whatever was rewound or appended since.
   absl::Status RestoreCheckpoint(uint64_t checkpoint_id);
 

@@ -346,6 +346,54 @@ TEST_F(LayerKindsTest, C4CheckpointsAreTheRewindPoints) {
   ASSERT_OK(client_->Verify(state->sequence_id(), tokens, 0, 50));
 }
 
+TEST_F(LayerKindsTest, E3AutomaticCheckpointsAreRewindPointsOfAState) {
+  more_flags_ = {"--checkpoint-every-pages=1"};
+  ASSERT_OK(StartGroups(16, 32, {FullGroup(0), StateGroup(1)}));
+  const std::vector<uint32_t> tokens = TestTokens(1, 80);
+  auto state = OpenAlone();
+  ASSERT_OK(state);
+  for (size_t end = 16; end <= tokens.size(); end += 16) {
+    auto appended = client_->Append(*state, tokens, end);
+    ASSERT_OK(appended);
+    state = appended->state();
+  }
+  const auto list = [&] {
+    TestContext context;
+    v1::ListCheckpointsRequest request;
+    request.set_sequence_id(state->sequence_id());
+    v1::ListCheckpointsResponse response;
+    EXPECT_TRUE(Sessions()->ListCheckpoints(&context, request, &response).ok());
+    return response;
+  };
+  const v1::ListCheckpointsResponse made = list();
+  ASSERT_EQ(made.checkpoints_size(), 5);
+  for (int i = 0; i < 5; ++i) {
+    EXPECT_EQ(made.checkpoints(i).length(), 16u * (i + 1));
+    EXPECT_TRUE(made.checkpoints(i).automatic());
+    EXPECT_EQ(made.checkpoints(i).scope(), v1::CHECKPOINT_SCOPE_NON_REWINDABLE);
+    EXPECT_EQ(made.checkpoints(i).pages(), 1u);  // the state
+  }
+  EXPECT_TRUE(client_->EventuallyStat("pagetide_worker_checkpoints_created_total", 5));
+  ExpectRefused(client_->Rewind(*state, 48).status(), "CANNOT_CUT", "1");
+  auto back = RestoreCheckpoint(*state, made.checkpoints(2).checkpoint_id());
+  ASSERT_OK(back);
+  EXPECT_EQ(back->length(), 48);
+  ASSERT_OK(client_->Verify(state->sequence_id(), tokens, 0, 48));
+  std::vector<uint32_t> other(tokens.begin(), tokens.begin() + 48);
+  other.insert(other.end(), {5, 6, 7});
+  auto appended = client_->Append(*back, other, 51);
+  ASSERT_OK(appended);
+  ASSERT_OK(client_->Verify(state->sequence_id(), other, 0, 51));
+  // Behind the tokens that are others now there is nothing to go back to.
+  const v1::ListCheckpointsResponse left = list();
+  ASSERT_EQ(left.checkpoints_size(), 5);
+  for (int i = 0; i < 5; ++i) EXPECT_EQ(left.checkpoints(i).is_void(), i > 2) << i;
+  EXPECT_EQ(
+      GetReason(RestoreCheckpoint(appended->state(), left.checkpoints(3).checkpoint_id()).status()),
+      "CHECKPOINT_VOID");
+  ASSERT_OK(client_->Verify(state->sequence_id(), other, 0, 51));
+}
+
 TEST_F(LayerKindsTest, C4ThePrefixEndsWhereThereIsAStateAndTheAnswerNamesTheGroup) {
   ASSERT_OK(StartGroups(16, 32, {FullGroup(0), StateGroup(1)}));
   const std::vector<uint32_t> tokens = TestTokens(1, 100);

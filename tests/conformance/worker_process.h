@@ -34,12 +34,12 @@ class WorkerProcessFixture : public ::testing::Test {
     return StartWorker(frames * model_->geometry().bytes_per_page_of_tokens() + spare_bytes);
   }
   absl::Status StartWorker(uint64_t pool_bytes) {
-    PT_ASSIGN_OR_RETURN(
-        worker_,
-        ChildProcess::Start({.program = "pagetide-worker",
-                             .args = {"--store-dir", dir_ / "store", "--write-through=false",
-                                      absl::StrCat("--pool-bytes=", pool_bytes),
-                                      "--listen=127.0.0.1:0", "--metrics-listen=127.0.0.1:0"}}));
+    std::vector<std::string> args = {
+        "--store-dir",           dir_ / "store",
+        "--write-through=false", absl::StrCat("--pool-bytes=", pool_bytes),
+        "--listen=127.0.0.1:0",  "--metrics-listen=127.0.0.1:0"};
+    args.insert(args.end(), more_flags_.begin(), more_flags_.end());
+    PT_ASSIGN_OR_RETURN(worker_, ChildProcess::Start({.program = "pagetide-worker", .args = args}));
     client_ = std::make_unique<WorkerClient>(worker_->Address("grpc"), model_);
     return absl::OkStatus();
   }
@@ -91,6 +91,7 @@ class WorkerProcessFixture : public ::testing::Test {
     ref->set_epoch(state.epoch());
   }
 
+  std::vector<std::string> more_flags_;  // of the worker that is started next
   TempDir dir_;
   std::shared_ptr<const Model> model_;
   std::unique_ptr<ChildProcess> worker_;

@@ -57,8 +57,8 @@ class RetentionProcessTest : public ::testing::Test {
   void StartStore() {
     auto started = ChildProcess::Start(
         {.program = "pagetide-store",
-         .args = {absl::StrCat("--listen=unix:", dir_ / "store.sock"), "--metrics-listen=127.0.0.1:0",
-                  absl::StrCat("--data-dir=", dir_ / "data"),
+         .args = {absl::StrCat("--listen=unix:", dir_ / "store.sock"),
+                  "--metrics-listen=127.0.0.1:0", absl::StrCat("--data-dir=", dir_ / "data"),
                   absl::StrCat("--capacity=", kCapacity), "--segment-size=1MiB"}});
     ASSERT_TRUE(started.ok()) << started.status();
     store_process_ = *std::move(started);
@@ -168,6 +168,32 @@ TEST_F(RetentionProcessTest, PinsAndPrioritiesOutliveFloodsAndAKilledStore) {
   EXPECT_TRUE(engine_->EventuallyStat("pagetide_retention_calls_total", 4));
   EXPECT_TRUE(FloodAway(pinned)) << NumHeld(pinned) << " pages stayed after the pin was removed";
   EXPECT_EQ(GetReason(client_->Unpin("system-prompt")), "PIN_NOT_FOUND");
+}
+
+TEST_F(RetentionProcessTest, ACheckpointInTheStoreOutlivesFloodsAndAKilledStore) {
+  std::vector<PageKey> keys, plain;
+  auto sequence = Fill(1, &keys);
+  auto plain_sequence = Fill(2, &plain);
+  const std::vector<uint32_t> tokens = TestTokens(1, 64);
+  auto checkpoint = sequence->CreateCheckpoint(v1::TIER_STORE);
+  ASSERT_TRUE(checkpoint.ok()) << checkpoint.status();
+  // Acknowledged: from here on neither kill -9 nor want of room takes it.
+  KillAndRestartStore();
+  ASSERT_TRUE(sequence->Rewind(0).ok());
+  ASSERT_TRUE(plain_sequence->Close().ok());
+  testing::TestContext context;
+  v1::EvictPagesResponse evicted;
+  ASSERT_TRUE(engine_->admin().EvictPages(&context, {}, &evicted).ok());
+  EXPECT_TRUE(FloodAway(plain)) << NumHeld(plain) << " pages that nothing holds stayed";
+  EXPECT_EQ(NumHeld(keys), 4u);
+  ASSERT_TRUE(sequence->RestoreCheckpoint(*checkpoint).ok());
+  EXPECT_EQ(sequence->length(), 64u);
+  auto bytes = engine_->Verify(sequence->id(), tokens, 0, 64);
+  ASSERT_TRUE(bytes.ok()) << bytes.status();
+  EXPECT_EQ(*bytes, 4 * kPageBytes);
+  ASSERT_TRUE(sequence->Close().ok());
+  EXPECT_TRUE(testing::Eventually(
+      [&] { return store_->GetStats(In(absl::Seconds(30)))->protected_pages == 0; }));
 }
 
 TEST_F(RetentionProcessTest, APinWithATimeToLiveEndsByItself) {

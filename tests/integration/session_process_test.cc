@@ -15,7 +15,9 @@
 #include "decoder/decoder.h"
 #include "decoder/local_kv_backend.h"
 #include "decoder/pagetide_kv_backend.h"
+#include "pagetide/v1/admin.grpc.pb.h"
 #include "pagetide/v1/page_store.grpc.pb.h"
+#include "pagetide/v1/session.grpc.pb.h"
 #include "rpc/channel.h"
 #include "tests/support/process.h"
 #include "tests/support/timing.h"
@@ -205,6 +207,76 @@ TEST_F(SessionProcessTest, CheckpointsAndPlansGiveTheSameLogits) {
   EXPECT_EQ(Compute(**planned, prompt).value(), Expected(prompt));
   auto unplanned = ClientOf(1)->Open(model_, prompt);
   ASSERT_TRUE(unplanned.ok()) << unplanned.status();
+}
+
+TEST_F(SessionProcessTest, CheckpointsOfEveryTierGiveTheSameLogitsAfterEviction) {
+  const auto admin = v1::AdminService::NewStub(MakeChannel(workers_[0]->Address("grpc")));
+  uint32_t seed = 60;
+  for (const v1::CheckpointScope scope :
+       {v1::CHECKPOINT_SCOPE_ALL, v1::CHECKPOINT_SCOPE_NON_REWINDABLE}) {
+    for (const v1::Tier tier : {v1::TIER_DEVICE, v1::TIER_HOST, v1::TIER_STORE}) {
+      SCOPED_TRACE(absl::StrCat(v1::CheckpointScope_Name(scope), " ", v1::Tier_Name(tier)));
+      const std::vector<uint32_t> tokens = Tokens(300, ++seed);
+      auto sequence = ClientOf(0)->Open(model_, tokens);
+      ASSERT_TRUE(sequence.ok()) << sequence.status();
+      ASSERT_TRUE(Compute(**sequence, tokens).ok());
+      auto checkpoint = (*sequence)->CreateCheckpoint(tier, scope);
+      ASSERT_TRUE(checkpoint.ok()) << checkpoint.status();
+      EXPECT_EQ(StoreStats().manifests(), tier == v1::TIER_STORE ? 1u : 0u);
+      std::vector<uint32_t> longer = tokens;
+      longer.insert(longer.end(), {5, 6, 7, 8});
+      ASSERT_TRUE(Compute(**sequence, longer).ok());
+      grpc::ClientContext context;
+      v1::EvictPagesResponse evicted;
+      ASSERT_TRUE(admin->EvictPages(&context, {}, &evicted).ok());
+      EXPECT_GT(evicted.evicted_pages(), 0u);
+      ASSERT_TRUE((*sequence)->RestoreCheckpoint(*checkpoint).ok());
+      EXPECT_EQ((*sequence)->length(), 300u);
+      std::vector<uint32_t> other = tokens;
+      other.push_back(9);
+      EXPECT_EQ(Compute(**sequence, other).value(), Expected(other));
+      ASSERT_TRUE((*sequence)->Close().ok());
+      // It ends with its sequence.
+      EXPECT_TRUE(testing::Eventually([&] { return StoreStats().manifests() == 0; }));
+    }
+  }
+  EXPECT_GE(StatFrom(0, "pagetide_worker_checkpoints_created_total", 6), 6);
+  EXPECT_GE(StatFrom(0, "pagetide_worker_checkpoints_restored_total", 6), 6);
+  // Bad input: the field is named, nothing is changed.
+  auto sequence = ClientOf(0)->Open(model_, Tokens(10, 1));
+  ASSERT_TRUE(sequence.ok());
+  const auto stub = v1::SessionService::NewStub(MakeChannel(workers_[0]->Address("grpc")));
+  const auto refuse = [&](v1::CreateCheckpointRequest request, const std::string& text) {
+    request.mutable_sequence()->set_sequence_id((*sequence)->id());
+    request.mutable_sequence()->set_epoch((*sequence)->state().epoch());
+    grpc::ClientContext context;
+    v1::CreateCheckpointResponse response;
+    const grpc::Status status = stub->CreateCheckpoint(&context, request, &response);
+    EXPECT_EQ(status.error_code(), grpc::StatusCode::INVALID_ARGUMENT) << status.error_message();
+    EXPECT_THAT(status.error_message(), HasSubstr(text));
+  };
+  v1::CreateCheckpointRequest request;
+  request.set_scope(static_cast<v1::CheckpointScope>(3));
+  refuse(request, "scope is 3");
+  request.Clear();
+  request.set_tier(static_cast<v1::Tier>(9));
+  refuse(request, "tier is 9");
+  request.Clear();
+  request.mutable_ttl()->set_seconds(5);
+  refuse(request, "ttl is of tier STORE only");
+  request.set_tier(v1::TIER_STORE);
+  request.mutable_ttl()->set_seconds(-5);
+  refuse(request, "ttl is {seconds -5");
+  request.mutable_ttl()->set_seconds(0);
+  refuse(request, "ttl is 0");
+  request.mutable_ttl()->set_seconds(367 * 86400);
+  refuse(request, "ttl is 8808h");
+  grpc::ClientContext context;
+  v1::ListCheckpointsRequest list;
+  list.set_sequence_id((*sequence)->id());
+  v1::ListCheckpointsResponse listed;
+  ASSERT_TRUE(stub->ListCheckpoints(&context, list, &listed).ok());
+  EXPECT_EQ(listed.checkpoints_size(), 0);
 }
 
 TEST_F(SessionProcessTest, AChatOfTwentyTurnsWritesOnlyWhatIsNew) {

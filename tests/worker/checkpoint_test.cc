@@ -19,7 +19,7 @@ TEST(CheckpointTest, ComesBackAfterRewindAndOtherAppends) {
     const std::vector<uint32_t> tokens = Tokens(0, 40);
     auto info = t.OpenAndFill(tokens);
     ASSERT_TRUE(info.ok()) << info.status();
-    auto checkpoint = t.host->CreateCheckpoint(t.tenant, Handle(*info));
+    auto checkpoint = t.host->CreateCheckpoint(t.tenant, Handle(*info), {}, HostUnderTest::Soon());
     ASSERT_TRUE(checkpoint.ok()) << checkpoint.status();
     EXPECT_EQ(checkpoint->length, 40u);
     EXPECT_EQ(checkpoint->num_pages, 3u * num_groups);
@@ -32,7 +32,8 @@ TEST(CheckpointTest, ComesBackAfterRewindAndOtherAppends) {
       auto appended = t.Append(rewound->info, other);
       ASSERT_TRUE(appended.ok()) << appended.status();
       EXPECT_EQ(*t.WrongRows(info->id, other), 0u);
-      auto restored = t.host->RestoreCheckpoint(t.tenant, Handle(*info), checkpoint->id);
+      auto restored =
+          t.host->RestoreCheckpoint(t.tenant, Handle(*info), checkpoint->id, HostUnderTest::Soon());
       ASSERT_TRUE(restored.ok()) << restored.status();
       EXPECT_EQ(restored->length, 40u);
       EXPECT_GT(restored->revision, appended->revision);
@@ -49,7 +50,7 @@ TEST(CheckpointTest, HoldsNoFrames) {
   const std::vector<uint32_t> tokens = Tokens(0, 40);
   auto info = t.OpenAndFill(tokens);
   ASSERT_TRUE(info.ok());
-  auto checkpoint = t.host->CreateCheckpoint(t.tenant, Handle(*info));
+  auto checkpoint = t.host->CreateCheckpoint(t.tenant, Handle(*info), {}, HostUnderTest::Soon());
   ASSERT_TRUE(checkpoint.ok());
   ASSERT_TRUE(t.host->Rewind(t.tenant, Handle(*info), 0).ok());
   for (uint32_t i = 1; i < 5; ++i) {
@@ -58,7 +59,9 @@ TEST(CheckpointTest, HoldsNoFrames) {
     ASSERT_TRUE(filled.ok()) << filled.status();
     EXPECT_EQ(*t.WrongRows(filled->id, other), 0u);
   }
-  ASSERT_TRUE(t.host->RestoreCheckpoint(t.tenant, Handle(*info), checkpoint->id).ok());
+  ASSERT_TRUE(
+      t.host->RestoreCheckpoint(t.tenant, Handle(*info), checkpoint->id, HostUnderTest::Soon())
+          .ok());
   EXPECT_EQ(*t.WrongRows(info->id, tokens), 0u);
 }
 
@@ -68,24 +71,29 @@ TEST(CheckpointTest, AreBoundedListedAndDeleted) {
   ASSERT_TRUE(info.ok());
   std::vector<uint64_t> ids;
   for (int i = 0; i < 32; ++i) {
-    auto checkpoint = t.host->CreateCheckpoint(t.tenant, Handle(*info));
+    auto checkpoint = t.host->CreateCheckpoint(t.tenant, Handle(*info), {}, HostUnderTest::Soon());
     ASSERT_TRUE(checkpoint.ok()) << checkpoint.status();
     ids.push_back(checkpoint->id);
   }
-  const absl::Status full = t.host->CreateCheckpoint(t.tenant, Handle(*info)).status();
+  const absl::Status full =
+      t.host->CreateCheckpoint(t.tenant, Handle(*info), {}, HostUnderTest::Soon()).status();
   EXPECT_TRUE(absl::IsResourceExhausted(full)) << full;
   EXPECT_EQ(GetReason(full), "TOO_MANY_CHECKPOINTS");
   ASSERT_TRUE(t.host->DeleteCheckpoint(t.tenant, Handle(*info), ids[3]).ok());
   ASSERT_TRUE(t.host->DeleteCheckpoint(t.tenant, Handle(*info), ids[3]).ok());
-  EXPECT_TRUE(t.host->CreateCheckpoint(t.tenant, Handle(*info)).ok());
+  EXPECT_TRUE(t.host->CreateCheckpoint(t.tenant, Handle(*info), {}, HostUnderTest::Soon()).ok());
   EXPECT_EQ(t.host->ListCheckpoints(t.tenant, info->id)->size(), 32u);
-  EXPECT_EQ(GetReason(t.host->RestoreCheckpoint(t.tenant, Handle(*info), ids[3]).status()),
-            "CHECKPOINT_NOT_FOUND");
+  EXPECT_EQ(
+      GetReason(t.host->RestoreCheckpoint(t.tenant, Handle(*info), ids[3], HostUnderTest::Soon())
+                    .status()),
+      "CHECKPOINT_NOT_FOUND");
   const Tenant other{"other", DeriveTenantSalt("secret", "other")};
   EXPECT_EQ(GetReason(t.host->ListCheckpoints(other, info->id).status()), "SEQUENCE_NOT_FOUND");
-  EXPECT_EQ(
-      GetReason(t.host->RestoreCheckpoint(t.tenant, {info->id, 99, std::nullopt}, ids[0]).status()),
-      error_reason::kStaleEpoch);
+  EXPECT_EQ(GetReason(t.host
+                          ->RestoreCheckpoint(t.tenant, {info->id, 99, std::nullopt}, ids[0],
+                                              HostUnderTest::Soon())
+                          .status()),
+            error_reason::kStaleEpoch);
 }
 
 TEST(CheckpointTest, ASequenceWithASealedTailIsSavedOnce) {
@@ -96,7 +104,8 @@ TEST(CheckpointTest, ASequenceWithASealedTailIsSavedOnce) {
   ASSERT_TRUE(info.ok());
   const uint64_t page = a.engine->model->geometry().bytes_per_page_of_tokens();
   EXPECT_EQ(a.Save(*info, "s")->bytes_written, 3 * page);
-  ASSERT_TRUE(a.host()->CreateCheckpoint(a.tenant(), Handle(*info)).ok());
+  ASSERT_TRUE(
+      a.host()->CreateCheckpoint(a.tenant(), Handle(*info), {}, HostUnderTest::Soon()).ok());
   EXPECT_EQ(a.Save(*info, "s")->bytes_written, 0u);
   SessionWorker b(&store, {.id = "b", .incarnation = 2});
   auto loaded = b.Load("s");
@@ -133,7 +142,10 @@ TEST(CheckpointTest, RandomHistories) {
           break;
         }
         case 3: {
-          auto checkpoint = t.host->CreateCheckpoint(t.tenant, Handle(*info));
+          // Every kind in turn; copies of 120 tokens in 32 checkpoints fit the host's memory.
+          const Tier tier = static_cast<Tier>(random() % 3);
+          auto checkpoint = t.host->CreateCheckpoint(t.tenant, Handle(*info), {.tier = tier},
+                                                     HostUnderTest::Soon());
           if (absl::IsResourceExhausted(checkpoint.status())) {
             const uint64_t oldest = checkpoints.begin()->first;
             ASSERT_TRUE(t.host->DeleteCheckpoint(t.tenant, Handle(*info), oldest).ok());
@@ -147,7 +159,8 @@ TEST(CheckpointTest, RandomHistories) {
         case 4: {
           if (checkpoints.empty()) break;
           auto it = std::next(checkpoints.begin(), random() % checkpoints.size());
-          auto restored = t.host->RestoreCheckpoint(t.tenant, Handle(*info), it->first);
+          auto restored =
+              t.host->RestoreCheckpoint(t.tenant, Handle(*info), it->first, HostUnderTest::Soon());
           ASSERT_TRUE(restored.ok()) << restored.status();
           info = restored;
           now = it->second;
@@ -161,6 +174,8 @@ TEST(CheckpointTest, RandomHistories) {
     }
     ASSERT_TRUE(t.host->Close(t.tenant, info->id, info->epoch).ok());
     t.host->Quiesce();
+    EXPECT_EQ(t.host->Load().checkpoint_host_bytes, 0u);
+    EXPECT_EQ(t.store->GetStats(HostUnderTest::Soon())->manifests, 0u);
   }
 }
 

@@ -152,22 +152,23 @@ TEST(EditedSessionTest, ACheckpointBringsBackAnEditedSequenceAndOneFromBeforeIts
   const std::vector<uint32_t> tokens = Tokens(0, 40);
   auto info = t.OpenAndFill(tokens);
   ASSERT_TRUE(info.ok()) << info.status();
-  auto before = t.host->CreateCheckpoint(t.tenant, HandleOf(*info));
+  auto before = t.host->CreateCheckpoint(t.tenant, HandleOf(*info), {}, HostUnderTest::Soon());
   ASSERT_TRUE(before.ok()) << before.status();
   auto edited = EditOne(t, *info, RemoveRangeEdit{info->id.number, {5, 12}});
   ASSERT_TRUE(edited.ok()) << edited.status();
   const std::string rows = RowsOf(t, info->id);
-  auto after = t.host->CreateCheckpoint(t.tenant, HandleOf(*info));
+  auto after = t.host->CreateCheckpoint(t.tenant, HandleOf(*info), {}, HostUnderTest::Soon());
   ASSERT_TRUE(after.ok()) << after.status();
   EXPECT_EQ(after->length, 33u);
   ASSERT_TRUE(t.host->Clear(t.tenant, HandleOf(*info), /*zero_data=*/true).ok());
 
-  auto restored = t.host->RestoreCheckpoint(t.tenant, HandleOf(*info), before->id);
+  auto restored =
+      t.host->RestoreCheckpoint(t.tenant, HandleOf(*info), before->id, HostUnderTest::Soon());
   ASSERT_TRUE(restored.ok()) << restored.status();
   EXPECT_EQ(restored->canonical_length, 40u);
   EXPECT_EQ(restored->end_position, 40);
   EXPECT_EQ(*t.WrongRows(info->id, tokens), 0u);
-  restored = t.host->RestoreCheckpoint(t.tenant, HandleOf(*info), after->id);
+  restored = t.host->RestoreCheckpoint(t.tenant, HandleOf(*info), after->id, HostUnderTest::Soon());
   ASSERT_TRUE(restored.ok()) << restored.status();
   EXPECT_EQ(restored->length, 33u);
   EXPECT_EQ(restored->canonical_length, 5u);
@@ -175,6 +176,58 @@ TEST(EditedSessionTest, ACheckpointBringsBackAnEditedSequenceAndOneFromBeforeIts
   EXPECT_EQ(RowsOf(t, info->id), rows);
   ASSERT_TRUE(t.host->Close(t.tenant, info->id, info->epoch).ok());
   t.host->Quiesce();
+}
+
+TEST(EditedSessionTest, ACompactedSaveHasNoPagesOfRowsThatWereRemoved) {
+  MemoryPageStore store;
+  SessionWorker a(&store, {.num_frames = 64, .write_through = false});
+  const uint64_t page = a.engine->model->geometry().bytes_per_page_of_tokens();
+  auto info = a.engine->OpenAndFill(Tokens(0, 160));
+  ASSERT_TRUE(info.ok()) << info.status();
+  // Of each page but the first two rows 2 to 15 go: 8 pages are left with 2 rows each.
+  for (int64_t at = 144; at >= 32; at -= 16) {
+    info = EditOne(*a.engine, *info, RemoveRangeEdit{info->number, {at + 2, at + 16}});
+    ASSERT_TRUE(info.ok()) << info.status();
+  }
+  ASSERT_EQ(info->length, 48u);
+  const std::string rows = RowsOf(*a.engine, info->id);
+  EXPECT_EQ(a.Save(*info, "scattered")->bytes_total, 10 * page);
+  SaveRequest request = a.Request(*info, "compact");
+  request.compact = true;
+  request.sequence.expected_revision = info->revision;
+  auto saved = a.sessions->Save(a.tenant(), a.host(), request, HostUnderTest::Soon());
+  ASSERT_TRUE(saved.ok()) << saved.status();
+  EXPECT_EQ(saved->bytes_total, 3 * page);
+  EXPECT_EQ(saved->tokens, 48u);
+  EXPECT_EQ(RowsOf(*a.engine, info->id), rows);
+  SessionWorker b(&store, {.id = "b", .incarnation = 2});
+  for (const char* name : {"scattered", "compact"}) {
+    auto loaded = b.Load(name);
+    ASSERT_TRUE(loaded.ok()) << loaded.status();
+    EXPECT_EQ(RowsOf(*b.engine, loaded->open.info.id), rows) << name;
+    EXPECT_EQ(loaded->open.info.end_position, 146) << name;
+  }
+  // Nothing left to move: as any save.
+  auto again =
+      a.sessions->Save(a.tenant(), a.host(), a.Request(*info, "compact"), HostUnderTest::Soon());
+  ASSERT_TRUE(again.ok()) << again.status();
+  EXPECT_EQ(again->bytes_written, 0u);
+}
+
+TEST(EditedSessionTest, OfAWindowOnlyWhatTheNextTokenSeesIsSaved) {
+  // 10 pages of the full group; of the window of 24 tokens rows 137 to 159: pages 8 and 9.
+  MemoryPageStore store;
+  HostUnderTest t({.num_groups = 2, .num_frames = 32, .store = &store, .window_tokens = 24});
+  auto info = t.OpenAndFill(Tokens(0, 160));
+  ASSERT_TRUE(info.ok()) << info.status();
+  auto snapshot = t.host->Snapshot(t.tenant, HandleOf(*info), std::nullopt);
+  ASSERT_TRUE(snapshot.ok()) << snapshot.status();
+  auto put = (*snapshot)->PutPages({}, Durability::kProcess, HostUnderTest::Soon());
+  ASSERT_TRUE(put.ok()) << put.status();
+  EXPECT_EQ(put->pages.size(), 12u);
+  const auto& geometry = t.model->geometry();
+  EXPECT_EQ(put->bytes_total,
+            10 * geometry.group(0).page_bytes() + 2 * geometry.group(1).page_bytes());
 }
 
 }  // namespace

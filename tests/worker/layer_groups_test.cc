@@ -166,16 +166,54 @@ TEST(LayerGroupsTest, CheckpointsAreTheRewindPointsOfAState) {
   const std::vector<uint32_t> tokens = Tokens(0, 61);
   auto a = t.OpenAndFill(std::span(tokens).first(21));
   ASSERT_TRUE(a.ok()) << a.status();
-  auto checkpoint = t.host->CreateCheckpoint(t.tenant, HandleOf(*a));
+  auto checkpoint = t.host->CreateCheckpoint(t.tenant, HandleOf(*a), {}, t.Soon());
   ASSERT_TRUE(checkpoint.ok()) << checkpoint.status();
   ASSERT_TRUE(t.Append(*a, tokens).ok());
-  auto back = t.host->RestoreCheckpoint(t.tenant, HandleOf(*a), checkpoint->id);
+  auto back = t.host->RestoreCheckpoint(t.tenant, HandleOf(*a), checkpoint->id, t.Soon());
   ASSERT_TRUE(back.ok()) << back.status();
   EXPECT_EQ(back->length, 21u);
   EXPECT_EQ(*t.WrongHeld(a->id, std::span(tokens).first(21)), 0);
   const std::vector<uint32_t> other = Concat(Tokens(0, 21), {5, 5, 5});
   ASSERT_TRUE(t.Append(*back, other).ok());
   EXPECT_EQ(*t.WrongHeld(a->id, other), 0);
+  t.host->Quiesce();
+}
+
+TEST(LayerGroupsTest, AutomaticCheckpointsAreTheRewindPointsOfAState) {
+  HostUnderTest::Setup setup = Mixed();
+  setup.checkpoint_every_pages = 2;
+  HostUnderTest t(setup);
+  const std::vector<uint32_t> tokens = Tokens(0, 80);
+  auto info = t.OpenAndFill(std::span(tokens).first(5));
+  ASSERT_TRUE(info.ok()) << info.status();
+  for (size_t length = 6; length <= tokens.size(); ++length) {
+    info = t.Step(*info, std::span(tokens).first(length));
+    ASSERT_TRUE(info.ok()) << info.status();
+  }
+  // The state cannot be cut; where a checkpoint was left it can be gone back to.
+  EXPECT_EQ(GetReason(t.host->Rewind(t.tenant, HandleOf(*info), 50).status()), "CANNOT_CUT");
+  const auto list = t.host->ListCheckpoints(t.tenant, info->id);
+  ASSERT_EQ(list->size(), 5u);
+  for (size_t i = list->size(); i-- > 0;) {
+    const CheckpointInfo& point = (*list)[i];
+    ASSERT_EQ(point.length, 16 * (i + 1));
+    EXPECT_TRUE(point.is_automatic);
+    EXPECT_EQ(point.scope, CheckpointScope::kNonRewindable);
+    ASSERT_TRUE(t.host->EvictPages(0, t.Soon()).ok());
+    auto back = t.host->RestoreCheckpoint(t.tenant, HandleOf(*info), point.id, t.Soon());
+    ASSERT_TRUE(back.ok()) << back.status();
+    EXPECT_EQ(*t.WrongHeld(info->id, std::span(tokens).first(point.length)), 0);
+    // Other tokens from there on: what lay behind is void.
+    const std::vector<uint32_t> other =
+        Concat(std::vector<uint32_t>(tokens.begin(), tokens.begin() + point.length), {7, 7, 7});
+    info = t.Append(*back, other);
+    ASSERT_TRUE(info.ok()) << info.status();
+    EXPECT_EQ(*t.WrongHeld(info->id, other), 0);
+    if (i + 1 == list->size()) continue;
+    const absl::Status late =
+        t.host->RestoreCheckpoint(t.tenant, HandleOf(*info), (*list)[i + 1].id, t.Soon()).status();
+    EXPECT_EQ(GetReason(late), "CHECKPOINT_VOID") << late;
+  }
   t.host->Quiesce();
 }
 
@@ -508,14 +546,20 @@ TEST(LayerGroupsTest, RandomCallsOnMixedGroups) {
   }
   std::printf("seed %llu\n", static_cast<unsigned long long>(seed));
   std::mt19937_64 rng(seed);
-  HostUnderTest t(Mixed(/*num_frames=*/24));
+  HostUnderTest::Setup setup = Mixed(/*num_frames=*/24);
+  setup.checkpoint_host_bytes = uint64_t{1} << 30;
+  HostUnderTest t(setup);
+  struct Checkpoint {
+    uint64_t id = 0;
+    std::vector<uint32_t> tokens;
+  };
   struct Open {
     SequenceInfo info;
     std::vector<uint32_t> tokens;
-    std::vector<std::pair<uint64_t, std::vector<uint32_t>>> checkpoints;
+    std::vector<Checkpoint> checkpoints;
   };
   std::map<uint64_t, Open> open;
-  uint64_t num_refused = 0, num_reused = 0, num_restored = 0, num_checked = 0;
+  uint64_t num_refused = 0, num_reused = 0, num_restored = 0, num_void = 0, num_checked = 0;
   const auto pick = [&]() { return std::next(open.begin(), rng() % open.size()); };
   for (int step = 0; step < 6000; ++step) {
     const uint32_t what = rng() % 100;
@@ -559,18 +603,32 @@ TEST(LayerGroupsTest, RandomCallsOnMixedGroups) {
       num_refused += !is_allowed;
     } else if (what < 61) {
       Open& one = pick()->second;
-      auto made = t.host->CreateCheckpoint(t.tenant, HandleOf(one.info));
+      CheckpointOptions options;
+      options.tier = static_cast<Tier>(rng() % 3);
+      if (rng() % 2 == 0) options.scope = CheckpointScope::kNonRewindable;
+      auto made = t.host->CreateCheckpoint(t.tenant, HandleOf(one.info), options, t.Soon());
       if (one.checkpoints.size() >= 32) continue;
       ASSERT_TRUE(made.ok()) << step << ": " << made.status();
-      one.checkpoints.emplace_back(made->id, one.tokens);
+      one.checkpoints.push_back({made->id, one.tokens});
     } else if (what < 67) {
       Open& one = pick()->second;
       if (one.checkpoints.empty()) continue;
-      const auto& [id, tokens] = one.checkpoints[rng() % one.checkpoints.size()];
-      auto back = t.host->RestoreCheckpoint(t.tenant, HandleOf(one.info), id);
+      const Checkpoint point = one.checkpoints[rng() % one.checkpoints.size()];
+      const auto listed = t.host->ListCheckpoints(t.tenant, one.info.id);
+      const auto info = std::find_if(listed->begin(), listed->end(),
+                                     [&](const CheckpointInfo& c) { return c.id == point.id; });
+      ASSERT_NE(info, listed->end());
+      auto back = t.host->RestoreCheckpoint(t.tenant, HandleOf(one.info), point.id, t.Soon());
+      if (info->is_void) {
+        ASSERT_EQ(info->scope, CheckpointScope::kNonRewindable);
+        ASSERT_EQ(GetReason(back.status()), "CHECKPOINT_VOID") << step << ": " << back.status();
+        ASSERT_EQ(t.host->Get(t.tenant, one.info.id)->revision, one.info.revision);
+        ++num_void;
+        continue;
+      }
       ASSERT_TRUE(back.ok()) << step << ": " << back.status();
       one.info = *back;
-      one.tokens = tokens;
+      one.tokens = point.tokens;
       ++num_restored;
     } else if (what < 74) {
       auto it = pick();
@@ -597,10 +655,13 @@ TEST(LayerGroupsTest, RandomCallsOnMixedGroups) {
   t.host->Quiesce();
   t.host->ClearCache(false);
   for (const PoolUsage& usage : t.host->Usage()) EXPECT_EQ(usage.free_frames, usage.num_frames);
+  EXPECT_EQ(t.host->Load().checkpoint_host_bytes, 0u);
+  EXPECT_EQ(t.store->GetStats(t.Soon())->manifests, 0u);
   EXPECT_EQ(t.host->Counters().checksum_failures, 0u);
   EXPECT_GT(num_refused, 300u);
   EXPECT_GT(num_reused, 300u);
-  EXPECT_GT(num_restored, 100u);
+  EXPECT_GT(num_restored, 50u);
+  EXPECT_GT(num_void, 20u);
   EXPECT_GT(num_checked, 300u);
   EXPECT_GT(t.host->Counters().pages_restored, 100u);
 }

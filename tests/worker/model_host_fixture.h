@@ -30,8 +30,10 @@ inline std::vector<uint32_t> Concat(std::vector<uint32_t> a, const std::vector<u
   return a;
 }
 
+// window_tokens > 0: the last group has a sliding window.
 inline std::shared_ptr<const Model> TestModel(uint32_t page_tokens, int num_groups = 1,
-                                              bool batch_invariant = false) {
+                                              bool batch_invariant = false,
+                                              uint32_t window_tokens = 0) {
   ModelSpec spec;
   spec.name = "test";
   spec.batch_invariant = batch_invariant;
@@ -43,6 +45,11 @@ inline std::shared_ptr<const Model> TestModel(uint32_t page_tokens, int num_grou
     group.k_dim = 8;
     group.v_dim = 4;
     group.k_type = group.v_type = DataType::kF32;
+    if (g + 1 == num_groups && window_tokens > 0) {
+      group.kind = LayerGroupSpec::Kind::kWindow;
+      group.window_type = LayerGroupSpec::WindowType::kStandard;
+      group.window_tokens = window_tokens;
+    }
     spec.geometry.groups.push_back(group);
   }
   return std::make_shared<const Model>(Model::Create(std::move(spec)).value());
@@ -89,13 +96,16 @@ class HostUnderTest {
     std::shared_ptr<const Model> model;  // null: TestModel
     Device* device = nullptr;            // null: a CPU device of its own
     Clock* clock = Clock::Real();        // the host's; In and Soon are of the real one
+    uint32_t window_tokens = 0;          // above 0: the last group of TestModel is a window
+    uint64_t checkpoint_host_bytes = 1 << 20;
+    uint32_t checkpoint_every_pages = 0;
     // A host of somebody else's, over TestModel(page_tokens, num_groups); null: one of its own.
     ModelHost* existing = nullptr;
   };
   explicit HostUnderTest(const Setup& setup)
-      : model(setup.model != nullptr
-                  ? setup.model
-                  : TestModel(setup.page_tokens, setup.num_groups, setup.batch_invariant)),
+      : model(setup.model != nullptr ? setup.model
+                                     : TestModel(setup.page_tokens, setup.num_groups,
+                                                 setup.batch_invariant, setup.window_tokens)),
         store(setup.no_store           ? nullptr
               : setup.store != nullptr ? setup.store
                                        : &own_store),
@@ -108,6 +118,8 @@ class HostUnderTest {
     options.max_known_stored_pages = setup.max_known_stored_pages;
     options.store_backoff = setup.store_backoff;
     options.sequence_idle = setup.sequence_idle;
+    options.checkpoint_host_bytes = setup.checkpoint_host_bytes;
+    options.checkpoint_every_pages = setup.checkpoint_every_pages;
     host = setup.existing;
     if (host != nullptr) return;
     own_host = ModelHost::Create(options, model, setup.device != nullptr ? setup.device : &device,
@@ -225,12 +237,14 @@ class HostUnderTest {
     return last;
   }
 
-  // Reads everything back and counts wrong rows.
+  // Reads all rows back that a next token could attend to, and counts wrong ones.
   absl::StatusOr<uint64_t> WrongRows(SequenceId id, std::span<const uint32_t> tokens) {
     uint64_t wrong = 0;
     for (uint32_t g = 0; g < model->geometry().num_groups(); ++g) {
       const GroupGeometry& geometry = model->geometry().group(g);
-      auto rows = host->PinRows(tenant, id, g, 0, 0, Soon());
+      const int64_t begin =
+          TraitsOf(geometry.spec()).FirstVisible(static_cast<int64_t>(tokens.size()));
+      auto rows = host->PinRows(tenant, id, g, static_cast<uint64_t>(begin), 0, Soon());
       if (!rows.ok()) return rows.status();
       if ((*rows)->end() != tokens.size()) return absl::InternalError("length differs");
       for (uint32_t layer = 0; layer < geometry.num_layers(); ++layer) {
@@ -250,7 +264,7 @@ class HostUnderTest {
             }
             seen += run.num_tokens;
           }
-          if (seen != tokens.size()) return absl::InternalError("rows are missing");
+          if (seen != tokens.size() - begin) return absl::InternalError("rows are missing");
         }
       }
     }

@@ -103,7 +103,7 @@ class SharedTailsTest : public ::testing::Test {
     const std::vector<uint32_t> other = Concat(Tokens(0, 10), Tokens(900, 5));
     ASSERT_TRUE(t_.Append(info, other).ok());
     EXPECT_EQ(*t_.WrongRows(info.id, other), 0u);
-    const auto back = t_.host->RestoreCheckpoint(t_.tenant, HandleOf(info), checkpoint);
+    const auto back = t_.host->RestoreCheckpoint(t_.tenant, HandleOf(info), checkpoint, t_.Soon());
     ASSERT_TRUE(back.ok()) << back.status();
     EXPECT_EQ(*t_.WrongRows(info.id, Tokens(0, 10)), 0u);
   }
@@ -172,10 +172,10 @@ TEST_F(SharedTailsTest, ACheckpointOfATailWhoseWriteWasAbortedSealsIt) {
                                          std::span(tokens).subspan(10), {}, false, t_.Soon());
   ASSERT_TRUE(slot.ok()) << slot.status();
   const SequenceInfo b = CopyOf(*a);
-  const auto checkpoint = t_.host->CreateCheckpoint(t_.tenant, HandleOf(b));
+  const auto checkpoint = t_.host->CreateCheckpoint(t_.tenant, HandleOf(b), {}, t_.Soon());
   ASSERT_TRUE(checkpoint.ok()) << checkpoint.status();
   ASSERT_TRUE(t_.host->Abort(t_.tenant, a->id, slot->pending_id).ok());
-  ASSERT_TRUE(t_.host->CreateCheckpoint(t_.tenant, HandleOf(b)).ok());
+  ASSERT_TRUE(t_.host->CreateCheckpoint(t_.tenant, HandleOf(b), {}, t_.Soon()).ok());
   ASSERT_TRUE(t_.Append(*a, tokens).ok());
   EXPECT_EQ(*t_.WrongRows(a->id, tokens), 0u);
   ExpectRestored(b, checkpoint->id);
@@ -196,7 +196,7 @@ TEST_F(SharedTailsTest, ACheckpointWhileWritesAreBeingOpenedLeavesTheirTails) {
   absl::StatusOr<CheckpointInfo> checkpoint;
   device_.OnNextCopy([&] {
     b = CopyOf(*a);
-    checkpoint = t_.host->CreateCheckpoint(t_.tenant, HandleOf(b));
+    checkpoint = t_.host->CreateCheckpoint(t_.tenant, HandleOf(b), {}, t_.Soon());
   });
   const auto slots = t_.host->Reserve(t_.tenant, items, absl::Seconds(60), false, t_.Soon());
   ASSERT_TRUE(slots.ok()) << slots.status();

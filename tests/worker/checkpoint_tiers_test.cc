@@ -1,0 +1,438 @@
+// Checkpoints by scope and tier: each gives back the same rows after the device's pages are gone,
+// keeps what it says and nothing longer than it should.
+#include <gmock/gmock.h>
+#include <gtest/gtest.h>
+
+#include <functional>
+#include <tuple>
+
+#include "kvstore/decorating_page_store.h"
+#include "tests/support/timing.h"
+#include "tests/worker/session_fixture.h"
+
+namespace pagetide {
+namespace {
+
+using ::testing::HasSubstr;
+
+constexpr uint32_t kWindow = 24;
+
+SequenceHandle Handle(const SequenceInfo& info) {
+  return {info.id, info.epoch, std::nullopt};
+}
+MonotonicTime Soon() {
+  return HostUnderTest::Soon();
+}
+uint64_t Manifests(HostUnderTest& t) {
+  return t.store->GetStats(Soon())->manifests;
+}
+uint64_t FreeFrames(HostUnderTest& t) {
+  uint64_t free = 0;
+  for (const PoolUsage& pool : t.host->Usage()) free += pool.free_frames;
+  return free;
+}
+// Other sequences come and go through all frames.
+void TurnThePoolOver(HostUnderTest& t, uint32_t seed) {
+  for (uint32_t i = 0; i < 6; ++i) {
+    const std::vector<uint32_t> other = Tokens(seed + 1000 * i, 100);
+    auto filled = t.OpenAndFill(other);
+    ASSERT_TRUE(filled.ok()) << filled.status();
+    ASSERT_EQ(*t.WrongRows(filled->id, other), 0u);
+    ASSERT_TRUE(t.host->Close(t.tenant, filled->id, filled->epoch).ok());
+  }
+  ASSERT_TRUE(t.host->EvictPages(0, Soon()).ok());
+  t.host->ClearCache(false);
+}
+
+class CheckpointTiersTest : public ::testing::TestWithParam<std::tuple<CheckpointScope, Tier>> {
+ protected:
+  CheckpointOptions options() const {
+    return {.scope = std::get<0>(GetParam()), .tier = std::get<1>(GetParam())};
+  }
+};
+
+TEST_P(CheckpointTiersTest, RowsComeBackAfterTheirFramesWereOthers) {
+  // A full group and a window of 24 tokens, pages of 16; a length in the middle of a page.
+  HostUnderTest t({.num_groups = 2, .num_frames = 12, .window_tokens = kWindow});
+  const std::vector<uint32_t> tokens = Tokens(0, 90);
+  auto info = t.OpenAndFill(tokens);
+  ASSERT_TRUE(info.ok()) << info.status();
+  auto checkpoint = t.host->CreateCheckpoint(t.tenant, Handle(*info), options(), Soon());
+  ASSERT_TRUE(checkpoint.ok()) << checkpoint.status();
+  EXPECT_EQ(checkpoint->length, 90u);
+  EXPECT_EQ(checkpoint->tier, options().tier);
+  EXPECT_EQ(checkpoint->scope, options().scope);
+  // 6 pages of the full group; of the window rows 67 to 89: pages 4 and 5.
+  const bool is_all = options().scope == CheckpointScope::kAll;
+  EXPECT_EQ(checkpoint->num_pages, is_all ? 8u : 2u);
+  EXPECT_EQ(t.host->Load().checkpoint_host_bytes,
+            options().tier == Tier::kHost ? checkpoint->copied_bytes : 0u);
+  EXPECT_EQ(Manifests(t), options().tier == Tier::kStore ? 1u : 0u);
+
+  // Two windows further the rows behind it are given up: no rewind goes back there.
+  std::vector<uint32_t> longer = Concat(tokens, Tokens(5000, 2 * kWindow));
+  auto appended = t.Append(*info, longer);
+  ASSERT_TRUE(appended.ok()) << appended.status();
+  EXPECT_EQ(GetReason(t.host->Rewind(t.tenant, Handle(*info), 90).status()), "ROWS_RECLAIMED");
+  TurnThePoolOver(t, 100000);
+
+  for (int again = 0; again < 3; ++again) {
+    auto restored = t.host->RestoreCheckpoint(t.tenant, Handle(*info), checkpoint->id, Soon());
+    ASSERT_TRUE(restored.ok()) << restored.status();
+    EXPECT_EQ(restored->length, 90u);
+    EXPECT_EQ(restored->canonical_length, 90u);
+    EXPECT_EQ(*t.WrongRows(info->id, tokens), 0u);
+    // Other rows behind it leave the checkpoint alone.
+    longer = Concat(tokens, Tokens(7000 + again, 2 * kWindow));
+    appended = t.Append(*restored, longer);
+    ASSERT_TRUE(appended.ok()) << appended.status();
+    EXPECT_EQ(*t.WrongRows(info->id, longer), 0u);
+    TurnThePoolOver(t, 200000 + 10000 * again);
+  }
+  // It ends with the sequence, and nothing of it stays.
+  ASSERT_TRUE(t.host->Close(t.tenant, info->id, info->epoch).ok());
+  t.host->Quiesce();
+  t.host->ClearCache(false);
+  EXPECT_EQ(FreeFrames(t), 24u);
+  EXPECT_EQ(t.host->Load().checkpoint_host_bytes, 0u);
+  EXPECT_EQ(Manifests(t), 0u);
+}
+
+TEST_P(CheckpointTiersTest, ADeletedOneLeavesNothing) {
+  HostUnderTest t({.num_groups = 2, .num_frames = 12, .window_tokens = kWindow});
+  const std::vector<uint32_t> tokens = Tokens(0, 90);
+  auto info = t.OpenAndFill(tokens);
+  ASSERT_TRUE(info.ok());
+  auto checkpoint = t.host->CreateCheckpoint(t.tenant, Handle(*info), options(), Soon());
+  ASSERT_TRUE(checkpoint.ok()) << checkpoint.status();
+  ASSERT_TRUE(t.host->DeleteCheckpoint(t.tenant, Handle(*info), checkpoint->id).ok());
+  t.host->Quiesce();
+  EXPECT_EQ(t.host->Load().checkpoint_host_bytes, 0u);
+  EXPECT_EQ(Manifests(t), 0u);
+  EXPECT_EQ(*t.WrongRows(info->id, tokens), 0u);
+  EXPECT_EQ(
+      GetReason(
+          t.host->RestoreCheckpoint(t.tenant, Handle(*info), checkpoint->id, Soon()).status()),
+      "CHECKPOINT_NOT_FOUND");
+}
+
+INSTANTIATE_TEST_SUITE_P(
+    All, CheckpointTiersTest,
+    ::testing::Combine(::testing::Values(CheckpointScope::kAll, CheckpointScope::kNonRewindable),
+                       ::testing::Values(Tier::kDevice, Tier::kHost, Tier::kStore)),
+    [](const auto& info) {
+      return std::string(std::get<0>(info.param) == CheckpointScope::kAll ? "all_"
+                                                                          : "non_rewindable_") +
+             TierName(std::get<1>(info.param));
+    });
+
+TEST(CheckpointTiersTest, ACopyInHostMemoryNeedsNoStore) {
+  HostUnderTest t({.num_frames = 8, .no_store = true});
+  const std::vector<uint32_t> tokens = Tokens(0, 100);
+  auto info = t.OpenAndFill(tokens);
+  ASSERT_TRUE(info.ok());
+  auto checkpoint =
+      t.host->CreateCheckpoint(t.tenant, Handle(*info), {.tier = Tier::kHost}, Soon());
+  ASSERT_TRUE(checkpoint.ok()) << checkpoint.status();
+  // Without a store its frames are another's only once the sequence has let go of them.
+  auto cut = t.host->Rewind(t.tenant, Handle(*info), 0);
+  ASSERT_TRUE(cut.ok());
+  TurnThePoolOver(t, 4000);
+  auto restored = t.host->RestoreCheckpoint(t.tenant, Handle(*info), checkpoint->id, Soon());
+  ASSERT_TRUE(restored.ok()) << restored.status();
+  EXPECT_EQ(*t.WrongRows(info->id, tokens), 0u);
+  // What came back is keyed again: a prompt finds it.
+  PrefixReuse reuse;
+  auto second = t.OpenAndFill(std::vector<uint32_t>(tokens.begin(), tokens.begin() + 33), &reuse);
+  ASSERT_TRUE(second.ok()) << second.status();
+  EXPECT_EQ(reuse.reused_tokens, 32u);
+  const absl::Status stored =
+      t.host->CreateCheckpoint(t.tenant, Handle(*info), {.tier = Tier::kStore}, Soon()).status();
+  EXPECT_EQ(GetReason(stored), "NO_STORE");
+}
+
+TEST(CheckpointTiersTest, HostMemoryIsBoundedAndSaysByWhat) {
+  const uint64_t page = TestModel(16)->geometry().bytes_per_page_of_tokens();
+  HostUnderTest t({.checkpoint_host_bytes = 5 * page});
+  auto info = t.OpenAndFill(Tokens(0, 48));
+  ASSERT_TRUE(info.ok());
+  auto first = t.host->CreateCheckpoint(t.tenant, Handle(*info), {.tier = Tier::kHost}, Soon());
+  ASSERT_TRUE(first.ok()) << first.status();
+  EXPECT_EQ(first->copied_bytes, 3 * page);
+  const absl::Status full =
+      t.host->CreateCheckpoint(t.tenant, Handle(*info), {.tier = Tier::kHost}, Soon()).status();
+  EXPECT_EQ(GetReason(full), "CHECKPOINT_MEMORY") << full;
+  EXPECT_THAT(std::string(full.message()),
+              HasSubstr(absl::StrCat("needs ", 3 * page, " bytes of host memory, ", 2 * page,
+                                     " of ", 5 * page, " are free")));
+  EXPECT_EQ(t.host->Load().checkpoint_host_bytes, 3 * page);
+  EXPECT_EQ(t.host->ListCheckpoints(t.tenant, info->id)->size(), 1u);
+  ASSERT_TRUE(t.host->DeleteCheckpoint(t.tenant, Handle(*info), first->id).ok());
+  EXPECT_TRUE(
+      t.host->CreateCheckpoint(t.tenant, Handle(*info), {.tier = Tier::kHost}, Soon()).ok());
+}
+
+TEST(CheckpointTiersTest, ARestoreThatFindsNoFrameChangesNothing) {
+  HostUnderTest t({.num_frames = 8, .no_store = true});
+  const std::vector<uint32_t> tokens = Tokens(0, 96);
+  auto info = t.OpenAndFill(tokens);
+  ASSERT_TRUE(info.ok());
+  auto checkpoint =
+      t.host->CreateCheckpoint(t.tenant, Handle(*info), {.tier = Tier::kHost}, Soon());
+  ASSERT_TRUE(checkpoint.ok());
+  auto cut = t.host->Rewind(t.tenant, Handle(*info), 16);
+  ASSERT_TRUE(cut.ok());
+  const std::vector<uint32_t> other = Tokens(9000, 96);
+  auto holder = t.OpenAndFill(other);
+  ASSERT_TRUE(holder.ok()) << holder.status();
+  const absl::Status none = t.host
+                                ->RestoreCheckpoint(t.tenant, Handle(*info), checkpoint->id,
+                                                    HostUnderTest::In(absl::Milliseconds(50)))
+                                .status();
+  EXPECT_TRUE(absl::IsResourceExhausted(none)) << none;
+  EXPECT_EQ(t.host->Get(t.tenant, info->id)->length, 16u);
+  EXPECT_EQ(*t.WrongRows(info->id, std::vector<uint32_t>(tokens.begin(), tokens.begin() + 16)), 0u);
+  EXPECT_EQ(*t.WrongRows(holder->id, other), 0u);
+  ASSERT_TRUE(t.host->Close(t.tenant, holder->id, holder->epoch).ok());
+  ASSERT_TRUE(t.host->RestoreCheckpoint(t.tenant, Handle(*info), checkpoint->id, Soon()).ok());
+  EXPECT_EQ(*t.WrongRows(info->id, tokens), 0u);
+}
+
+TEST(CheckpointTiersTest, WhatOnlyCutGroupsNeedIsVoidOnceTheOthersChanged) {
+  for (const Tier tier : {Tier::kDevice, Tier::kHost, Tier::kStore}) {
+    SCOPED_TRACE(TierName(tier));
+    HostUnderTest t({.num_groups = 2, .window_tokens = kWindow});
+    const std::vector<uint32_t> tokens = Tokens(0, 60);
+    auto info = t.OpenAndFill(std::vector<uint32_t>(tokens.begin(), tokens.begin() + 40));
+    ASSERT_TRUE(info.ok());
+    const CheckpointOptions options{.scope = CheckpointScope::kNonRewindable, .tier = tier};
+    auto early = t.host->CreateCheckpoint(t.tenant, Handle(*info), options, Soon());
+    ASSERT_TRUE(early.ok()) << early.status();
+    info = t.Append(*info, tokens);
+    ASSERT_TRUE(info.ok());
+    auto late = t.host->CreateCheckpoint(t.tenant, Handle(*info), options, Soon());
+    ASSERT_TRUE(late.ok()) << late.status();
+    // Cut to 55 and continued with other tokens: rows 55 to 59 of the full group are others now.
+    auto cut = t.host->Rewind(t.tenant, Handle(*info), 55);
+    ASSERT_TRUE(cut.ok()) << cut.status();
+    const std::vector<uint32_t> other =
+        Concat(std::vector<uint32_t>(tokens.begin(), tokens.begin() + 55), Tokens(900, 20));
+    info = t.Append(cut->info, other);
+    ASSERT_TRUE(info.ok());
+    const absl::Status gone =
+        t.host->RestoreCheckpoint(t.tenant, Handle(*info), late->id, Soon()).status();
+    EXPECT_EQ(GetReason(gone), "CHECKPOINT_VOID") << gone;
+    EXPECT_EQ(*t.WrongRows(info->id, other), 0u);
+    const auto list = t.host->ListCheckpoints(t.tenant, info->id);
+    ASSERT_EQ(list->size(), 2u);
+    EXPECT_FALSE((*list)[0].is_void);
+    EXPECT_TRUE((*list)[1].is_void);
+    auto restored = t.host->RestoreCheckpoint(t.tenant, Handle(*info), early->id, Soon());
+    ASSERT_TRUE(restored.ok()) << restored.status();
+    EXPECT_EQ(*t.WrongRows(info->id, std::vector<uint32_t>(tokens.begin(), tokens.begin() + 40)),
+              0u);
+  }
+}
+
+TEST(CheckpointTiersTest, TheStoreKeepsWhatItNamesAndLetsGoOfItInTime) {
+  FakeClock clock;
+  MemoryPageStore store({.clock = &clock});
+  HostUnderTest t({.write_through = false, .store = &store, .clock = &clock});
+  const auto soon = [&] { return clock.MonotonicNow() + absl::Seconds(20); };
+  const std::vector<uint32_t> tokens = Tokens(0, 40);
+  auto opened = t.host->Open(t.tenant, tokens, {}, {});
+  ASSERT_TRUE(opened.ok());
+  auto slot =
+      t.host->BeginAppend(t.tenant, Handle(opened->info), "a", 0, tokens, {}, false, soon());
+  ASSERT_TRUE(slot.ok()) << slot.status();
+  ASSERT_TRUE(t.WriteAll(*slot, tokens).ok());
+  auto done = t.host->Commit(t.tenant, Handle(opened->info), slot->pending_id, {});
+  ASSERT_TRUE(done.ok());
+  const SequenceInfo info = done->info;
+  for (const absl::Duration ttl :
+       {absl::ZeroDuration(), -absl::Seconds(1), kMaxCheckpointTtl + absl::Seconds(1)}) {
+    const absl::Status bad =
+        t.host->CreateCheckpoint(t.tenant, Handle(info), {.tier = Tier::kStore, .ttl = ttl}, soon())
+            .status();
+    EXPECT_TRUE(absl::IsInvalidArgument(bad)) << bad;
+  }
+  auto checkpoint = t.host->CreateCheckpoint(t.tenant, Handle(info),
+                                             {.tier = Tier::kStore, .ttl = absl::Hours(1)}, soon());
+  ASSERT_TRUE(checkpoint.ok()) << checkpoint.status();
+  EXPECT_EQ(*checkpoint->expires_at, clock.WallNow() + absl::Hours(1));
+  EXPECT_EQ(store.GetStats(soon())->protected_pages, 3u);
+  clock.Advance(absl::Hours(1) + absl::Seconds(1));
+  const absl::Status late =
+      t.host->RestoreCheckpoint(t.tenant, Handle(info), checkpoint->id, soon()).status();
+  EXPECT_EQ(GetReason(late), "CHECKPOINT_EXPIRED") << late;
+  // The store lets go of it by itself.
+  EXPECT_TRUE(testing::Eventually([&] { return store.GetStats(soon())->manifests == 0; }));
+}
+
+// Calls `before_manifest` once, when pages are there and their manifest is not.
+class InterruptedStore final : public DecoratingPageStore {
+ public:
+  using DecoratingPageStore::DecoratingPageStore;
+  absl::StatusOr<PutManifestResult> PutManifest(const ManifestRecord& manifest,
+                                                uint64_t expected_version,
+                                                const std::optional<WriteFence>& fence,
+                                                MonotonicTime deadline) override {
+    if (before_manifest) std::exchange(before_manifest, nullptr)();
+    auto result = DecoratingPageStore::PutManifest(manifest, expected_version, fence, deadline);
+    if (loses_answer) return absl::UnavailableError("the answer was lost");
+    return result;
+  }
+  std::function<void()> before_manifest;
+  bool loses_answer = false;
+};
+
+TEST(CheckpointTiersTest, WhatIsCutOrClosedWhileItIsCopiedIsNoCheckpoint) {
+  MemoryPageStore memory;
+  InterruptedStore store(&memory);
+  HostUnderTest t({.num_groups = 2, .store = &store, .window_tokens = kWindow});
+  const std::vector<uint32_t> tokens = Tokens(0, 40);
+  auto info = t.OpenAndFill(tokens);
+  ASSERT_TRUE(info.ok()) << info.status();
+  const auto create = [&](CheckpointScope scope) {
+    return t.host->CreateCheckpoint(t.tenant, Handle(*info), {.scope = scope, .tier = Tier::kStore},
+                                    Soon());
+  };
+  const auto cut_and_refill = [&] {
+    // The same tokens again: only what was told meanwhile can know.
+    auto cut = t.host->Rewind(t.tenant, Handle(*info), 39);
+    ASSERT_TRUE(cut.ok()) << cut.status();
+    EXPECT_TRUE(t.host->ListCheckpoints(t.tenant, info->id)->empty());
+    ASSERT_TRUE(t.Append(cut->info, tokens).ok());
+  };
+  store.before_manifest = cut_and_refill;
+  const absl::Status cut = create(CheckpointScope::kNonRewindable).status();
+  EXPECT_TRUE(absl::IsAborted(cut)) << cut;
+  EXPECT_THAT(std::string(cut.message()), HasSubstr("cut in front of row 40"));
+  EXPECT_TRUE(t.host->ListCheckpoints(t.tenant, info->id)->empty());
+  t.host->Quiesce();
+  EXPECT_EQ(Manifests(t), 0u);
+  // One of all groups stands by itself.
+  store.before_manifest = cut_and_refill;
+  ASSERT_TRUE(create(CheckpointScope::kAll).ok());
+  EXPECT_EQ(Manifests(t), 1u);
+  // An answer that was lost leaves nothing behind either.
+  store.loses_answer = true;
+  EXPECT_TRUE(absl::IsUnavailable(create(CheckpointScope::kAll).status()));
+  store.loses_answer = false;
+  t.host->Quiesce();
+  EXPECT_EQ(Manifests(t), 1u);
+  store.before_manifest = [&] { ASSERT_TRUE(t.host->Close(t.tenant, info->id, info->epoch).ok()); };
+  EXPECT_EQ(GetReason(create(CheckpointScope::kAll).status()), "SEQUENCE_NOT_FOUND");
+  t.host->Quiesce();
+  EXPECT_EQ(Manifests(t), 0u);
+}
+
+TEST(CheckpointTiersTest, AnEditOfSeveralThatIsRefusedVoidsNothing) {
+  HostUnderTest t({.num_groups = 2, .num_frames = 32, .window_tokens = kWindow});
+  const std::vector<uint32_t> tokens = Tokens(0, 40);
+  auto a = t.OpenAndFill(tokens);
+  auto b = t.OpenAndFill(Tokens(900, 20));
+  ASSERT_TRUE(a.ok() && b.ok());
+  auto point = t.host->CreateCheckpoint(t.tenant, Handle(*a),
+                                        {.scope = CheckpointScope::kNonRewindable}, Soon());
+  ASSERT_TRUE(point.ok()) << point.status();
+  auto slot = t.host->BeginAppend(t.tenant, Handle(*b), "x", 20, Tokens(920, 4), {}, false, Soon());
+  ASSERT_TRUE(slot.ok()) << slot.status();
+  const SequenceEdit edits[] = {RewindEdit{a->number, 39}, RewindEdit{b->number, 15}};
+  const SequenceHandle handles[] = {Handle(*a), Handle(*b)};
+  EXPECT_EQ(GetReason(t.host->Edit(t.tenant, handles, edits).status()),
+            error_reason::kPendingWrite);
+  EXPECT_FALSE(t.host->ListCheckpoints(t.tenant, a->id)->front().is_void);
+  ASSERT_TRUE(t.host->Abort(t.tenant, b->id, slot->pending_id).ok());
+  ASSERT_TRUE(t.host->Edit(t.tenant, handles, edits).ok());
+  EXPECT_TRUE(t.host->ListCheckpoints(t.tenant, a->id)->front().is_void);
+}
+
+TEST(CheckpointTiersTest, SharedPagesComeBackAsTheSharedPages) {
+  // What the store has under the same name gets its bytes from the copy, not from the store.
+  HostUnderTest t({.num_frames = 12});
+  const std::vector<uint32_t> tokens = Tokens(0, 64);
+  auto info = t.OpenAndFill(tokens);
+  ASSERT_TRUE(info.ok());
+  auto point = t.host->CreateCheckpoint(t.tenant, Handle(*info), {.tier = Tier::kHost}, Soon());
+  ASSERT_TRUE(point.ok()) << point.status();
+  ASSERT_TRUE(t.host->Rewind(t.tenant, Handle(*info), 0).ok());
+  ASSERT_TRUE(t.host->EvictPages(0, Soon()).ok());
+  const uint64_t restored = t.host->Counters().pages_restored;
+  auto back = t.host->RestoreCheckpoint(t.tenant, Handle(*info), point->id, Soon());
+  ASSERT_TRUE(back.ok()) << back.status();
+  EXPECT_EQ(*t.WrongRows(info->id, tokens), 0u);
+  EXPECT_EQ(back->shared_pages, 4u);
+  EXPECT_EQ(t.host->Counters().pages_restored, restored);
+}
+
+TEST(CheckpointTiersTest, ASequenceLargerThanOneBatchFitsAPoolThatIsSmaller) {
+  for (const Tier tier : {Tier::kHost, Tier::kStore}) {
+    HostUnderTest t({.num_frames = 4});
+    const std::vector<uint32_t> tokens = Tokens(0, 96);
+    auto info = t.OpenAndFill(std::vector<uint32_t>(tokens.begin(), tokens.begin() + 40));
+    for (size_t end = 41; end <= tokens.size() && info.ok(); ++end) {
+      info = t.Step(*info, std::vector<uint32_t>(tokens.begin(), tokens.begin() + end));
+    }
+    ASSERT_TRUE(info.ok()) << info.status();
+    auto point = t.host->CreateCheckpoint(t.tenant, Handle(*info), {.tier = tier}, Soon());
+    ASSERT_TRUE(point.ok()) << point.status();
+    EXPECT_EQ(point->num_pages, 6u);
+  }
+}
+
+TEST(CheckpointTiersTest, AutomaticOnesComeEverySoManyPages) {
+  HostUnderTest t(
+      {.num_groups = 2, .num_frames = 32, .window_tokens = kWindow, .checkpoint_every_pages = 2});
+  const std::vector<uint32_t> tokens = Tokens(0, 160);
+  auto info = t.OpenAndFill(std::vector<uint32_t>(tokens.begin(), tokens.begin() + 20));
+  ASSERT_TRUE(info.ok());
+  for (size_t end = 21; end <= tokens.size(); ++end) {
+    info = t.Step(*info, std::vector<uint32_t>(tokens.begin(), tokens.begin() + end));
+    ASSERT_TRUE(info.ok()) << info.status();
+  }
+  auto list = t.host->ListCheckpoints(t.tenant, info->id);
+  ASSERT_TRUE(list.ok());
+  ASSERT_EQ(list->size(), 5u);
+  for (size_t i = 0; i < list->size(); ++i) {
+    EXPECT_EQ((*list)[i].length, 32 * (i + 1));
+    EXPECT_TRUE((*list)[i].is_automatic);
+    EXPECT_EQ((*list)[i].scope, CheckpointScope::kNonRewindable);
+  }
+  // Newest first: going back voids what lies behind.
+  for (size_t i = list->size(); i-- > 0;) {
+    const uint64_t length = (*list)[i].length;
+    auto restored = t.host->RestoreCheckpoint(t.tenant, Handle(*info), (*list)[i].id, Soon());
+    ASSERT_TRUE(restored.ok()) << restored.status();
+    EXPECT_EQ(
+        *t.WrongRows(info->id, std::vector<uint32_t>(tokens.begin(), tokens.begin() + length)), 0u);
+  }
+  EXPECT_EQ(t.host->Counters().checkpoints_restored, 5u);
+  // A model without such groups has none.
+  HostUnderTest full({.checkpoint_every_pages = 1});
+  auto plain = full.OpenAndFill(Tokens(0, 100));
+  ASSERT_TRUE(plain.ok());
+  EXPECT_TRUE(full.host->ListCheckpoints(full.tenant, plain->id)->empty());
+}
+
+TEST(CheckpointTiersTest, TheOldestAutomaticOneGivesWayAndTheCallersNever) {
+  HostUnderTest t(
+      {.num_groups = 2, .num_frames = 64, .window_tokens = kWindow, .checkpoint_every_pages = 1});
+  std::vector<uint32_t> tokens = Tokens(0, 16);
+  auto info = t.OpenAndFill(tokens);
+  ASSERT_TRUE(info.ok());
+  auto own = t.host->CreateCheckpoint(t.tenant, Handle(*info), {}, Soon());
+  ASSERT_TRUE(own.ok());
+  for (uint32_t i = 0; i < 40; ++i) {
+    tokens = Concat(tokens, Tokens(100 + 20 * i, 16));
+    info = t.Append(*info, tokens);
+    ASSERT_TRUE(info.ok()) << info.status();
+  }
+  auto list = t.host->ListCheckpoints(t.tenant, info->id);
+  ASSERT_EQ(list->size(), 32u);
+  EXPECT_EQ(list->front().id, own->id);
+  EXPECT_EQ(list->back().length, tokens.size());
+}
+
+}  // namespace
+}  // namespace pagetide
