@@ -268,8 +268,10 @@ class PageStore {
   // Replaces the retention of these pages; it belongs to the page and goes with it. Returns the
   // pages that are absent (or quarantined), for which nothing was set. Survives a restart; a pin is
   // durable (LOCAL), page and all, when this returns. INVALID_ARGUMENT: priority, pinned_until.
+  // FAILED_PRECONDITION (STALE_EPOCH) when the fence does not hold: nothing was set.
   virtual absl::StatusOr<std::vector<PageKey>> SetRetention(std::span<const PageKey> keys,
                                                             const Retention& retention,
+                                                            const std::optional<WriteFence>& fence,
                                                             MonotonicTime deadline) = 0;
   // All that was acknowledged before survives what `level` says.
   virtual absl::Status Barrier(Durability level, MonotonicTime deadline) = 0;

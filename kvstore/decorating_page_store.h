@@ -35,8 +35,9 @@ class DecoratingPageStore : public PageStore {
   }
   absl::StatusOr<std::vector<PageKey>> SetRetention(std::span<const PageKey> keys,
                                                     const Retention& retention,
+                                                    const std::optional<WriteFence>& fence,
                                                     MonotonicTime deadline) override {
-    return inner_->SetRetention(keys, retention, deadline);
+    return inner_->SetRetention(keys, retention, fence, deadline);
   }
   absl::Status Barrier(Durability level, MonotonicTime deadline) override {
     return inner_->Barrier(level, deadline);

@@ -64,10 +64,11 @@ class FaultInjectingPageStore final : public DecoratingPageStore {
   }
   absl::StatusOr<std::vector<PageKey>> SetRetention(std::span<const PageKey> keys,
                                                     const Retention& retention,
+                                                    const std::optional<WriteFence>& fence,
                                                     MonotonicTime deadline) override {
     const absl::Status fault = Next(deadline);
     if (!fault.ok()) return fault;
-    return inner()->SetRetention(keys, retention, deadline);
+    return inner()->SetRetention(keys, retention, fence, deadline);
   }
   absl::Status Barrier(Durability level, MonotonicTime deadline) override {
     const absl::Status fault = Next(deadline);

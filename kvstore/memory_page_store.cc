@@ -196,13 +196,14 @@ absl::StatusOr<std::vector<PartialResult>> MemoryPageStore::FindPartialPages(
   return results;
 }
 
-absl::StatusOr<std::vector<PageKey>> MemoryPageStore::SetRetention(std::span<const PageKey> keys,
-                                                                   const Retention& retention,
-                                                                   MonotonicTime deadline) {
+absl::StatusOr<std::vector<PageKey>> MemoryPageStore::SetRetention(
+    std::span<const PageKey> keys, const Retention& retention,
+    const std::optional<WriteFence>& fence, MonotonicTime deadline) {
   PT_RETURN_IF_ERROR(CheckDeadline("set retention", deadline));
   PT_RETURN_IF_ERROR(ValidateRetention(retention, options_.clock->WallNow()));
   std::vector<PageKey> missing;
   MutexLock lock(&mu_);
+  PT_RETURN_IF_ERROR(CheckFence(fence));
   for (const PageKey& key : keys) {
     const auto it = pages_.find(key);
     if (it == pages_.end() || it->second.quarantined) {

@@ -44,6 +44,7 @@ class MemoryPageStore final : public PageStore {
                                                               MonotonicTime deadline) override;
   absl::StatusOr<std::vector<PageKey>> SetRetention(std::span<const PageKey> keys,
                                                     const Retention& retention,
+                                                    const std::optional<WriteFence>& fence,
                                                     MonotonicTime deadline) override;
   absl::Status Barrier(Durability level, MonotonicTime deadline) override;
   absl::StatusOr<PutManifestResult> PutManifest(const ManifestRecord& manifest,

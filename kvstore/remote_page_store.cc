@@ -26,6 +26,13 @@ constexpr size_t kMaxPartialQueries = 64;
 constexpr char kPutPages[] = "/pagetide.v1.PageStoreService/PutPages";
 constexpr char kGetPages[] = "/pagetide.v1.PageStoreService/GetPages";
 
+template <typename Request>
+void EncodeFence(const std::optional<WriteFence>& fence, Request& request) {
+  if (!fence.has_value()) return;
+  request.mutable_fence()->set_ownership_key(fence->ownership_key);
+  request.mutable_fence()->set_epoch(fence->epoch);
+}
+
 // A raw call whose steps block: one operation at a time on a completion queue of its own.
 class BlockingRawCall {
  public:
@@ -405,13 +412,14 @@ absl::StatusOr<std::vector<PartialResult>> RemotePageStore::FindPartialPages(
   return results;
 }
 
-absl::StatusOr<std::vector<PageKey>> RemotePageStore::SetRetention(std::span<const PageKey> keys,
-                                                                   const Retention& retention,
-                                                                   MonotonicTime deadline) {
+absl::StatusOr<std::vector<PageKey>> RemotePageStore::SetRetention(
+    std::span<const PageKey> keys, const Retention& retention,
+    const std::optional<WriteFence>& fence, MonotonicTime deadline) {
   std::vector<PageKey> missing;
   for (size_t at = 0; at < keys.size(); at += kMaxKeys) {
     v1::SetRetentionRequest request;
     EncodeRetention(retention, request.mutable_retention());
+    EncodeFence(fence, request);
     for (const PageKey& key : keys.subspan(at, std::min(kMaxKeys, keys.size() - at))) {
       request.add_page_keys(key.digest.ToBytes());
     }
@@ -441,10 +449,7 @@ absl::StatusOr<PutManifestResult> RemotePageStore::PutManifest(
   v1::PutManifestRequest request;
   EncodeManifestMessage(manifest, request.mutable_manifest());
   request.set_expected_version(expected_version);
-  if (fence.has_value()) {
-    request.mutable_fence()->set_ownership_key(fence->ownership_key);
-    request.mutable_fence()->set_epoch(fence->epoch);
-  }
+  EncodeFence(fence, request);
   v1::PutManifestResponse response;
   PT_RETURN_IF_ERROR(Call(&v1::PageStoreService::Stub::PutManifest, request, &response, deadline));
   PutManifestResult result{response.committed(), response.version(), {}};
@@ -492,10 +497,7 @@ absl::Status RemotePageStore::DeleteManifest(absl::string_view name, uint64_t ex
   v1::DeleteManifestRequest request;
   request.set_name(std::string(name));
   request.set_expected_version(expected_version);
-  if (fence.has_value()) {
-    request.mutable_fence()->set_ownership_key(fence->ownership_key);
-    request.mutable_fence()->set_epoch(fence->epoch);
-  }
+  EncodeFence(fence, request);
   v1::DeleteManifestResponse response;
   return Call(&v1::PageStoreService::Stub::DeleteManifest, request, &response, deadline);
 }

@@ -51,10 +51,10 @@ absl::StatusOr<std::vector<PartialResult>> RetryingPageStore::FindPartialPages(
   return Repeat(deadline, [&] { return inner()->FindPartialPages(queries, deadline); });
 }
 
-absl::StatusOr<std::vector<PageKey>> RetryingPageStore::SetRetention(std::span<const PageKey> keys,
-                                                                     const Retention& retention,
-                                                                     MonotonicTime deadline) {
-  return Repeat(deadline, [&] { return inner()->SetRetention(keys, retention, deadline); });
+absl::StatusOr<std::vector<PageKey>> RetryingPageStore::SetRetention(
+    std::span<const PageKey> keys, const Retention& retention,
+    const std::optional<WriteFence>& fence, MonotonicTime deadline) {
+  return Repeat(deadline, [&] { return inner()->SetRetention(keys, retention, fence, deadline); });
 }
 
 absl::Status RetryingPageStore::Barrier(Durability level, MonotonicTime deadline) {

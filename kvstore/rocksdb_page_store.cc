@@ -405,11 +405,17 @@ absl::StatusOr<std::vector<PartialResult>> RocksdbPageStore::FindPartialPages(
   return results;
 }
 
-absl::StatusOr<std::vector<PageKey>> RocksdbPageStore::SetRetention(std::span<const PageKey> keys,
-                                                                    const Retention& retention,
-                                                                    MonotonicTime deadline) {
+absl::StatusOr<std::vector<PageKey>> RocksdbPageStore::SetRetention(
+    std::span<const PageKey> keys, const Retention& retention,
+    const std::optional<WriteFence>& fence, MonotonicTime deadline) {
   PT_RETURN_IF_ERROR(CheckNotFailed());
   PT_RETURN_IF_ERROR(ValidateRetention(retention, options_.clock->WallNow()));
+  // Held to the end: a takeover that was answered has no write of the epoch before behind it.
+  std::vector<std::string> locks;
+  if (fence.has_value()) locks.push_back(RecordLock("owner", fence->ownership_key));
+  const KeyedLock::Hold hold(&keys_, std::move(locks), deadline);
+  PT_RETURN_IF_ERROR(hold.status());
+  PT_RETURN_IF_ERROR(CheckFence(fence));
   // From here on pinned pages are protected, whatever becomes of the call: at worst too long.
   std::vector<PageKey> set;
   std::vector<PageKey> missing;

@@ -155,7 +155,10 @@ grpc::ServerUnaryReactor* PageStoreServiceImpl::SetRetention(grpc::CallbackServe
   return Run(context, [=, this](MonotonicTime deadline) -> absl::Status {
     PT_ASSIGN_OR_RETURN(const auto keys, DecodeKeys(request->page_keys(), options_.max_keys));
     PT_ASSIGN_OR_RETURN(const Retention retention, DecodeRetention(request->retention()));
-    PT_ASSIGN_OR_RETURN(const auto missing, store_->SetRetention(keys, retention, deadline));
+    PT_ASSIGN_OR_RETURN(
+        const auto missing,
+        store_->SetRetention(keys, retention, DecodeFence(request->has_fence(), request->fence()),
+                             deadline));
     for (const PageKey& key : missing) response->add_missing_page_keys(key.digest.ToBytes());
     return absl::OkStatus();
   });

@@ -162,6 +162,7 @@ absl::StatusOr<ManifestEntry> Retentions::Stat(const std::string& manifest,
 
 absl::StatusOr<RetentionAnswer> Retentions::SetPages(StateSnapshot& snapshot,
                                                      std::span<const RangeRetention> ranges,
+                                                     const WriteFence& fence,
                                                      MonotonicTime deadline) {
   const SessionState& state = snapshot.state();
   // By page of the state; where ranges meet in a page, the higher priority and then the longer
@@ -197,7 +198,7 @@ absl::StatusOr<RetentionAnswer> Retentions::SetPages(StateSnapshot& snapshot,
       Retention retention{.priority = range.priority};
       if (range.ttl) retention.expires_at = now + *range.ttl;
       PT_ASSIGN_OR_RETURN(const std::vector<PageKey> absent,
-                          store_->SetRetention(keys, retention, deadline));
+                          store_->SetRetention(keys, retention, fence, deadline));
       missing.insert(missing.end(), absent.begin(), absent.end());
     }
     if (missing.empty()) {
@@ -215,12 +216,12 @@ absl::StatusOr<RetentionAnswer> Retentions::Set(const Tenant& tenant, ModelHost*
   const auto set = [&]() -> absl::StatusOr<RetentionAnswer> {
     PT_RETURN_IF_ERROR(CheckStore());
     PT_RETURN_IF_ERROR(CheckRanges(ranges));
-    // Retention is no property of the sequence, so nothing fences it; but a worker whose lease is
-    // away does nothing durable.
-    PT_RETURN_IF_ERROR(fence_->Get(deadline).status());
+    // Retention is no property of the sequence: it carries the worker's fence. A life of the worker
+    // that others have taken over from sets nothing, however late its call arrives.
+    PT_ASSIGN_OR_RETURN(const WriteFence fence, fence_->Get(deadline));
     PT_ASSIGN_OR_RETURN(const std::unique_ptr<StateSnapshot> snapshot,
                         host->Snapshot(tenant, sequence, std::nullopt));
-    return SetPages(*snapshot, ranges, deadline);
+    return SetPages(*snapshot, ranges, fence, deadline);
   };
   absl::StatusOr<RetentionAnswer> answer = set();
   Count("set", answer.status());

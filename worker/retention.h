@@ -101,7 +101,7 @@ class Retentions {
   absl::StatusOr<ManifestEntry> Stat(const std::string& manifest, MonotonicTime deadline);
   absl::StatusOr<RetentionAnswer> SetPages(StateSnapshot& snapshot,
                                            std::span<const RangeRetention> ranges,
-                                           MonotonicTime deadline);
+                                           const WriteFence& fence, MonotonicTime deadline);
   absl::StatusOr<PutManifestResult> PutPin(StateSnapshot& snapshot, const PinRequest& request,
                                            const WriteFence& fence, uint64_t expected_version,
                                            ManifestRecord* manifest, MonotonicTime deadline);

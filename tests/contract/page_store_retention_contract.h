@@ -66,7 +66,7 @@ TEST_P(PageStoreContract, APinHoldsAPageUntilItsEnd) {
   retention.priority = 80;
   retention.pinned_until = clock.WallNow() + absl::Hours(1);
   const std::vector<PageKey> keys = {page.meta.key, absent.meta.key};
-  const auto missing = store().SetRetention(keys, retention, kForEver);
+  const auto missing = store().SetRetention(keys, retention, std::nullopt, kForEver);
   ASSERT_TRUE(missing.ok()) << missing.status();
   EXPECT_THAT(*missing, ::testing::ElementsAre(absent.meta.key));
   EXPECT_EQ(store().GetStats(kForEver)->protected_pages, 1u);
@@ -82,9 +82,29 @@ TEST_P(PageStoreContract, RetentionReplacesWhatWasSet) {
   ASSERT_TRUE(Put(page).status.ok());
   Retention retention;
   retention.pinned_until = harness_->clock()->WallNow() + absl::Hours(1);
-  ASSERT_TRUE(store().SetRetention({&page.meta.key, 1}, retention, kForEver).ok());
-  ASSERT_TRUE(store().SetRetention({&page.meta.key, 1}, Retention(), kForEver).ok());
+  ASSERT_TRUE(store().SetRetention({&page.meta.key, 1}, retention, std::nullopt, kForEver).ok());
+  ASSERT_TRUE(store().SetRetention({&page.meta.key, 1}, Retention(), std::nullopt, kForEver).ok());
   EXPECT_EQ(store().DeletePages({&page.meta.key, 1}, kForEver).value(), 1u);
+}
+
+TEST_P(PageStoreContract, RetentionOfAnEpochThatIsOverIsRefused) {
+  const TestPage page = MakeTestPage(1);
+  ASSERT_TRUE(Put(page).status.ok());
+  Retention retention;
+  retention.pinned_until = harness_->clock()->WallNow() + absl::Hours(1);
+  const WriteFence fence{"worker/w", 1};
+  const auto set = [&](const WriteFence& with) {
+    return store().SetRetention({&page.meta.key, 1}, retention, with, kForEver).status();
+  };
+  EXPECT_EQ(GetReason(set(fence)), error_reason::kStaleEpoch) << "nobody owns it yet";
+  ASSERT_TRUE(store().CompareAndSetRecord("owner", "worker/w", 0, "a", kForEver).ok());
+  EXPECT_TRUE(set(fence).ok());
+  EXPECT_EQ(store().GetStats(kForEver)->protected_pages, 1u);
+  ASSERT_TRUE(store().SetRetention({&page.meta.key, 1}, Retention(), std::nullopt, kForEver).ok());
+  ASSERT_TRUE(store().CompareAndSetRecord("owner", "worker/w", 1, "b", kForEver).ok());
+  EXPECT_EQ(GetReason(set(fence)), error_reason::kStaleEpoch);
+  EXPECT_EQ(store().GetStats(kForEver)->protected_pages, 0u) << "the late writer set nothing";
+  EXPECT_TRUE(set(WriteFence{"worker/w", 2}).ok());
 }
 
 TEST_P(PageStoreContract, RefusesRetentionOutOfBounds) {
@@ -92,12 +112,14 @@ TEST_P(PageStoreContract, RefusesRetentionOutOfBounds) {
   ASSERT_TRUE(Put(page).status.ok());
   Retention retention;
   retention.priority = 101;
-  EXPECT_EQ(store().SetRetention({&page.meta.key, 1}, retention, kForEver).status().code(),
-            absl::StatusCode::kInvalidArgument);
+  EXPECT_EQ(
+      store().SetRetention({&page.meta.key, 1}, retention, std::nullopt, kForEver).status().code(),
+      absl::StatusCode::kInvalidArgument);
   retention = Retention();
   retention.pinned_until = harness_->clock()->WallNow() + kMaxPinTime + absl::Seconds(1);
-  EXPECT_EQ(store().SetRetention({&page.meta.key, 1}, retention, kForEver).status().code(),
-            absl::StatusCode::kInvalidArgument);
+  EXPECT_EQ(
+      store().SetRetention({&page.meta.key, 1}, retention, std::nullopt, kForEver).status().code(),
+      absl::StatusCode::kInvalidArgument);
   EXPECT_EQ(store().DeletePages({&page.meta.key, 1}, kForEver).value(), 1u) << "nothing was pinned";
 }
 

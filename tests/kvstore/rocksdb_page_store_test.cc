@@ -344,7 +344,7 @@ TEST_F(RocksdbPageStoreTest, PriorityOutlivesRecencyAndSurvivesARestart) {
     for (const TestPage& page : pages) keys.push_back(page.meta.key);
     Retention retention;
     retention.priority = priority;
-    const auto missing = store_->SetRetention(keys, retention, kForEver);
+    const auto missing = store_->SetRetention(keys, retention, std::nullopt, kForEver);
     ASSERT_TRUE(missing.ok() && missing->empty()) << missing.status();
   };
   set(high, 100);
@@ -372,7 +372,7 @@ TEST_F(RocksdbPageStoreTest, APinSurvivesARestartAndEndsByBothClocks) {
   ASSERT_TRUE(Put(page).status.ok());
   Retention retention;
   retention.pinned_until = clock_.WallNow() + absl::Hours(1);
-  ASSERT_TRUE(store_->SetRetention({&page.meta.key, 1}, retention, kForEver).ok());
+  ASSERT_TRUE(store_->SetRetention({&page.meta.key, 1}, retention, std::nullopt, kForEver).ok());
   // The machine comes up with a clock that is a day ahead, and sets it right soon after.
   store_.reset();
   clock_.JumpWall(absl::Hours(24));

@@ -25,12 +25,13 @@ class WatchedStore final : public DecoratingPageStore {
   explicit WatchedStore(PageStore* inner) : DecoratingPageStore(inner) {}
   absl::StatusOr<std::vector<PageKey>> SetRetention(std::span<const PageKey> keys,
                                                     const Retention& retention,
+                                                    const std::optional<WriteFence>& fence,
                                                     MonotonicTime deadline) override {
     if (num_losses > 0) {
       --num_losses;
       EXPECT_EQ(inner()->DeletePages(keys.first(1), deadline).value(), 1u);
     }
-    auto missing = inner()->SetRetention(keys, retention, deadline);
+    auto missing = inner()->SetRetention(keys, retention, fence, deadline);
     if (missing.ok() && missing->empty()) {
       for (const PageKey& key : keys) set.insert_or_assign(key, retention);
     }
@@ -109,6 +110,22 @@ TEST_F(RetentionTest, WhereRangesMeetThePageTakesTheHigherPriority) {
   const std::vector<PageKey> keys = KeyedPages();
   EXPECT_EQ(store_.set[keys[0]].priority, 20u);
   for (int i : {1, 2, 3}) EXPECT_EQ(store_.set[keys[i]].priority, 80u);
+}
+
+TEST_F(RetentionTest, AWorkerThatWasTakenOverSetsNothing) {
+  ASSERT_TRUE(Set({{.range = {0, 64}, .priority = 70}}).ok());
+  const std::map<PageKey, Retention> before = std::exchange(store_.set, {});
+  EXPECT_EQ(before.size(), 4u);
+  // Another ends this life's epoch; its lease still seems to hold.
+  const auto record = memory_.GetRecord(kOwnerRecordKind, "worker/a", Soon());
+  ASSERT_TRUE(record.ok()) << record.status();
+  ASSERT_TRUE(memory_
+                  .CompareAndSetRecord(kOwnerRecordKind, "worker/a", record->version,
+                                       "taken over by b", Soon())
+                  .ok());
+  const absl::Status late = Set({{.range = {0, 64}, .priority = 1}}).status();
+  EXPECT_EQ(GetReason(late), error_reason::kStaleEpoch) << late;
+  EXPECT_TRUE(store_.set.empty());
 }
 
 TEST_F(RetentionTest, PagesThatVanishMeanwhileArePutAgain) {
