@@ -156,6 +156,40 @@ absl::Status AddTokens(const FileFlags& flags, v1::ImportSequenceRequest::Header
   return absl::OkStatus();
 }
 
+// The file that --layout-out names, or none. It is made before the import, so that a path where
+// nothing can be written costs no import, and takes its name only when it is whole.
+class LayoutFile {
+ public:
+  explicit LayoutFile(const std::string& path) : path_(path), partial_(path + ".partial") {}
+  ~LayoutFile() {
+    if (!is_named_) std::remove(partial_.c_str());
+  }
+  absl::Status Open() {
+    if (path_.empty()) return absl::OkStatus();
+    is_named_ = false;
+    out_.open(partial_, std::ios::trunc);
+    if (out_) return absl::OkStatus();
+    return absl::FailedPreconditionError(
+        absl::StrCat("write ", partial_, ": cannot be opened; nothing was imported"));
+  }
+  absl::Status Write(const v1::FileLayout& layout) {
+    if (path_.empty()) return absl::OkStatus();
+    std::string json;
+    const auto printed = google::protobuf::util::MessageToJsonString(layout, &json);
+    out_ << json << "\n";
+    out_.close();
+    is_named_ = printed.ok() && out_ && std::rename(partial_.c_str(), path_.c_str()) == 0;
+    if (is_named_) return absl::OkStatus();
+    return absl::FailedPreconditionError(absl::StrCat("write ", path_, " failed"));
+  }
+
+ private:
+  const std::string path_;
+  const std::string partial_;
+  std::ofstream out_;
+  bool is_named_ = true;  // nothing of it is to be removed
+};
+
 absl::Status RunImport(const FileFlags& flags, std::ostream& out) {
   v1::ImportSequenceRequest message;
   v1::ImportSequenceRequest::Header* const header = message.mutable_header();
@@ -171,6 +205,8 @@ absl::Status RunImport(const FileFlags& flags, std::ostream& out) {
   if (!file) return absl::NotFoundError(absl::StrCat("read ", flags.file, ": cannot be opened"));
   const uint64_t total = static_cast<uint64_t>(file.tellg());
   file.seekg(0);
+  LayoutFile layout(flags.layout_file);
+  PT_RETURN_IF_ERROR(layout.Open());
   PT_ASSIGN_OR_RETURN(const std::string address, FindWorker(flags));
   const auto worker = v1::SessionService::NewStub(MakeChannel(address));
   grpc::ClientContext context;
@@ -196,22 +232,20 @@ absl::Status RunImport(const FileFlags& flags, std::ostream& out) {
   }
   if (is_open) stream->WritesDone();
   PT_RETURN_IF_ERROR(FromGrpcStatus(stream->Finish()));
-  if (!flags.layout_file.empty()) {
-    std::string json;
-    const auto printed = google::protobuf::util::MessageToJsonString(response.layout(), &json);
-    std::ofstream layout(flags.layout_file, std::ios::trunc);
-    layout << json << "\n";
-    layout.close();
-    if (!printed.ok() || !layout) {
-      return absl::FailedPreconditionError(absl::StrCat("write ", flags.layout_file, " failed"));
-    }
+  // The sequence is open: whatever becomes of the layout, its id is told.
+  if (flags.is_json) {
+    PT_RETURN_IF_ERROR(PrintJson(response, out));
+  } else {
+    out << "sequence " << response.state().sequence_id() << ": " << response.state().length()
+        << " tokens from " << FormatByteSize(response.file_bytes()) << " of "
+        << v1::StateFormat_Name(response.format()) << ", "
+        << (response.canonical() ? "shared by prefix" : "private") << "\n";
   }
-  if (flags.is_json) return PrintJson(response, out);
-  out << "sequence " << response.state().sequence_id() << ": " << response.state().length()
-      << " tokens from " << FormatByteSize(response.file_bytes()) << " of "
-      << v1::StateFormat_Name(response.format()) << ", "
-      << (response.canonical() ? "shared by prefix" : "private") << "\n";
-  return absl::OkStatus();
+  const absl::Status written = layout.Write(response.layout());
+  if (written.ok()) return absl::OkStatus();
+  return absl::Status(written.code(),
+                      absl::StrCat("sequence ", response.state().sequence_id(),
+                                   " is open, but its layout is not kept: ", written.message()));
 }
 
 }  // namespace

@@ -49,6 +49,7 @@ std::map<std::string, std::string> WorkerFlagHelp() {
       {"checkpoint_every_pages", "Pages between automatic checkpoints (default 0: none)"},
       {"import_dir", "Folder where files that are imported are gathered (default /var/tmp)"},
       {"import_max_bytes", "Largest file that is imported (default 64GiB)"},
+      {"import_idle_seconds", "An import that sends nothing for so long ends (default 30)"},
       {"drain_seconds", "How long a stop waits for running calls (default 30)"},
       {"store_lease_ms",
        "Milliseconds that this worker's lease in the store lives: so much later a dead worker's "
@@ -129,10 +130,17 @@ absl::StatusOr<WorkerRole::Options> WorkerOptionsFromConfig(const config::Worker
   if (config.has_sequence_idle_ms()) {
     worker.host.sequence_idle = absl::Milliseconds(config.sequence_idle_ms());
   }
-  if (config.has_import_dir()) options.import_limits.folder = config.import_dir();
+  if (config.has_import_dir()) options.file_limits.folder = config.import_dir();
   if (config.has_import_max_bytes()) {
-    PT_RETURN_IF_ERROR(SetByteSize("import_max_bytes", config.import_max_bytes(),
-                                   &options.import_limits.max_bytes));
+    PT_RETURN_IF_ERROR(
+        SetByteSize("import_max_bytes", config.import_max_bytes(), &options.file_limits.max_bytes));
+  }
+  if (config.has_import_idle_seconds()) {
+    if (config.import_idle_seconds() < 1 || config.import_idle_seconds() > 3600) {
+      return absl::InvalidArgumentError(absl::StrCat(
+          "import_idle_seconds is ", config.import_idle_seconds(), ", must be 1 to 3600"));
+    }
+    options.file_limits.max_idle = absl::Seconds(config.import_idle_seconds());
   }
   PT_RETURN_IF_ERROR(worker.Validate());
   return options;

@@ -201,7 +201,7 @@ absl::StatusOr<std::unique_ptr<WorkerRole>> WorkerRole::Start(Options options, P
       parts->stream_deadlines.get());
   parts->session_service =
       std::make_unique<SessionServiceImpl>(worker, parts->sessions.get(), parts->memos.get(),
-                                           parts->stream_deadlines.get(), options.import_limits);
+                                           parts->stream_deadlines.get(), options.file_limits);
   worker->Start();
   PT_ASSIGN_OR_RETURN(parts->server,
                       RpcServer::Create(options.server,

@@ -42,7 +42,7 @@ class WorkerRole {
     int io_threads = 4;
     size_t io_queue = 4096;
     absl::Duration store_lease_ttl = absl::Seconds(5);
-    SessionServiceImpl::ImportLimits import_limits;
+    SessionServiceImpl::FileLimits file_limits;
   };
 
   // Serves when it returns. `store` may be null. A worker.incarnation of 0 is replaced by a random

@@ -41,7 +41,7 @@ EXTERNALS = [
 SUBFOLDERS = [
     ("kvstore-wire", ["kvstore/remote*", "kvstore/page_store_codec.*",
                       "kvstore/retrying_page_store.*"]),
-    ("worker-wire", ["worker/*_service.*", "worker/session_service_files.*",
+    ("worker-wire", ["worker/*_service.*", "worker/session_service_files.*", "worker/import_stream.*",
                      "worker/service_support.*", "worker/row_wire.*",
                      "worker/lent_frames.*", "worker/local_plane*", "worker/router_link.*"]),
     # What every program's services share; lower than the rest of services/.

@@ -2,7 +2,6 @@
 #include <algorithm>
 #include <utility>
 
-#include "absl/cleanup/cleanup.h"
 #include "absl/strings/str_cat.h"
 #include "base/error_info.h"
 #include "base/status_macros.h"
@@ -138,27 +137,78 @@ absl::Status ExportTo(Worker* worker, const CallContext& call,
 
 }  // namespace
 
+SessionServiceImpl::SessionServiceImpl(Worker* worker, Sessions* sessions, RequestMemos* memos,
+                                       StreamDeadlines* deadlines, const FileLimits& limits)
+    : worker_(worker),
+      sessions_(sessions),
+      memos_(memos),
+      deadlines_(deadlines),
+      file_limits_(limits),
+      import_slots_({.what = "imports",
+                     .reason = "TOO_MANY_IMPORTS",
+                     .in_all = limits.max_running,
+                     .per_tenant = limits.max_running_of_tenant}),
+      export_slots_({.what = "exports",
+                     .reason = "TOO_MANY_EXPORTS",
+                     .in_all = limits.max_running,
+                     .per_tenant = limits.max_running_of_tenant}),
+      import_threads_({.name = "import",
+                       .num_threads = static_cast<int>(limits.max_running),
+                       .max_queue = limits.max_running}) {}
+
 grpc::Status SessionServiceImpl::ExportSequence(
     grpc::ServerContext* context, const v1::ExportSequenceRequest* request,
     grpc::ServerWriter<v1::ExportSequenceResponse>* writer) {
   const CallContext call = MakeCallContext(*context, *worker_);
-  const StreamDeadlines::Watch watch(deadlines_, context, call.end, "export sequence");
-  return ToGrpcStatus(ExportTo(worker_, call, *request, writer));
+  const auto run = [&]() -> absl::Status {
+    PT_ASSIGN_OR_RETURN(const auto slot, export_slots_.Take(call.tenant.name));
+    const StreamDeadlines::Watch watch(deadlines_, context, call.end, "export sequence");
+    return ExportTo(worker_, call, *request, writer);
+  };
+  const absl::Status status = run();
+  if (!status.ok()) {
+    worker_->metrics()
+        .GetCounter("pagetide_worker_exports_refused_total",
+                    "Exports that ended without a file, by the code of the answer",
+                    {{"code", absl::StatusCodeToString(status.code())}})
+        ->Add(1);
+  }
+  return ToGrpcStatus(status);
+}
+
+absl::StatusOr<std::optional<v1::ImportSequenceRequest>> SessionServiceImpl::NextPart(
+    const CallContext& call, ImportStream* stream, absl::string_view request_id,
+    uint64_t received) const {
+  const auto what = [&] {
+    return absl::StrCat("import sequence", request_id.empty() ? "" : " ", request_id, ": ");
+  };
+  const Clock& clock = worker_->clock();
+  v1::ImportSequenceRequest message;
+  switch (stream->Read(&message,
+                       std::min(call.deadline, clock.MonotonicNow() + file_limits_.max_idle))) {
+    case ImportStream::Outcome::kMessage:
+      return message;
+    case ImportStream::Outcome::kEnd:
+      return std::nullopt;
+    case ImportStream::Outcome::kLate:
+      if (clock.MonotonicNow() >= call.deadline) {
+        return absl::DeadlineExceededError(
+            absl::StrCat(what(), "its time was up behind byte ", received, "; nothing was kept"));
+      }
+      return WithReason(
+          absl::DeadlineExceededError(
+              absl::StrCat(what(), "nothing came for ", absl::FormatDuration(file_limits_.max_idle),
+                           " behind byte ", received, "; nothing was kept")),
+          "IMPORT_IDLE");
+    case ImportStream::Outcome::kBroken:
+      break;
+  }
+  return absl::CancelledError(absl::StrCat(what(), "the stream broke behind byte ", received));
 }
 
 absl::StatusOr<v1::ImportSequenceResponse> SessionServiceImpl::Import(
     const CallContext& call, const v1::ImportSequenceRequest::Header& header,
-    const grpc::ServerContext& context, grpc::ServerReader<v1::ImportSequenceRequest>* reader) {
-  const auto name = [&] { return absl::StrCat("import ", header.request_id()); };
-  if (imports_running_.fetch_add(1) >= import_limits_.max_running) {
-    imports_running_.fetch_sub(1);
-    return WithRetryDelay(
-        WithReason(absl::ResourceExhaustedError(absl::StrCat(
-                       name(), ": ", import_limits_.max_running, " imports are running")),
-                   "TOO_MANY_IMPORTS"),
-        absl::Seconds(1));
-  }
-  absl::Cleanup done = [&] { imports_running_.fetch_sub(1); };
+    ImportStream* stream) {
   ImportOptions options;
   PT_ASSIGN_OR_RETURN(options.format, FormatFromProto(header.format()));
   options.tokens.assign(header.tokens().begin(), header.tokens().end());
@@ -178,19 +228,18 @@ absl::StatusOr<v1::ImportSequenceResponse> SessionServiceImpl::Import(
   PT_ASSIGN_OR_RETURN(ModelHost* const host,
                       worker_->HostOfModel(header.model_digest(), call.deadline));
   PT_ASSIGN_OR_RETURN(const std::unique_ptr<SpoolFile> spool,
-                      SpoolFile::Create(import_limits_.folder, import_limits_.max_bytes));
-  v1::ImportSequenceRequest message;
-  while (reader->Read(&message)) {
-    if (message.has_header()) return absl::InvalidArgumentError("a second header in the stream");
-    if (message.data().size() > kMaxFilePartBytes) {
-      return absl::InvalidArgumentError(absl::StrCat("data has ", message.data().size(),
+                      SpoolFile::Create(file_limits_.folder, file_limits_.max_bytes));
+  for (;;) {
+    PT_ASSIGN_OR_RETURN(const std::optional<v1::ImportSequenceRequest> part,
+                        NextPart(call, stream, header.request_id(), spool->size()));
+    if (!part) break;
+    if (part->has_header()) return absl::InvalidArgumentError("a second header in the stream");
+    if (part->data().size() > kMaxFilePartBytes) {
+      return absl::InvalidArgumentError(absl::StrCat("data has ", part->data().size(),
                                                      " bytes, a part at most ", kMaxFilePartBytes));
     }
-    PT_RETURN_IF_ERROR(spool->Append(message.data()));
+    PT_RETURN_IF_ERROR(spool->Append(part->data()));
   }
-  // A stream that broke looks like one that ended.
-  if (context.IsCancelled())
-    return absl::CancelledError(absl::StrCat(name(), ": the stream broke"));
   PT_ASSIGN_OR_RETURN(const absl::string_view file, spool->Map());
   PT_ASSIGN_OR_RETURN(const ImportResult result,
                       ImportSequenceFile(host, call.tenant, file, options, call.deadline));
@@ -206,22 +255,20 @@ absl::StatusOr<v1::ImportSequenceResponse> SessionServiceImpl::Import(
   return response;
 }
 
-grpc::Status SessionServiceImpl::ImportSequence(
-    grpc::ServerContext* context, grpc::ServerReader<v1::ImportSequenceRequest>* reader,
-    v1::ImportSequenceResponse* response) {
-  const CallContext call = MakeCallContext(*context, *worker_);
-  const StreamDeadlines::Watch watch(deadlines_, context, call.end, "import sequence");
-  v1::ImportSequenceRequest first;
-  if (!reader->Read(&first) || !first.has_header()) {
-    return ToGrpcStatus(absl::InvalidArgumentError("the first message has no header"));
+absl::StatusOr<v1::ImportSequenceResponse> SessionServiceImpl::ImportOnce(const CallContext& call,
+                                                                          ImportStream* stream) {
+  PT_ASSIGN_OR_RETURN(const std::optional<v1::ImportSequenceRequest> first,
+                      NextPart(call, stream, "", 0));
+  if (!first || !first->has_header()) {
+    return absl::InvalidArgumentError("the first message has no header");
   }
   // The bytes are not part of what makes two requests the same: a retry sends the same file.
-  auto answer = memos_->OncePerTenant<v1::ImportSequenceResponse>(
-      call.tenant.name, first.header().request_id(), DigestOfMessage(first), call.deadline,
+  return memos_->OncePerTenant<v1::ImportSequenceResponse>(
+      call.tenant.name, first->header().request_id(), DigestOfMessage(*first), call.deadline,
       [&]() -> absl::StatusOr<v1::ImportSequenceResponse> {
-        auto imported = Import(call, first.header(), *context, reader);
+        auto imported = Import(call, first->header(), stream);
         // Broken meanwhile: the caller gets nothing of it.
-        if (imported.ok() && context->IsCancelled()) {
+        if (imported.ok() && stream->is_broken()) {
           const auto target = FindSequence(*worker_, imported->state().sequence_id());
           if (target.ok()) {
             (void)target->host->Close(call.tenant, target->id, imported->state().epoch());
@@ -231,16 +278,37 @@ grpc::Status SessionServiceImpl::ImportSequence(
         }
         return imported;
       });
-  if (!answer.ok()) {
-    worker_->metrics()
-        .GetCounter("pagetide_worker_imports_refused_total",
-                    "Files that no sequence was made from, by the code of the answer",
-                    {{"code", absl::StatusCodeToString(answer.status().code())}})
-        ->Add(1);
-    return ToGrpcStatus(answer.status());
+}
+
+grpc::ServerReadReactor<v1::ImportSequenceRequest>* SessionServiceImpl::ImportSequence(
+    grpc::CallbackServerContext* context, v1::ImportSequenceResponse* response) {
+  const CallContext call = MakeCallContext(*context, *worker_);
+  auto* const stream = new ImportStream(context, &worker_->clock());  // deletes itself
+  const auto finish = [this, stream, response](absl::StatusOr<v1::ImportSequenceResponse> answer) {
+    if (answer.ok()) {
+      *response = *std::move(answer);
+    } else {
+      worker_->metrics()
+          .GetCounter("pagetide_worker_imports_refused_total",
+                      "Files that no sequence was made from, by the code of the answer",
+                      {{"code", absl::StatusCodeToString(answer.status().code())}})
+          ->Add(1);
+    }
+    stream->Finish(ToGrpcStatus(answer.status()));
+  };
+  auto taken = import_slots_.Take(call.tenant.name);
+  absl::Status status = taken.status();
+  if (taken.ok()) {
+    // Shared only because a task must be copyable.
+    std::shared_ptr<StreamSlots::Slot> slot = *std::move(taken);
+    status = import_threads_.Schedule([this, call, stream, finish, slot]() mutable {
+      auto answer = ImportOnce(call, stream);
+      slot.reset();  // free when the caller has its answer
+      finish(std::move(answer));
+    });
   }
-  *response = *std::move(answer);
-  return grpc::Status::OK;
+  if (!status.ok()) finish(status);
+  return stream;
 }
 
 }  // namespace pagetide

@@ -5,6 +5,7 @@
 #include <gtest/gtest.h>
 
 #include <cstdio>
+#include <filesystem>
 #include <fstream>
 #include <memory>
 #include <nlohmann/json.hpp>
@@ -145,6 +146,35 @@ TEST_F(FilesProcessTest, FilesOfOtherProgramsComeOutAsTheyWentIn) {
   }));
   // Without a layout it is the file of version 2, plain: the rows of both are the same.
   EXPECT_EQ(ReadFile(found).size(), TestFile("llama_cpp_v2_full_plain.ggsq").size());
+}
+
+TEST_F(FilesProcessTest, AnImportWhoseLayoutCannotBeKeptStillTellsItsId) {
+  const auto model = Register(LlamaSpec());
+  WorkerClient client(worker_->Address("grpc"), model);
+  const std::string file = Write("file", TestFile("llama_cpp_v2_full_plain.ggsq"));
+  const auto open_sequences = [&] {
+    v1::ListWorkerSequencesResponse list;
+    testing::TestContext context;
+    EXPECT_TRUE(client.sequences().ListWorkerSequences(&context, {}, &list).ok());
+    return list.sequences_size();
+  };
+  // Where nothing can be written, nothing is imported.
+  std::vector<std::string> args = ImportArgs(*model, file, {});
+  args.insert(args.end(), {"--layout-out", dir_ / "no-such-folder/layout.json"});
+  EXPECT_THAT(Run(args, 1), HasSubstr("cannot be opened; nothing was imported"));
+  EXPECT_EQ(open_sequences(), 0);
+  // A name that cannot be taken is noticed only when the sequence is open.
+  ASSERT_TRUE(std::filesystem::create_directory(dir_ / "folder"));
+  args.back() = dir_ / "folder";
+  const std::string log = Run(args, 1);
+  EXPECT_THAT(log, HasSubstr("is open, but its layout is not kept"));
+  EXPECT_FALSE(std::ifstream(dir_ / "folder.partial").is_open());
+  EXPECT_EQ(open_sequences(), 1);
+  const size_t at = log.find("\"sequence_id\"");
+  ASSERT_NE(at, std::string::npos) << log;
+  const size_t begin = log.find('"', log.find(':', at)) + 1;
+  const std::string id = log.substr(begin, log.find('"', begin) - begin);
+  EXPECT_TRUE(client.Get(id).ok()) << id;
 }
 
 TEST_F(FilesProcessTest, BrokenFilesChangeNothing) {

@@ -52,8 +52,9 @@ class SessionFilesTest : public ::testing::Test {
     WorkerRole::Options options;
     options.worker.pool_bytes = 64 * model_->geometry().bytes_per_page_of_tokens();
     options.worker.deployment_secret = secret;
-    options.import_limits.folder = dir_.path();
-    options.import_limits.max_bytes = 1 << 20;
+    options.file_limits.folder = dir_.path();
+    options.file_limits.max_bytes = 1 << 20;
+    options.file_limits.max_idle = max_idle_;
     auto role = WorkerRole::Start(options, store_.get(), Clock::Real());
     ASSERT_TRUE(role.ok()) << role.status();
     role_ = *std::move(role);
@@ -192,6 +193,7 @@ class SessionFilesTest : public ::testing::Test {
     return appended.ok() ? appended->state() : v1::SequenceState();
   }
 
+  absl::Duration max_idle_ = absl::Minutes(2);  // of imports, for what is started next
   testing::TempDir dir_;
   std::unique_ptr<MemoryPageStore> store_ = std::make_unique<MemoryPageStore>();
   std::shared_ptr<const Model> model_;
