@@ -274,8 +274,8 @@ absl::StatusOr<CheckpointInfo> ModelHostImpl::CopyCheckpoint(const Tenant& tenan
     // Unique for ever: the sequence may have been open under its name elsewhere.
     saved->manifest = absl::StrCat("checkpoint/", tenant.name, "/", handle.id.ToString(), "/",
                                    absl::Hex(options_.incarnation, absl::kZeroPad16), "-", info.id);
-    status = CheckManifestSize(
-        absl::StrCat("create checkpoint of sequence ", handle.id.ToString()), saved->state);
+    status = CheckManifestSize(absl::StrCat("create checkpoint of sequence ", handle.id.ToString()),
+                               saved->state);
     if (status.ok()) status = PutCheckpoint(*snapshot, options, saved.get(), &info, deadline);
   }
   MutexLock lock(&mu_);
