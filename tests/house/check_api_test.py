@@ -1,31 +1,16 @@
 """Every rpc of this tree names its retry, and the check finds those of a planted tree that do not."""
 
-import pathlib
-import subprocess
-import sys
-import tempfile
 import unittest
 
-ROOT = pathlib.Path(__file__).resolve().parent.parent.parent
-CHECK = ROOT / "tools" / "check_api.py"
-
-
-def run(root):
-    done = subprocess.run([sys.executable, str(CHECK), "--root", str(root)], text=True,
-                          capture_output=True, check=False)
-    return done.returncode, done.stdout + done.stderr
+from check_harness import Check
 
 
 class CheckApiTest(unittest.TestCase):
     def check(self, proto):
-        with tempfile.TemporaryDirectory() as folder:
-            file = pathlib.Path(folder) / "proto" / "pagetide" / "v1" / "a.proto"
-            file.parent.mkdir(parents=True)
-            file.write_text(proto, encoding="utf-8")
-            return run(folder)
+        return Check("check_api.py").on_files({"proto/pagetide/v1/a.proto": proto})
 
     def test_every_rpc_of_this_tree_names_its_retry(self):
-        code, output = run(ROOT)
+        code, output = Check("check_api.py").on_this_tree()
         self.assertEqual(code, 0, output)
 
     def test_an_rpc_without_comment_is_found(self):
