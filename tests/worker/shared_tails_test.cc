@@ -114,13 +114,13 @@ class SharedTailsTest : public ::testing::Test {
     const auto a = t_.OpenAndFill(std::span(tokens).first(10));
     ASSERT_TRUE(a.ok()) << a.status();
     if (is_sealed) {
-      ASSERT_TRUE(t_.host->CreateCheckpoint(t_.tenant, HandleOf(*a)).ok());
+      ASSERT_TRUE(t_.host->CreateCheckpoint(t_.tenant, HandleOf(*a), {}, t_.Soon()).ok());
     }
     const auto slot = t_.host->BeginAppend(t_.tenant, HandleOf(*a), "a", 10,
                                            std::span(tokens).subspan(10), {}, false, t_.Soon());
     ASSERT_TRUE(slot.ok()) << slot.status();
     const SequenceInfo b = CopyOf(*a);
-    const auto checkpoint = t_.host->CreateCheckpoint(t_.tenant, HandleOf(b));
+    const auto checkpoint = t_.host->CreateCheckpoint(t_.tenant, HandleOf(b), {}, t_.Soon());
     ASSERT_TRUE(checkpoint.ok()) << checkpoint.status();
     ASSERT_TRUE(t_.WriteAll(*slot, tokens).ok());
     const auto done = t_.host->Commit(t_.tenant, HandleOf(*a), slot->pending_id, {});
