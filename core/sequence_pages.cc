@@ -61,11 +61,11 @@ TailPlan PlanTailCopy(const PageTable& table, uint32_t page_tokens) {
 }
 
 TailPlan PlanTail(const PageTable& table, const PageDirectory& pages, uint32_t page_tokens,
-                  std::optional<uint64_t> canonical_row) {
+                  uint64_t next_row, bool is_canonical) {
   TailPlan plan;
-  if (canonical_row) plan.rows = static_cast<uint32_t>(*canonical_row % page_tokens);
+  if (is_canonical) plan.rows = static_cast<uint32_t>(next_row % page_tokens);
   // Behind rows that the table gave up, the rows of its last page are not what this one follows.
-  if (table.empty() || (canonical_row && table.num_rows() != *canonical_row)) return plan;
+  if (table.empty() || table.num_rows() != next_row) return plan;
   const PageId id = table.back().page;
   const Page& page = *pages.Find(id);
   const PageUse use = UseOf(table, id);

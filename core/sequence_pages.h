@@ -40,11 +40,12 @@ struct TailPlan {
 
   uint64_t num_copied_rows() const;
 };
-// `canonical_row`: which row comes next, if it is canonical. Such a row goes to the slot of its
-// index within a page, even where the table has no row in front of it (behind a window): then the
-// next page of the table can have a key again.
+// `next_row`: which row comes next. Where the table has no row right in front of it (behind a
+// window), it follows nothing that the last page holds: nothing of that is copied, nor needed in a
+// frame, and the row begins a page. A canonical row goes to the slot of its index there, so that
+// the page behind it can have a key again.
 TailPlan PlanTail(const PageTable& table, const PageDirectory& pages, uint32_t page_tokens,
-                  std::optional<uint64_t> canonical_row);
+                  uint64_t next_row, bool is_canonical);
 // A copy of the rows that lie in the last page, whoever owns it.
 TailPlan PlanTailCopy(const PageTable& table, uint32_t page_tokens);
 // Whether an extent holds its rows as the page of tokens from row `base` on would, whose key says

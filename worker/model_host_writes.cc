@@ -104,9 +104,8 @@ ModelHostImpl::WritePlan ModelHostImpl::PlanWrite(const SequencePtr& sequence) {
       }
       plan.tails.push_back(whole);
     } else {
-      plan.tails.push_back(PlanTail(
-          table, pages_, page_tokens(),
-          sequence->is_next_canonical() ? std::optional(sequence->length()) : std::nullopt));
+      plan.tails.push_back(PlanTail(table, pages_, page_tokens(), sequence->length(),
+                                    sequence->is_next_canonical()));
     }
     const TailPlan& tail = plan.tails.back();
     plan.need.fresh[g] =

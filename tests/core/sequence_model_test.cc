@@ -24,6 +24,7 @@
 #include "absl/strings/numbers.h"
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_format.h"
+#include "absl/strings/str_join.h"
 #include "base/error_info.h"
 #include "tests/core/naive_sequences.h"
 #include "tests/core/sequence_world.h"
@@ -152,6 +153,14 @@ class ModelRun {
   }
 
  private:
+  // Adds what a step works on to its name.
+  template <typename... Words>
+  void Say(const Words&... words) {
+    absl::StrAppend(&doing_, " ", words...);
+  }
+  static std::string Text(PositionRange range) {
+    return absl::StrCat("[", range.begin, ", ", range.end, ")");
+  }
   uint64_t Random(uint64_t below) { return rng_() % below; }
   bool OneIn(uint64_t n) { return Random(n) == 0; }
   Op Pick() {
@@ -190,6 +199,7 @@ class ModelRun {
     switch (op) {
       case kRemove: {
         const PositionRange range = AnyRange(s);
+        Say(s, " ", Text(range));
         got = editor.RemoveRange(s, range);
         refusal = naive_.Remove(s, range.begin, range.end, &expected);
         break;
@@ -205,6 +215,7 @@ class ModelRun {
           range = {0, -1};
         }
         const bool overlap = OneIn(3);
+        Say(s, " to ", to, " ", Text(range), overlap ? " overlapping" : "");
         got = editor.CopyRange(s, to, range, overlap);
         refusal = naive_.Copy(s, to, range.begin, range.end, overlap, &expected);
         break;
@@ -215,6 +226,7 @@ class ModelRun {
           if (!OneIn(5)) kept.push_back(number);
         }
         if (OneIn(5)) kept.clear();
+        Say(absl::StrJoin(kept, ","));
         got = editor.KeepOnly(kept);
         refusal = naive_.KeepOnly(kept, &expected);
         break;
@@ -226,6 +238,9 @@ class ModelRun {
         if (OneIn(10)) delta = kMaxPosition - static_cast<int64_t>(Random(40));
         const OnShared on_shared = static_cast<OnShared>(Random(3));
         const bool overlap = OneIn(3);
+        constexpr const char* kOnSharedNames[] = {"copy", "move all", "reject"};
+        Say(s, " ", Text(range), " by ", delta, ", ", kOnSharedNames[static_cast<int>(on_shared)],
+            overlap ? ", overlapping" : "");
         got = editor.ShiftPositions(s, range, delta, on_shared, overlap);
         refusal = naive_.Shift(s, range.begin, range.end, delta, on_shared, overlap, &expected);
         break;
@@ -234,6 +249,7 @@ class ModelRun {
         const PositionRange range = AnyRange(s);
         const int64_t divisor = OneIn(6) ? -static_cast<int64_t>(Random(5)) : 1 + Random(4);
         const bool overlap = OneIn(2);
+        Say(s, " ", Text(range), " by ", divisor, overlap ? ", overlapping" : "");
         got = editor.DividePositions(s, range, divisor, overlap);
         refusal = naive_.Divide(s, range.begin, range.end, divisor, overlap, &expected);
         break;
@@ -244,6 +260,9 @@ class ModelRun {
         if (OneIn(2)) window.keep /= 4;
         if (!OneIn(3)) window.discard = static_cast<int64_t>(Random(20)) - (OneIn(8) ? 20 : 0);
         if (!window.discard || OneIn(10)) window.fraction = static_cast<double>(Random(110)) / 100;
+        Say(s, " keep ", window.keep,
+            window.discard ? absl::StrCat(" discard ", *window.discard) : "",
+            window.fraction ? absl::StrCat(" fraction ", *window.fraction) : "");
         got = editor.ShiftWindow(s, window);
         refusal = naive_.Window(s, window, &expected);
         break;
@@ -251,11 +270,13 @@ class ModelRun {
       case kRewind: {
         const int64_t length =
             static_cast<int64_t>(Random(naive_.sequences[s].rows.size() + 4)) - (OneIn(8) ? 50 : 0);
+        Say(s, " to ", length);
         got = editor.Rewind(s, length);
         refusal = naive_.Rewind(s, length, &expected);
         break;
       }
       case kClear:
+        Say(s);
         got = editor.Clear(s);
         refusal = naive_.Rewind(s, 0, &expected);
         break;
@@ -272,6 +293,8 @@ class ModelRun {
           if (OneIn(6)) index = static_cast<uint32_t>(Random(order.size() + OneIn(10)));
         }
         if (OneIn(10)) order.push_back(0);
+        Say(absl::StrJoin(named, ","), " as ", absl::StrJoin(order, ","),
+            repeats ? " repeats" : "");
         got = editor.Reorder(named, order, repeats);
         refusal = naive_.Reorder(named, order, repeats, &expected);
         break;
@@ -301,6 +324,7 @@ class ModelRun {
   std::string Do(Op op) {
     switch (op) {
       case kOpen:
+        Say(next_number_);
         naive_.sequences[next_number_] = {};
         world_.Open(next_number_++);
         return "";
@@ -310,6 +334,7 @@ class ModelRun {
         const uint64_t keyed = world_.Rows(from).keys.size() * world_.setup().page_tokens;
         uint64_t rows = keyed == 0 ? 0 : Random(keyed + 1);
         rows = world_.OpenShared(next_number_, from, rows);
+        Say(next_number_, " over ", rows, " rows of ", from);
         NaiveSequence opened;
         opened.rows.assign(source.rows.begin(), source.rows.begin() + rows);
         const std::string difference = TakeFound(world_.Rows(next_number_), opened.rows);
@@ -321,6 +346,7 @@ class ModelRun {
       }
       case kClose: {
         const uint64_t s = AnySequence();
+        Say(s);
         world_.Close(s);
         naive_.sequences.erase(s);
         return "";
@@ -334,6 +360,7 @@ class ModelRun {
         if (first + static_cast<int64_t>(count) > kMaxPosition || rows.size() > 300) return "";
         std::vector<uint32_t> tokens;
         for (uint64_t i = 0; i < count; ++i) tokens.push_back(static_cast<uint32_t>(Random(3)));
+        Say(s, " ", count, " rows from ", rows.size(), " on, at position ", first);
         const uint64_t content = next_cell_;
         next_cell_ += count;
         const auto moves = world_.Append(s, tokens, content, &next_cell_);
@@ -420,7 +447,8 @@ class ModelRun {
     return "";
   }
 
-  // Rows that were copied before their sequence went on are the last ones of the group.
+  // Rows are copied because the new ones follow them in their page: they are the sequence's last
+  // ones, of every group.
   static std::string TakeMoves(size_t g, const SequenceWorld::Moves& moves,
                                std::vector<NaiveRow>& rows) {
     if (moves.size() >= kPageTokens) return "copied a whole page";

@@ -130,7 +130,7 @@ class SequenceWorld : public SequenceEditor::Sequences {
                             uint64_t first_content, uint64_t* next_copy) {
     SequenceRows& rows = sequences_.at(number);
     const uint64_t first_row = rows.num_rows();
-    const auto canonical_row = rows.is_next_canonical() ? std::optional(first_row) : std::nullopt;
+    const bool is_canonical = rows.is_next_canonical();
     const int64_t first_position = rows.end_position();
     rows.AppendTokens(tokens);
     const std::vector<PrefixKey> keys = PrefixKeysOf(PrefixKey{}, rows.tokens, setup_.page_tokens);
@@ -143,9 +143,10 @@ class SequenceWorld : public SequenceEditor::Sequences {
       }
       uint64_t copy_at = copies_from;
       PageTable& table = rows.tables[g];
-      TailPlan plan = PlanTail(table, pages_, setup_.page_tokens, canonical_row);
+      TailPlan plan = PlanTail(table, pages_, setup_.page_tokens, first_row, is_canonical);
       if (setup_.skips_copy_on_write && plan.kind == TailPlan::Kind::kCopy &&
-          pages_.Get(plan.page).refs() > 1 && !pages_.Get(plan.page).is_full()) {
+          pages_.Get(plan.page).refs() > table.NumExtentsOf(plan.page) &&
+          !pages_.Get(plan.page).is_full()) {
         plan.kind = TailPlan::Kind::kInPlace;
         plan.rows = table.back().end_slot();
       }

@@ -100,6 +100,77 @@ TEST(ModelHostEditsTest, ATailCutWhileItWasSharedIsNotFoundByWhatWasCutOff) {
   EXPECT_EQ(*t.WrongRows(c->id, tokens), 0u);
 }
 
+// A chunked window at the beginning of a chunk, behind rows that it gave up and an edit moved to
+// the end of the sequence: the tail that it still holds is of rows that no later token sees. New
+// rows once took a copy of it, or went behind it, and had to have it in a frame for that.
+TEST(ModelHostEditsTest, BehindRowsThatAWindowGaveUpNewRowsNeedNoTail) {
+  ModelSpec spec = TestModel(/*page_tokens=*/16, /*num_groups=*/2)->spec();
+  LayerGroupSpec& chunked = spec.geometry.groups[1];
+  chunked.kind = LayerGroupSpec::Kind::kWindow;
+  chunked.window_type = LayerGroupSpec::WindowType::kChunked;
+  chunked.window_tokens = 24;
+  const auto model = std::make_shared<const Model>(Model::Create(std::move(spec)).value());
+  const std::vector<uint32_t> tokens = Tokens(1, 28);
+  const std::vector<uint32_t> added = Tokens(500, 5);
+  for (const bool is_tail_shared : {true, false}) {
+    HostUnderTest t({.num_frames = 16, .model = model});
+    auto a = t.OpenAndFill(tokens);  // rows 16 to 27 of the chunked group
+    ASSERT_TRUE(a.ok()) << a.status();
+    auto b = t.host->Open(t.tenant, {}, {}, {});
+    ASSERT_TRUE(b.ok());
+    const std::vector<SequenceHandle> both = {HandleOf(*a), HandleOf(b->info)};
+    const std::vector<SequenceEdit> edits = {
+        CopyRangeEdit{both[0].id.number, both[1].id.number, {0, -1}, false},
+        ShiftPositionsEdit{both[1].id.number, {0, 16}, 32}};
+    auto edited = t.host->Edit(t.tenant, both, edits);
+    ASSERT_TRUE(edited.ok()) << edited.status();
+    ASSERT_EQ(edited->infos[1].end_position, 48);  // a chunk begins
+    if (!is_tail_shared) {
+      ASSERT_TRUE(t.host->Close(t.tenant, a->id, a->epoch).ok());
+    }
+    ASSERT_TRUE(t.host->EvictPages(100, t.Soon()).ok());
+    const HostCounters before = t.host->Counters();
+
+    auto slot = t.host->BeginAppend(t.tenant, both[1], "a", 28, added, {}, false, t.Soon());
+    ASSERT_TRUE(slot.ok()) << slot.status();
+    ASSERT_EQ(slot->first_position, 48u);
+    // Its rows are those of `added` behind 48 others.
+    const std::vector<uint32_t> written = Concat(Tokens(1000, 48), added);
+    ASSERT_TRUE(t.WriteAll(*slot, written).ok());
+    ASSERT_TRUE(t.host->Commit(t.tenant, both[1], slot->pending_id, {}).ok());
+    EXPECT_EQ(t.host->Counters().rows_copied, before.rows_copied);
+    EXPECT_EQ(t.host->Counters().pages_restored, before.pages_restored);
+
+    const auto table = t.host->GetBlockTable(t.tenant, both[1].id);
+    ASSERT_TRUE(table.ok());
+    const BlockTableEntry& last = table->entries.back();
+    EXPECT_EQ(last.group, 1u);
+    EXPECT_EQ(last.first_row, 28u);
+    EXPECT_EQ(last.first_slot, 0u);
+    EXPECT_EQ(last.count, 5u);
+    for (uint32_t g = 0; g < 2; ++g) {
+      const GroupGeometry& geometry = model->geometry().group(g);
+      auto rows = t.host->PinRows(t.tenant, both[1].id, g, 28, 0, t.Soon());
+      ASSERT_TRUE(rows.ok()) << rows.status();
+      for (uint32_t layer = 0; layer < geometry.num_layers(); ++layer) {
+        for (RowKind kind : {RowKind::kK, RowKind::kV}) {
+          std::vector<std::byte> bytes;
+          for (const auto& run : (*rows)->Runs(layer, kind)) {
+            std::vector<std::byte> part(run.num_bytes);
+            ASSERT_TRUE(t.host->pool().Read(run.offset, part).ok());
+            bytes.insert(bytes.end(), part.begin(), part.end());
+          }
+          EXPECT_EQ(bytes,
+                    RowOracle::Rows(written, 48, 53, g, layer, kind, geometry.row_bytes(kind)));
+        }
+      }
+    }
+    if (is_tail_shared) {
+      EXPECT_EQ(*t.WrongHeld(a->id, tokens), 0);
+    }
+  }
+}
+
 // Threads append to, edit and close forks of one sequence, through a pool smaller than what they
 // hold. Rows are a function of the tokens in front of them (tests/worker/row_oracle.h), so only
 // edits that keep them so are checked by their bytes: truncations, copies of a beginning, reorders.
