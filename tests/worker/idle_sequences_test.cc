@@ -17,11 +17,12 @@ class IdleSequencesTest : public ::testing::Test {
     EXPECT_TRUE(info.ok()) << info.status();
     return *info;
   }
-  std::vector<SequenceId> After(absl::Duration time) {
+  std::vector<SequenceId> After(absl::Duration time) { return After(time, t_); }
+  std::vector<SequenceId> After(absl::Duration time, HostUnderTest& t) {
     clock_.Advance(time);
     std::vector<SequenceId> closed;
-    for (const IdleSequence& idle : t_.host->CloseIdle()) {
-      EXPECT_EQ(idle.tenant, t_.tenant.name);
+    for (const IdleSequence& idle : t.host->CloseIdle()) {
+      EXPECT_EQ(idle.tenant, t.tenant.name);
       EXPECT_EQ(idle.epoch, 1u);
       closed.push_back(idle.id);
     }
@@ -55,16 +56,19 @@ TEST_F(IdleSequencesTest, ItsFullPagesAreFoundAgainAndItsTailIsFree) {
 }
 
 TEST_F(IdleSequencesTest, APendingWriteIsUse) {
-  const SequenceInfo info = Fill(0, 20);
-  const ReserveItem item{{info.id, info.epoch, std::nullopt}, 1};
+  // Idle sooner than the longest lease of a reservation ends.
+  HostUnderTest t{{.no_store = true, .sequence_idle = absl::Minutes(2), .clock = &clock_}};
+  const auto info = t.OpenAndFill(Tokens(0, 20));
+  ASSERT_TRUE(info.ok()) << info.status();
+  const ReserveItem item{{info->id, info->epoch, std::nullopt}, 1};
   const auto slots =
-      t_.host->Reserve(t_.tenant, {&item, 1}, absl::Hours(3), false, HostUnderTest::Soon());
+      t.host->Reserve(t.tenant, {&item, 1}, absl::Minutes(5), false, HostUnderTest::Soon());
   ASSERT_TRUE(slots.ok()) << slots.status();
-  EXPECT_THAT(After(absl::Hours(2)), IsEmpty());
-  clock_.Advance(absl::Hours(1));
-  t_.host->Tick();  // the reservation's lease is over
-  EXPECT_THAT(After(absl::Minutes(59)), IsEmpty()) << "counted from the end of the write";
-  EXPECT_THAT(After(absl::Minutes(1)), ElementsAre(info.id));
+  EXPECT_THAT(After(absl::Minutes(4), t), IsEmpty());
+  clock_.Advance(absl::Minutes(1));
+  t.host->Tick();  // the reservation's lease is over
+  EXPECT_THAT(After(absl::Seconds(119), t), IsEmpty()) << "counted from the end of the write";
+  EXPECT_THAT(After(absl::Seconds(1), t), ElementsAre(info->id));
 }
 
 TEST_F(IdleSequencesTest, AForkIsUseOfItsSourceAndCountsForItself) {

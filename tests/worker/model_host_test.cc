@@ -178,6 +178,7 @@ TEST(ModelHostTest, ADamagedPageOfAnotherWorkerGivesNoRows) {
   auto info = second.Append(*cut, prompt);
   ASSERT_TRUE(info.ok()) << info.status();
   EXPECT_EQ(second.WrongRows(info->id, prompt).value(), 0u);
+  second.host->Quiesce();  // its page is written through
   // Now it is known to be damaged, and nobody offers it again.
   HostUnderTest third({.store = &shared, .incarnation = 3});
   EXPECT_EQ(third.host->LookupPrefix(third.tenant, prompt, {}, {})->reused_tokens, 16u)
