@@ -8,7 +8,10 @@
 #include <utility>
 
 #include "absl/strings/str_cat.h"
+#include "absl/time/clock.h"
+#include "absl/time/time.h"
 #include "base/status_macros.h"
+#include "clients/cpp/client.h"
 
 namespace pagetide {
 namespace {
@@ -28,6 +31,29 @@ absl::StatusOr<std::string> MakeTempFolder() {
     return absl::InternalError(absl::StrCat("make folder ", path, ": ", strerror(errno)));
   }
   return path;
+}
+
+// A worker takes calls before the router knows of it.
+absl::Status AwaitWorkers(const std::string& router_address, int num_workers) {
+  constexpr absl::Duration kPatience = absl::Seconds(60);
+  ClientOptions options;
+  options.router_address = router_address;
+  PT_ASSIGN_OR_RETURN(const std::unique_ptr<Client> client, Client::Create(std::move(options)));
+  const absl::Time give_up = absl::Now() + kPatience;
+  for (;;) {
+    PT_ASSIGN_OR_RETURN(const std::vector<v1::WorkerInfo> workers, client->ListWorkers());
+    int serving = 0;
+    for (const v1::WorkerInfo& worker : workers) {
+      serving += worker.role() != "store" && worker.state() == "serving" ? 1 : 0;
+    }
+    if (serving >= num_workers) return absl::OkStatus();
+    if (absl::Now() >= give_up) {
+      return absl::DeadlineExceededError(
+          absl::StrCat("start fleet: router ", router_address, " knows ", serving, " of ",
+                       num_workers, " workers after ", absl::FormatDuration(kPatience)));
+    }
+    absl::SleepFor(absl::Milliseconds(20));
+  }
 }
 
 }  // namespace
@@ -67,6 +93,7 @@ absl::StatusOr<std::unique_ptr<Fleet>> Fleet::Start(const FleetOptions& options)
                                        absl::StrCat(dir, "/", id, ".log")));
     fleet->workers_.push_back(std::move(worker));
   }
+  PT_RETURN_IF_ERROR(AwaitWorkers(fleet->router_address(), options.num_workers));
   return fleet;
 }
 

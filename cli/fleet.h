@@ -26,6 +26,7 @@ struct FleetOptions {
 
 class Fleet {
  public:
+  // Returns when the router knows all workers. DEADLINE_EXCEEDED after a minute.
   static absl::StatusOr<std::unique_ptr<Fleet>> Start(const FleetOptions& options);
   // Kills what still runs and removes the folder.
   ~Fleet();
