@@ -58,7 +58,10 @@ endif()
 # pagetide_generated(TARGET): code that protoc wrote is not ours to warn about, to tune or to instrument. -O1 halves its compile
 # time, and sanitizers, which have nothing to find in it that they would not find at its callers, triple it.
 function(pagetide_generated target)
-  target_compile_options(${target} PRIVATE -w -O1 "$<$<BOOL:${PAGETIDE_SANITIZE}>:-fno-sanitize=all>")
+  target_compile_options(${target} PRIVATE -w -O1)
+  if(PAGETIDE_SANITIZE)
+    target_compile_options(${target} PRIVATE -fno-sanitize=all)
+  endif()
   set_target_properties(${target} PROPERTIES CXX_CLANG_TIDY "")
 endfunction()
 
