@@ -15,7 +15,7 @@ namespace pagetide {
 
 class AdminServiceCommon : public v1::AdminService::CallbackService {
  public:
-  // `role`: router, worker or store. `capabilities`: short lower-case words such as "cpu_device".
+  // `role`: router, worker or store. `capabilities`: as in the message.
   AdminServiceCommon(std::string role, std::vector<std::string> capabilities,
                      const Metrics* metrics);
 

@@ -30,8 +30,9 @@ uint64_t ResidentSetBytes() {
   return fields == 2 ? resident * static_cast<uint64_t>(sysconf(_SC_PAGESIZE)) : 0;
 }
 
-std::vector<std::string> Capabilities(const LocalPlane* local_plane) {
-  std::vector<std::string> capabilities = {"attend", "fork", "rewind"};
+std::vector<std::string> Capabilities(absl::string_view device, const LocalPlane* local_plane) {
+  std::vector<std::string> capabilities = {absl::StrCat("device:", device), "format:native",
+                                           "format:llama_cpp", "format:mlx", "format:llama_sharp"};
   if (local_plane != nullptr) capabilities.push_back("local_plane");
   return capabilities;
 }
@@ -39,7 +40,8 @@ std::vector<std::string> Capabilities(const LocalPlane* local_plane) {
 }  // namespace
 
 WorkerAdminService::WorkerAdminService(Worker* worker, const LocalPlane* local_plane)
-    : AdminServiceCommon("worker", Capabilities(local_plane), &worker->metrics()),
+    : AdminServiceCommon("worker", Capabilities(worker->device_name(), local_plane),
+                         &worker->metrics()),
       worker_(worker),
       local_plane_(local_plane),
       executor_({.name = "admin", .num_threads = 1, .max_queue = 64}) {}

@@ -92,6 +92,14 @@ class WorkerServiceTest : public ::testing::Test {
   std::unique_ptr<v1::AdminService::Stub> admin_;
 };
 
+TEST_F(WorkerServiceTest, CapabilitiesTellWhatReflectionCannot) {
+  TestContext context;
+  v1::GetCapabilitiesResponse response;
+  ASSERT_TRUE(admin_->GetCapabilities(&context, {}, &response).ok());
+  EXPECT_EQ(response.role(), "worker");
+  EXPECT_THAT(response.capabilities(), testing::IsSupersetOf({"device:cpu", "format:llama_cpp"}));
+}
+
 TEST_F(WorkerServiceTest, AppendedRowsReadBackIdentical) {
   const auto tokens = TestTokens(1, 50);
   v1::SequenceState state = OpenWith(tokens, 20);
