@@ -7,6 +7,7 @@
 #ifndef PAGETIDE_WORKER_IMPORT_STREAM_H_
 #define PAGETIDE_WORKER_IMPORT_STREAM_H_
 
+#include <grpcpp/server_context.h>
 #include <grpcpp/support/server_callback.h>
 
 #include "absl/time/time.h"
