@@ -116,6 +116,11 @@ absl::StatusOr<WriteFence> Parking::FenceOf(const SequenceHandle& sequence,
   MutexLock lock(&mu_);
   const auto it = owned_.find(sequence.id);
   if (it == owned_.end()) return worker;
+  // Refused before it carries the fence of the one who may write: what the store refuses as stale
+  // closes the copy that is open here.
+  if (it->second.epoch != sequence.epoch) {
+    return TakenOver(sequence.id, sequence.epoch, it->second.epoch);
+  }
   return WriteFence{RecordKey(sequence.id), it->second.epoch};
 }
 

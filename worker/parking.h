@@ -77,7 +77,8 @@ class Parking {
                                          MonotonicTime deadline);
 
   // What durable writes of a sequence that is open here carry: its own fence if it was parked or
-  // resumed, the worker's otherwise. Errors of WorkerFence.
+  // resumed, the worker's otherwise. Errors of WorkerFence; FAILED_PRECONDITION (STALE_EPOCH) for a
+  // handle of another epoch than the one that is owned here.
   absl::StatusOr<WriteFence> FenceOf(const SequenceHandle& sequence, MonotonicTime deadline);
   // Was it parked or resumed by this life of the worker, and not closed since?
   bool Owns(SequenceId id) const;

@@ -345,6 +345,30 @@ TEST_F(ParkingTest, WhoComesWithAnEarlierEpochClosesNothing) {
   EXPECT_EQ(WrongRows(a_, info.id, tokens_), 0u);
 }
 
+// It once got the fence of the one who may write, whose sequence was then closed as overtaken.
+TEST_F(ParkingTest, ASaveOrCheckpointWithAnEarlierEpochClosesNothing) {
+  const SequenceInfo info = Fill();
+  ASSERT_TRUE(a_.Park(info).ok());
+  const auto resumed = a_.Resume(info.id);
+  ASSERT_TRUE(resumed.ok()) << resumed.status();
+  const std::vector<uint32_t> longer = Concat(tokens_, Tokens(9000, 30));
+  const auto appended = a_.engine->Append(resumed->info, longer);
+  ASSERT_TRUE(appended.ok()) << appended.status();
+  const absl::Status saved = a_.Save(info, "late").status();
+  EXPECT_EQ(GetReason(saved), error_reason::kStaleEpoch) << saved;
+  EXPECT_EQ(GetReasonMetadata(saved, "epoch"), absl::StrCat(resumed->info.epoch));
+  const absl::Status checkpoint =
+      a_.sessions
+          ->CreateCheckpoint(a_.tenant(), a_.host(), {info.id, info.epoch, std::nullopt},
+                             {.tier = Tier::kStore}, Soon())
+          .status();
+  EXPECT_EQ(GetReason(checkpoint), error_reason::kStaleEpoch) << checkpoint;
+  // Open as it was, with the rows that only this copy has.
+  EXPECT_TRUE(a_.parking.Owns(info.id));
+  EXPECT_EQ(WrongRows(a_, info.id, longer), 0u);
+  EXPECT_TRUE(a_.Save(*appended, "chat").ok());
+}
+
 TEST_F(ParkingTest, APendingWriteIsNotParkedAway) {
   const SequenceInfo info = Fill();
   const ReserveItem item{{info.id, info.epoch, std::nullopt}, 1};
