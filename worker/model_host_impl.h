@@ -516,8 +516,17 @@ class ModelHostImpl final : public ModelHost {
   uint64_t CommonRows(const SequenceRows& a, const SequenceRows& b) const;
   // The manifest of a checkpoint that ended is to be deleted.
   void Release(const std::string& manifest, uint64_t version) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
-  // Begins to delete what was released.
+  struct ReleasedManifest {
+    std::string name;
+    uint64_t version = 0;
+  };
+  // Begins to delete what was released: one job at a time, and none while the store is away.
   void StartReleases() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
+  // A job: deletes in order until one finds the store away.
+  void RunReleases(std::deque<ReleasedManifest> batch) ABSL_LOCKS_EXCLUDED(mu_);
+  // The job is over; what it left is tried again, a little later.
+  void EndReleases(std::deque<ReleasedManifest> left) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
+  void TrimReleases() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
 
   // --- writes (model_host_writes.cc; their end: model_host_commit.cc) ---
   // A write about to begin: its sequence, what it needs, and in which groups the tail is shared or
@@ -584,8 +593,9 @@ class ModelHostImpl final : public ModelHost {
   std::vector<uint32_t> num_spilling_ ABSL_GUARDED_BY(mu_);  // [group]
   uint64_t jobs_in_flight_ ABSL_GUARDED_BY(mu_) = 0;
   uint64_t checkpoint_bytes_ ABSL_GUARDED_BY(mu_) = 0;  // of copies in host memory
-  // Of checkpoints that ended: names and versions, to be deleted in the store.
-  std::deque<std::pair<std::string, uint64_t>> released_manifests_ ABSL_GUARDED_BY(mu_);
+  // Of checkpoints that ended, to be deleted in the store, oldest first; bounded.
+  std::deque<ReleasedManifest> released_manifests_ ABSL_GUARDED_BY(mu_);
+  bool is_releasing_ ABSL_GUARDED_BY(mu_) = false;  // a job deletes some of them
   MonotonicTime release_again_at_ ABSL_GUARDED_BY(mu_) = {absl::ZeroDuration()};
   uint64_t running_calls_ ABSL_GUARDED_BY(mu_) = 0;
   MonotonicTime look_for_idle_at_ ABSL_GUARDED_BY(mu_) = {absl::ZeroDuration()};

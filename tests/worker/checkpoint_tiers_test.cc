@@ -3,7 +3,9 @@
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 
+#include <atomic>
 #include <functional>
+#include <set>
 #include <tuple>
 
 #include "kvstore/decorating_page_store.h"
@@ -325,6 +327,69 @@ TEST(CheckpointTiersTest, WhatIsCutOrClosedWhileItIsCopiedIsNoCheckpoint) {
   EXPECT_EQ(GetReason(create(CheckpointScope::kAll).status()), "SEQUENCE_NOT_FOUND");
   t.host->Quiesce();
   EXPECT_EQ(Manifests(t), 0u);
+}
+
+// Counts deletions of manifests, and refuses them while it is away.
+class CountingStore final : public DecoratingPageStore {
+ public:
+  CountingStore(PageStore* inner, FakeClock* clock) : DecoratingPageStore(inner), clock_(clock) {}
+  absl::Status DeleteManifest(absl::string_view name, uint64_t expected_version,
+                              const std::optional<WriteFence>& fence,
+                              MonotonicTime deadline) override {
+    {
+      MutexLock lock(&mu_);
+      ++num_deletes_;
+      deadlines_.insert(deadline.since_boot);
+    }
+    clock_->Advance(absl::Milliseconds(100));
+    if (is_away) return absl::UnavailableError("the store is away");
+    return inner()->DeleteManifest(name, expected_version, fence, deadline);
+  }
+  int num_deletes() const {
+    MutexLock lock(&mu_);
+    return num_deletes_;
+  }
+  size_t num_deadlines() const {
+    MutexLock lock(&mu_);
+    return deadlines_.size();
+  }
+  std::atomic<bool> is_away = false;
+
+ private:
+  FakeClock* const clock_;
+  mutable Mutex mu_;
+  int num_deletes_ ABSL_GUARDED_BY(mu_) = 0;
+  std::set<absl::Duration> deadlines_ ABSL_GUARDED_BY(mu_);
+};
+
+// Each checkpoint of a closed sequence once had a job and a timeout of its own.
+TEST(CheckpointTiersTest, AStoreThatIsAwayIsAskedOnceForAllThatEnded) {
+  FakeClock clock;
+  MemoryPageStore memory({.clock = &clock});
+  CountingStore store(&memory, &clock);
+  HostUnderTest t({.store = &store, .io_threads = 4, .clock = &clock});
+  auto info = t.OpenAndFill(Tokens(0, 20));
+  ASSERT_TRUE(info.ok()) << info.status();
+  for (int i = 0; i < 20; ++i) {
+    const auto made =
+        t.host->CreateCheckpoint(t.tenant, Handle(*info), {.tier = Tier::kStore}, Soon());
+    ASSERT_TRUE(made.ok()) << made.status();
+  }
+  EXPECT_EQ(Manifests(t), 20u);
+  store.is_away = true;
+  ASSERT_TRUE(t.host->Close(t.tenant, info->id, info->epoch).ok());
+  t.host->Quiesce();
+  EXPECT_EQ(store.num_deletes(), 1);
+  t.host->Tick();
+  t.host->Quiesce();
+  EXPECT_EQ(store.num_deletes(), 1) << "again only after a pause";
+  store.is_away = false;
+  clock.Advance(absl::Seconds(2));
+  t.host->Tick();
+  t.host->Quiesce();
+  EXPECT_EQ(Manifests(t), 0u);
+  EXPECT_EQ(store.num_deletes(), 21);
+  EXPECT_EQ(store.num_deadlines(), 2u) << "one for each job, however long its deletions take";
 }
 
 TEST(CheckpointTiersTest, AnEditOfSeveralThatIsRefusedVoidsNothing) {
