@@ -315,7 +315,13 @@ absl::StatusOr<CheckpointInfo> ModelHostImpl::CopyCheckpoint(const Tenant& tenan
     Release(saved->manifest, std::max<uint64_t>(1, saved->manifest_version));
   }
   if (!status.ok()) return status;
-  if (is_closed) return FindSequence(tenant, handle.id).status();
+  if (is_closed) {
+    // One of its id may be open again: that is another sequence.
+    return WithReason(
+        absl::NotFoundError(absl::StrCat("create checkpoint of sequence ", handle.id.ToString(),
+                                         ": it was closed while it was copied")),
+        "SEQUENCE_NOT_FOUND");
+  }
   return absl::AbortedError(absl::StrCat("create checkpoint of sequence ", handle.id.ToString(),
                                          ": it was cut in front of row ", info.length,
                                          " while it was copied"));

@@ -329,6 +329,30 @@ TEST(CheckpointTiersTest, WhatIsCutOrClosedWhileItIsCopiedIsNoCheckpoint) {
   EXPECT_EQ(Manifests(t), 0u);
 }
 
+TEST(CheckpointTiersTest, OneOfASequenceThatWasClosedAndOpenedAgainMeanwhileIsRefused) {
+  MemoryPageStore memory;
+  InterruptedStore store(&memory);
+  HostUnderTest t({.store = &store});
+  auto info = t.OpenAndFill(Tokens(0, 40));
+  ASSERT_TRUE(info.ok()) << info.status();
+  store.before_manifest = [&] {
+    const auto snapshot = t.host->Snapshot(t.tenant, Handle(*info), std::nullopt);
+    ASSERT_TRUE(snapshot.ok()) << snapshot.status();
+    const auto put = (*snapshot)->PutPages({}, Durability::kProcess, Soon());
+    ASSERT_TRUE(put.ok()) << put.status();
+    ASSERT_TRUE(t.host->Close(t.tenant, info->id, info->epoch).ok());
+    const auto again = t.host->OpenSaved(t.tenant, (*snapshot)->state(), put->pages, std::nullopt,
+                                         SequenceIdentity{info->id, info->epoch + 2});
+    ASSERT_TRUE(again.ok()) << again.status();
+  };
+  const absl::Status refused =
+      t.host->CreateCheckpoint(t.tenant, Handle(*info), {.tier = Tier::kStore}, Soon()).status();
+  EXPECT_EQ(GetReason(refused), "SEQUENCE_NOT_FOUND") << refused;
+  EXPECT_TRUE(t.host->ListCheckpoints(t.tenant, info->id)->empty());
+  t.host->Quiesce();
+  EXPECT_EQ(Manifests(t), 0u);
+}
+
 // Counts deletions of manifests, and refuses them while it is away.
 class CountingStore final : public DecoratingPageStore {
  public:
