@@ -195,6 +195,8 @@ absl::StatusOr<CheckpointInfo> ModelHostImpl::TakeCheckpoint(Sequence& sequence,
 void ModelHostImpl::TakeAutomaticCheckpoint(Sequence& sequence, uint64_t before) {
   const uint64_t step = uint64_t{options_.checkpoint_every_pages} * page_tokens();
   if (step == 0 || sequence.length() / step == before / step) return;
+  // Of a sequence that lost a page the next call cuts it; until then nothing of it can be sealed.
+  if (ValidLength(sequence) != sequence.length()) return;
   for (uint32_t g = 0; g < num_groups(); ++g) {
     if (!IsKept(CheckpointScope::kNonRewindable, g)) continue;
     // Without room for one there is none: the caller's own stay.

@@ -504,6 +504,56 @@ TEST(CheckpointTiersTest, AutomaticOnesComeEverySoManyPages) {
   EXPECT_TRUE(full.host->ListCheckpoints(full.tenant, plain->id)->empty());
 }
 
+// Gives some pages out as lost.
+class LossyStore final : public DecoratingPageStore {
+ public:
+  using DecoratingPageStore::DecoratingPageStore;
+  std::vector<GetPageResult> GetPages(std::span<const GetPage> pages,
+                                      MonotonicTime deadline) override {
+    if (!loses_pages) return DecoratingPageStore::GetPages(pages, deadline);
+    return std::vector<GetPageResult>(pages.size());  // misses
+  }
+  std::atomic<bool> loses_pages = false;
+};
+
+// A page that is lost and partly filled once ended the process when a commit was to seal it.
+TEST(CheckpointTiersTest, ACommitOverALostPageLeavesNoAutomaticOne) {
+  MemoryPageStore memory;
+  LossyStore store(&memory);
+  HostUnderTest t(
+      {.num_groups = 2, .store = &store, .window_tokens = kWindow, .checkpoint_every_pages = 1});
+  // Rows of two tails of others: the first page is partly filled and nobody writes behind it.
+  auto a = t.OpenAndFill(Tokens(100, 10));
+  auto b = t.OpenAndFill(Tokens(200, 4));
+  auto c = t.host->Open(t.tenant, {}, {}, {});
+  ASSERT_TRUE(a.ok() && b.ok() && c.ok());
+  const SequenceHandle handles[] = {Handle(*a), Handle(*b), Handle(c->info)};
+  const SequenceEdit edits[] = {ShiftPositionsEdit{b->number, {0, -1}, 10, OnShared::kCopy, false},
+                                CopyRangeEdit{a->number, c->info.number, {0, -1}, false},
+                                CopyRangeEdit{b->number, c->info.number, {10, -1}, false}};
+  auto edited = t.host->Edit(t.tenant, handles, edits);
+  ASSERT_TRUE(edited.ok()) << edited.status();
+  const SequenceInfo info = edited->infos[2];
+  ASSERT_EQ(info.length, 14u);
+  ASSERT_TRUE(t.host->Close(t.tenant, a->id, a->epoch).ok());
+  ASSERT_TRUE(t.host->Close(t.tenant, b->id, b->epoch).ok());
+  const ReserveItem item{Handle(info), 4};
+  auto slots = t.host->Reserve(t.tenant, {&item, 1}, absl::Seconds(30), false, Soon());
+  ASSERT_TRUE(slots.ok()) << slots.status();
+  ASSERT_TRUE(t.WriteAll(slots->front(), Tokens(300, 18)).ok());
+  // The first page leaves its frame, and the store has lost it when somebody reads.
+  ASSERT_TRUE(t.host->EvictPages(0, Soon()).ok());
+  store.loses_pages = true;
+  EXPECT_FALSE(t.host->PinRows(t.tenant, info.id, 1, 0, 10, Soon()).ok());
+  auto done = t.host->Commit(t.tenant, Handle(info), slots->front().pending_id, Tokens(314, 4));
+  ASSERT_TRUE(done.ok()) << done.status();
+  EXPECT_EQ(done->info.length, 18u);
+  EXPECT_TRUE(t.host->ListCheckpoints(t.tenant, info.id)->empty());
+  // The next change tells what was lost.
+  const absl::Status lost = t.host->CreateCheckpoint(t.tenant, Handle(info), {}, Soon()).status();
+  EXPECT_EQ(GetReason(lost), "PREFIX_LOST") << lost;
+}
+
 TEST(CheckpointTiersTest, TheOldestAutomaticOneGivesWayAndTheCallersNever) {
   HostUnderTest t(
       {.num_groups = 2, .num_frames = 64, .window_tokens = kWindow, .checkpoint_every_pages = 1});
