@@ -414,7 +414,7 @@ struct CheckpointInfo {
   uint64_t copied_bytes = 0;  // kHost: of its copy; kStore: of page bodies that were sent
   std::optional<absl::Time> expires_at;  // kStore
   // kNonRewindable: the sequence was cut or edited in front of `length` since, so that there is
-  // nothing to go back to any more.
+  // nothing to go back to any more. It holds neither pages nor memory nor a manifest then.
   bool is_void = false;
 };
 
@@ -659,8 +659,8 @@ class ModelHost {
                                                   std::optional<uint64_t> length) = 0;
 
   // --- checkpoints ---
-  // The sequence as it is; ends with it. At most 32 a sequence: the oldest automatic one gives way;
-  // RESOURCE_EXHAUSTED (TOO_MANY_CHECKPOINTS) without one. kHost: waits for pages that are not
+  // The sequence as it is; ends with it. At most 32 a sequence: an automatic one gives way, a void
+  // one first, then the oldest; RESOURCE_EXHAUSTED (TOO_MANY_CHECKPOINTS) without one. kHost: waits for pages that are not
   // resident; RESOURCE_EXHAUSTED (CHECKPOINT_MEMORY). kStore: durable when it answers;
   // FAILED_PRECONDITION (NO_STORE, STALE_EPOCH), INVALID_ARGUMENT (ttl), the store's errors.
   virtual absl::StatusOr<CheckpointInfo> CreateCheckpoint(const Tenant& tenant,

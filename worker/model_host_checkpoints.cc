@@ -36,7 +36,8 @@ absl::Status NotFound(SequenceId sequence, uint64_t id) {
 // ---- what goes --------------------------------------------------------------------------------
 
 void ModelHostImpl::DropCheckpoint(const Checkpoint& checkpoint) {
-  if (!checkpoint.is_ready) return;  // who makes it sees that it is gone
+  // One in the making: who makes it sees that it is gone. A void one holds nothing any more.
+  if (!checkpoint.is_ready || checkpoint.info.is_void) return;
   for (const PageTable& table : checkpoint.rows.tables) {
     for (const Extent& extent : table.extents()) pages_.Unref(pages_.Get(extent.page));
   }
@@ -112,9 +113,15 @@ void ModelHostImpl::EndReleases(std::deque<ReleasedManifest> left) {
 
 void ModelHostImpl::VoidCheckpoints(Sequence& sequence, uint64_t rows) {
   for (Checkpoint& checkpoint : sequence.checkpoints) {
-    if (checkpoint.info.scope == CheckpointScope::kNonRewindable && checkpoint.info.length > rows) {
-      checkpoint.info.is_void = true;
+    if (checkpoint.info.scope != CheckpointScope::kNonRewindable ||
+        checkpoint.info.length <= rows) {
+      continue;
     }
+    // What it held goes; the entry stays, to say why there is nothing to go back to.
+    DropCheckpoint(checkpoint);
+    checkpoint.rows = {};
+    checkpoint.saved = nullptr;
+    checkpoint.info.is_void = true;
   }
 }
 
@@ -150,8 +157,14 @@ uint64_t ModelHostImpl::CommonRows(const SequenceRows& a, const SequenceRows& b)
 absl::Status ModelHostImpl::MakeCheckpointRoom(Sequence& sequence) {
   std::vector<Checkpoint>& all = sequence.checkpoints;
   if (all.size() < kMaxCheckpoints) return absl::OkStatus();
-  const auto oldest =
-      std::find_if(all.begin(), all.end(), [](const Checkpoint& c) { return c.info.is_automatic; });
+  // One that nobody can go back to before one that somebody may want.
+  auto oldest = std::find_if(all.begin(), all.end(), [](const Checkpoint& c) {
+    return c.info.is_automatic && c.info.is_void;
+  });
+  if (oldest == all.end()) {
+    oldest = std::find_if(all.begin(), all.end(),
+                          [](const Checkpoint& c) { return c.info.is_automatic; });
+  }
   if (oldest == all.end()) {
     return WithReason(absl::ResourceExhaustedError(absl::StrCat(
                           "create checkpoint of sequence ", sequence.id.ToString(), ": it has ",

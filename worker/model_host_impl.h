@@ -461,7 +461,7 @@ class ModelHostImpl final : public ModelHost {
   bool IsKept(CheckpointScope scope, uint32_t group) const {
     return scope == CheckpointScope::kAll || traits_[group].is_whole || traits_[group].forgets();
   }
-  // Room for one more; the oldest automatic one may go.
+  // Room for one more: an automatic one that is void may go, or else the oldest automatic one.
   absl::Status MakeCheckpointRoom(Sequence& sequence) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
   absl::StatusOr<CheckpointInfo> TakeCheckpoint(Sequence& sequence, CheckpointScope scope,
                                                 bool is_automatic)
@@ -510,8 +510,8 @@ class ModelHostImpl final : public ModelHost {
                        const std::vector<PrefixKey>& keys) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
   void DropCheckpoint(const Checkpoint& checkpoint) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
   // The sequence keeps only `rows` of the rows it had: what checkpoints relied on behind them is
-  // gone.
-  static void VoidCheckpoints(Sequence& sequence, uint64_t rows);
+  // gone, and they let go of what they hold.
+  void VoidCheckpoints(Sequence& sequence, uint64_t rows) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
   // Leading rows that `a` and `b` have in the same slots in groups that can be rewound by cutting.
   uint64_t CommonRows(const SequenceRows& a, const SequenceRows& b) const;
   // The manifest of a checkpoint that ended is to be deleted.

@@ -504,6 +504,38 @@ TEST(CheckpointTiersTest, AutomaticOnesComeEverySoManyPages) {
   EXPECT_TRUE(full.host->ListCheckpoints(full.tenant, plain->id)->empty());
 }
 
+TEST(CheckpointTiersTest, AVoidOneHoldsNothing) {
+  for (const Tier tier : {Tier::kDevice, Tier::kHost, Tier::kStore}) {
+    SCOPED_TRACE(TierName(tier));
+    HostUnderTest t({.num_groups = 2, .num_frames = 32, .window_tokens = kWindow});
+    const std::vector<uint32_t> tokens = Tokens(0, 100);
+    auto info = t.OpenAndFill(std::vector<uint32_t>(tokens.begin(), tokens.begin() + 40));
+    ASSERT_TRUE(info.ok()) << info.status();
+    const CheckpointOptions options{.scope = CheckpointScope::kNonRewindable, .tier = tier};
+    auto point = t.host->CreateCheckpoint(t.tenant, Handle(*info), options, Soon());
+    ASSERT_TRUE(point.ok()) << point.status();
+    // Behind the window the sequence lets go of the first pages; the checkpoint has them still.
+    info = t.Append(*info, tokens);
+    ASSERT_TRUE(info.ok()) << info.status();
+    const SequenceEdit clear = ClearEdit{info->number};
+    const SequenceHandle handle = Handle(*info);
+    ASSERT_TRUE(t.host->Edit(t.tenant, {&handle, 1}, {&clear, 1}).ok());
+    ASSERT_TRUE(t.host->ListCheckpoints(t.tenant, info->id)->front().is_void);
+    t.host->Quiesce();
+    t.host->ClearCache(false);
+    EXPECT_EQ(FreeFrames(t), 64u);
+    EXPECT_EQ(t.host->Load().checkpoint_host_bytes, 0u);
+    EXPECT_EQ(Manifests(t), 0u);
+    EXPECT_EQ(GetReason(t.host->RestoreCheckpoint(t.tenant, handle, point->id, Soon()).status()),
+              "CHECKPOINT_VOID");
+    // And goes once.
+    ASSERT_TRUE(t.host->DeleteCheckpoint(t.tenant, handle, point->id).ok());
+    ASSERT_TRUE(t.host->Close(t.tenant, info->id, info->epoch).ok());
+    t.host->Quiesce();
+    EXPECT_EQ(FreeFrames(t), 64u);
+  }
+}
+
 // Gives some pages out as lost.
 class LossyStore final : public DecoratingPageStore {
  public:
@@ -571,6 +603,31 @@ TEST(CheckpointTiersTest, TheOldestAutomaticOneGivesWayAndTheCallersNever) {
   ASSERT_EQ(list->size(), 32u);
   EXPECT_EQ(list->front().id, own->id);
   EXPECT_EQ(list->back().length, tokens.size());
+}
+
+TEST(CheckpointTiersTest, AVoidAutomaticOneGivesWayBeforeTheOldest) {
+  HostUnderTest t(
+      {.num_groups = 2, .num_frames = 64, .window_tokens = kWindow, .checkpoint_every_pages = 1});
+  std::vector<uint32_t> tokens = Tokens(0, 16);
+  auto info = t.OpenAndFill(tokens);
+  for (uint32_t i = 0; i < 4 && info.ok(); ++i) {
+    tokens = Concat(tokens, Tokens(100 + 20 * i, 16));
+    info = t.Append(*info, tokens);
+  }
+  ASSERT_TRUE(info.ok()) << info.status();
+  auto cut = t.host->Rewind(t.tenant, Handle(*info), 79);  // of 80
+  ASSERT_TRUE(cut.ok()) << cut.status();
+  for (int i = 0; i < 27; ++i) {
+    ASSERT_TRUE(t.host->CreateCheckpoint(t.tenant, Handle(cut->info), {}, Soon()).ok());
+  }
+  auto list = t.host->ListCheckpoints(t.tenant, info->id);
+  ASSERT_EQ(list->size(), 32u);
+  ASSERT_TRUE((*list)[4].is_void);
+  ASSERT_TRUE(t.host->CreateCheckpoint(t.tenant, Handle(cut->info), {}, Soon()).ok());
+  list = t.host->ListCheckpoints(t.tenant, info->id);
+  ASSERT_EQ(list->size(), 32u);
+  EXPECT_EQ(list->front().length, 16u);
+  for (const CheckpointInfo& checkpoint : *list) EXPECT_FALSE(checkpoint.is_void);
 }
 
 }  // namespace
