@@ -669,7 +669,8 @@ class ModelHost {
                                                           MonotonicTime deadline) = 0;
   // NOT_FOUND (CHECKPOINT_NOT_FOUND), FAILED_PRECONDITION (CHECKPOINT_VOID, CHECKPOINT_EXPIRED).
   // The checkpoint stays. If one of its pages was lost since, the sequence becomes the valid prefix
-  // of it. A copy in host memory waits for frames: RESOURCE_EXHAUSTED (POOL_EXHAUSTED).
+  // of it. A copy in host memory waits for frames: RESOURCE_EXHAUSTED (POOL_EXHAUSTED); of one whose
+  // pages the store does not have all must fit: INVALID_ARGUMENT (POOL_TOO_SMALL).
   virtual absl::StatusOr<SequenceInfo> RestoreCheckpoint(const Tenant& tenant,
                                                          const SequenceHandle& sequence,
                                                          uint64_t checkpoint_id,

@@ -406,20 +406,36 @@ absl::StatusOr<std::vector<PageId>> ModelHostImpl::BringBack(const SequencePtr& 
   std::vector<CopiedPage> copied;  // in the order of their rows, by group
   std::vector<std::optional<PageId>> known(saved.copies.size());  // with a reference
   std::vector<bool> is_seen(saved.copies.size());
+  std::vector<std::pair<CopiedPage, PageId>> stored;  // not resident, but the store has them
   Need need;
   need.fresh.assign(num_groups(), 0);
+  const auto take = [&](uint32_t index, PageId id) {
+    mu_.AssertHeld();
+    known[index] = id;
+    pages_.Ref(pages_.Get(id));
+  };
   for (uint32_t g = 0; g < num_groups(); ++g) {
     for (const SavedExtent& extent : saved.state.groups[g]) {
       if (is_seen[extent.page]) continue;
       is_seen[extent.page] = true;
       copied.push_back({extent.page, g, &extent});
       const Page* page = FindSavedPage(g, extent, saved.pages[extent.page], keys);
-      if (page == nullptr || !page->is_readable()) {
+      if (page != nullptr && page->is_readable()) {
+        take(extent.page, page->id());
+      } else if (page != nullptr && page->state() == PageState::kStored) {
+        stored.emplace_back(copied.back(), page->id());
+      } else {
         ++need.fresh[g];
-        continue;
       }
-      known[extent.page] = page->id();
-      pages_.Ref(pages_.Get(page->id()));
+    }
+  }
+  // They come from the copy too, as far as frames can hold all at once; the others stay in the
+  // store until somebody reads them, so that a sequence larger than the pool comes back.
+  for (const auto& [page, id] : stored) {
+    if (need.fresh[page.group] < num_frames_) {
+      ++need.fresh[page.group];
+    } else {
+      take(page.page, id);
     }
   }
   Acquired got;
