@@ -552,11 +552,7 @@ absl::StatusOr<SequenceInfo> ModelHostImpl::RestoreLocked(const Tenant& tenant,
     if (info.tier == Tier::kHost) {
       // Unlocks: `found` is void from here on.
       PT_ASSIGN_OR_RETURN(pages, BringBack(sequence, *saved, keys, deadline));
-      for (const std::vector<SavedExtent>& group : state.groups) {
-        for (const SavedExtent& extent : group) extra.push_back(pages[extent.page]);
-      }
-      std::sort(extra.begin(), extra.end());
-      extra.erase(std::unique(extra.begin(), extra.end()), extra.end());
+      extra = pages;  // one each, also where two copies of equal bytes are one page by now
     }
     rows = SavedRows(state, info.length, keys,
                      [&](uint32_t g, const PageTable& table, const SavedExtent& extent) -> Page& {

@@ -178,6 +178,59 @@ TEST(EditedSessionTest, ACheckpointBringsBackAnEditedSequenceAndOneFromBeforeIts
   t.host->Quiesce();
 }
 
+// Two copies of equal bytes that are one page when they come back: each has its reference.
+TEST(EditedSessionTest, ACheckpointWithTwoEqualPagesLeavesNoReferenceBehind) {
+  MemoryPageStore store;
+  HostUnderTest t({.store = &store});
+  const std::vector<uint32_t> tokens = Tokens(100, 10);
+  auto a = t.OpenAndFill(tokens);
+  ASSERT_TRUE(a.ok()) << a.status();
+  auto opened = t.host->Open(t.tenant, tokens, {}, {.no_reuse = true});
+  ASSERT_TRUE(opened.ok()) << opened.status();
+  auto b = t.Append(opened->info, tokens);
+  auto both = t.host->Open(t.tenant, {}, {}, {});
+  ASSERT_TRUE(b.ok() && both.ok());
+  const std::vector<SequenceHandle> handles = {HandleOf(*a), HandleOf(*b), HandleOf(both->info)};
+  const std::vector<SequenceEdit> edits = {
+      ShiftPositionsEdit{b->number, {0, -1}, 10, OnShared::kCopy, false},
+      CopyRangeEdit{a->number, both->info.number, {0, -1}, false},
+      CopyRangeEdit{b->number, both->info.number, {0, -1}, false}};
+  auto edited = t.host->Edit(t.tenant, handles, edits);
+  ASSERT_TRUE(edited.ok()) << edited.status();
+  const SequenceInfo info = edited->infos[2];
+  ASSERT_EQ(info.num_pages, 2u);
+  auto point = t.host->CreateCheckpoint(t.tenant, HandleOf(info), {.tier = Tier::kHost},
+                                        HostUnderTest::Soon());
+  ASSERT_TRUE(point.ok()) << point.status();
+  ASSERT_EQ(point->num_pages, 2u);
+  // The same state, saved and loaded: one page stands for both, as they are one record.
+  auto snapshot = t.host->Snapshot(t.tenant, HandleOf(info), std::nullopt);
+  ASSERT_TRUE(snapshot.ok()) << snapshot.status();
+  auto put = (*snapshot)->PutPages({}, Durability::kProcess, HostUnderTest::Soon());
+  ASSERT_TRUE(put.ok()) << put.status();
+  ASSERT_EQ(put->pages[0].key, put->pages[1].key);
+  auto loaded =
+      t.host->OpenSaved(t.tenant, (*snapshot)->state(), put->pages, std::nullopt, std::nullopt);
+  ASSERT_TRUE(loaded.ok()) << loaded.status();
+  ASSERT_EQ(loaded->info.num_pages, 1u);
+  ASSERT_TRUE(t.WaitReady(loaded->info.id).ok());
+  snapshot->reset();
+  const std::string rows = RowsOf(t, info.id);
+  auto cleared = t.host->Clear(t.tenant, HandleOf(info), /*zero_data=*/false);
+  ASSERT_TRUE(cleared.ok()) << cleared.status();
+  auto restored =
+      t.host->RestoreCheckpoint(t.tenant, HandleOf(info), point->id, HostUnderTest::Soon());
+  ASSERT_TRUE(restored.ok()) << restored.status();
+  EXPECT_EQ(restored->num_pages, 1u);
+  EXPECT_EQ(RowsOf(t, info.id), rows);
+  for (const SequenceInfo& open : {*a, *b, info, loaded->info}) {
+    ASSERT_TRUE(t.host->Close(t.tenant, open.id, open.epoch).ok());
+  }
+  t.host->Quiesce();
+  t.host->ClearCache(false);
+  EXPECT_EQ(t.host->Usage()[0].free_frames, t.host->Usage()[0].num_frames);
+}
+
 TEST(EditedSessionTest, ACompactedSaveHasNoPagesOfRowsThatWereRemoved) {
   MemoryPageStore store;
   SessionWorker a(&store, {.num_frames = 64, .write_through = false});
