@@ -301,6 +301,7 @@ grpc::ServerReadReactor<v1::ImportSequenceRequest>* SessionServiceImpl::ImportSe
   if (taken.ok()) {
     // Shared only because a task must be copyable.
     std::shared_ptr<StreamSlots::Slot> slot = *std::move(taken);
+    stream->StartSendInitialMetadata();  // tells the caller that it has a place
     status = import_threads_.Schedule([this, call, stream, finish, slot]() mutable {
       auto answer = ImportOnce(call, stream);
       slot.reset();  // free when the caller has its answer

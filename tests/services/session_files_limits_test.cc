@@ -19,13 +19,21 @@ class SessionFilesLimitsTest : public SessionFilesTest {
  protected:
   // An import that is open; nothing of it is sent but what the caller sends.
   struct OpenImport {
+    explicit OpenImport(absl::Duration timeout) : context(timeout) {}
     TestContext context;
     v1::ImportSequenceResponse response;
-    std::unique_ptr<grpc::ClientWriterInterface<v1::ImportSequenceRequest>> stream;
+    std::unique_ptr<grpc::ClientWriter<v1::ImportSequenceRequest>> stream;
   };
-  std::unique_ptr<OpenImport> BeginImport() {
-    auto import = std::make_unique<OpenImport>();
+  std::unique_ptr<OpenImport> BeginImport(absl::Duration timeout = absl::Seconds(120)) {
+    auto import = std::make_unique<OpenImport>(timeout);
     import->stream = sessions_->ImportSequence(&import->context, &import->response);
+    return import;
+  }
+  // One that has its place.
+  std::unique_ptr<OpenImport> TakePlace(absl::Duration timeout = absl::Seconds(120)) {
+    auto import = BeginImport(timeout);
+    EXPECT_TRUE(import->stream->Write(Header()));
+    import->stream->WaitForInitialMetadata();
     return import;
   }
   v1::ImportSequenceRequest Header(const std::string& request_id = "") {
@@ -43,7 +51,7 @@ class SessionFilesLimitsTest : public SessionFilesTest {
 };
 
 TEST_F(SessionFilesLimitsTest, AnImportThatSendsNothingEndsWithAClearAnswer) {
-  max_idle_ = absl::Milliseconds(300);
+  max_idle_ = absl::Seconds(3);  // time enough to send what is sent
   Start(LlamaSpec());
   const Held before = WhatIsHeld();
   const std::string file = TestFile("llama_cpp_v2_full_plain.ggsq");
@@ -57,9 +65,9 @@ TEST_F(SessionFilesLimitsTest, AnImportThatSendsNothingEndsWithAClearAnswer) {
     part.set_data(file.substr(0, 100));
     ASSERT_TRUE(imports.back()->stream->Write(part));
   }
-  const char* const kTexts[] = {"import sequence: nothing came for 300ms behind byte 0",
-                                "import sequence r1: nothing came for 300ms behind byte 0",
-                                "import sequence r2: nothing came for 300ms behind byte 100"};
+  const char* const kTexts[] = {"import sequence: nothing came for 3s behind byte 0",
+                                "import sequence r1: nothing came for 3s behind byte 0",
+                                "import sequence r2: nothing came for 3s behind byte 100"};
   for (size_t i = 0; i < imports.size(); ++i) {
     const absl::Status ended = FromGrpcStatus(imports[i]->stream->Finish());
     EXPECT_TRUE(absl::IsDeadlineExceeded(ended)) << ended;
@@ -77,16 +85,9 @@ TEST_F(SessionFilesLimitsTest, AnImportThatSendsNothingEndsWithAClearAnswer) {
 TEST_F(SessionFilesLimitsTest, OneTenantHasHalfThePlacesForImports) {
   Start(LlamaSpec());
   std::vector<std::unique_ptr<OpenImport>> imports;
-  for (int i = 0; i < 4; ++i) {
-    imports.push_back(BeginImport());
-    ASSERT_TRUE(imports.back()->stream->Write(Header()));
-  }
-  // Once all four have begun, no fifth does.
-  absl::Status fifth;
-  EXPECT_TRUE(testing::Eventually([&] {
-    fifth = TryToImport();
-    return GetReason(fifth) == "TOO_MANY_IMPORTS";
-  })) << fifth;
+  for (int i = 0; i < 4; ++i) imports.push_back(TakePlace());
+  const absl::Status fifth = TryToImport();
+  EXPECT_EQ(GetReason(fifth), "TOO_MANY_IMPORTS") << fifth;
   EXPECT_TRUE(absl::IsResourceExhausted(fifth));
   EXPECT_THAT(std::string(fifth.message()),
               HasSubstr("4 imports of this tenant are running, the limit is 4"));
@@ -104,6 +105,37 @@ TEST_F(SessionFilesLimitsTest, OneTenantHasHalfThePlacesForImports) {
     EXPECT_FALSE(imports[i]->stream->Finish().ok());
   }
   EXPECT_TRUE(testing::Eventually([&] { return absl::IsNotFound(TryToImport()); }));
+}
+
+TEST_F(SessionFilesLimitsTest, AnImportWhoseCallersTimeIsUpGivesItsPlaceBack) {
+  max_idle_ = absl::Hours(1);
+  Start(LlamaSpec());
+  std::vector<std::unique_ptr<OpenImport>> imports;
+  for (int i = 0; i < 4; ++i) {
+    imports.push_back(BeginImport(absl::Seconds(3)));
+    imports.back()->stream->Write(Header());
+  }
+  for (const auto& import : imports) {
+    const grpc::Status ended = import->stream->Finish();
+    EXPECT_EQ(ended.error_code(), grpc::StatusCode::DEADLINE_EXCEEDED) << ended.error_message();
+  }
+  absl::Status next;
+  EXPECT_TRUE(testing::Eventually([&] {
+    next = TryToImport();
+    return absl::IsNotFound(next);  // of a model that nobody knows: it was let in
+  })) << next;
+}
+
+TEST_F(SessionFilesLimitsTest, AStopDoesNotWaitForAnImportThatSendsNothing) {
+  max_idle_ = absl::Hours(1);
+  Start(LlamaSpec());
+  const auto import = TakePlace();
+  role_->Drain(absl::ZeroDuration());
+  const grpc::Status ended = import->stream->Finish();
+  EXPECT_FALSE(ended.ok());
+  EXPECT_NE(ended.error_code(), grpc::StatusCode::DEADLINE_EXCEEDED) << ended.error_message();
+  client_.reset();
+  role_.reset();
 }
 
 TEST_F(SessionFilesLimitsTest, OneTenantHasHalfThePlacesForExports) {

@@ -7,6 +7,7 @@
 #include <fstream>
 #include <string>
 
+#include "absl/strings/str_cat.h"
 #include "services/config_flags.h"
 #include "services/text_config.h"
 #include "tests/support/process.h"
@@ -96,6 +97,42 @@ TEST(WorkerConfigTest, FlagsSetTheirFields) {
   EXPECT_EQ(config.spill_high_watermark(), 0.5);
   EXPECT_EQ(config.io_threads(), 3);
   EXPECT_FALSE(config.has_pool_bytes());
+}
+
+TEST(WorkerConfigTest, CheckpointsHaveTheirFlags) {
+  config::WorkerConfig config;
+  CLI::App app;
+  AddConfigFlags(&app, &config, WorkerFlagHelp());
+  app.parse("--checkpoint-host-bytes 3MiB --checkpoint-every-pages 5");
+  const auto options = WorkerOptionsFromConfig(config);
+  ASSERT_TRUE(options.ok()) << options.status();
+  EXPECT_EQ(options->worker.host.checkpoint_host_bytes, 3 * kMiB);
+  EXPECT_EQ(options->worker.host.checkpoint_every_pages, 5u);
+  const auto defaults = WorkerOptionsFromConfig({});
+  ASSERT_TRUE(defaults.ok()) << defaults.status();
+  EXPECT_EQ(defaults->worker.host.checkpoint_host_bytes, 256 * kMiB);
+  EXPECT_EQ(defaults->worker.host.checkpoint_every_pages, 0u);
+  config.set_checkpoint_host_bytes("much");
+  const absl::Status refused = WorkerOptionsFromConfig(config).status();
+  EXPECT_TRUE(absl::IsInvalidArgument(refused)) << refused;
+  EXPECT_THAT(std::string(refused.message()), HasSubstr("checkpoint_host_bytes: "));
+}
+
+TEST(WorkerConfigTest, AnImportIdlesForASecondToAnHour) {
+  config::WorkerConfig config;
+  for (const uint32_t bad : {0u, 3601u}) {
+    config.set_import_idle_seconds(bad);
+    const absl::Status refused = WorkerOptionsFromConfig(config).status();
+    EXPECT_TRUE(absl::IsInvalidArgument(refused)) << refused;
+    EXPECT_EQ(refused.message(),
+              absl::StrCat("import_idle_seconds is ", bad, ", must be 1 to 3600"));
+  }
+  for (const uint32_t good : {1u, 3600u}) {
+    config.set_import_idle_seconds(good);
+    const auto options = WorkerOptionsFromConfig(config);
+    ASSERT_TRUE(options.ok()) << options.status();
+    EXPECT_EQ(options->file_limits.max_idle, absl::Seconds(good));
+  }
 }
 
 }  // namespace

@@ -268,11 +268,16 @@ TEST(EditedSessionTest, ACompactedSaveHasNoPagesOfRowsThatWereRemoved) {
 }
 
 TEST(EditedSessionTest, OfAWindowOnlyWhatTheNextTokenSeesIsSaved) {
-  // 10 pages of the full group; of the window of 24 tokens rows 137 to 159: pages 8 and 9.
+  // 10 pages of the full group; of the window of 24 tokens rows 137 to 159: pages 8 and 9. The
+  // sequence itself keeps all rows of the window.
   MemoryPageStore store;
   HostUnderTest t({.num_groups = 2, .num_frames = 32, .store = &store, .window_tokens = 24});
-  auto info = t.OpenAndFill(Tokens(0, 160));
+  const std::vector<uint32_t> tokens = Tokens(0, 160);
+  auto opened = t.host->Open(t.tenant, tokens, {}, {.keeps_masked_rows = true});
+  ASSERT_TRUE(opened.ok()) << opened.status();
+  auto info = t.Append(opened->info, tokens);
   ASSERT_TRUE(info.ok()) << info.status();
+  ASSERT_EQ(info->num_pages, 20u);
   auto snapshot = t.host->Snapshot(t.tenant, HandleOf(*info), std::nullopt);
   ASSERT_TRUE(snapshot.ok()) << snapshot.status();
   auto put = (*snapshot)->PutPages({}, Durability::kProcess, HostUnderTest::Soon());
