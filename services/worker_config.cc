@@ -55,8 +55,9 @@ std::map<std::string, std::string> WorkerFlagHelp() {
        "Milliseconds that this worker's lease in the store lives: so much later a dead worker's "
        "parked sequences can be taken over (200 to 600000, default 5000)"},
       {"sequence_idle_ms",
-       "Milliseconds without a call on it after which a sequence is closed; 0: never (default "
-       "3600000)"},
+       "Milliseconds without a call on it after which a sequence is closed, at least 1000; 0: "
+       "never "
+       "(default 3600000)"},
       {"log_level", "debug, info (default), warning or error"},
       {"reserve_memory", "Take the pool's memory when a model is loaded (default false)"},
       {"unsafe_skip_verify", "Tests only: do not compare checksums on restore"}};
@@ -128,6 +129,11 @@ absl::StatusOr<WorkerRole::Options> WorkerOptionsFromConfig(const config::Worker
     options.store_lease_ttl = absl::Milliseconds(config.store_lease_ms());
   }
   if (config.has_sequence_idle_ms()) {
+    if (config.sequence_idle_ms() > 0 && config.sequence_idle_ms() < 1000) {
+      return absl::InvalidArgumentError(absl::StrCat("sequence_idle_ms is ",
+                                                     config.sequence_idle_ms(),
+                                                     ", must be 0 (never) or at least 1000"));
+    }
     worker.host.sequence_idle = absl::Milliseconds(config.sequence_idle_ms());
   }
   if (config.has_import_dir()) options.file_limits.folder = config.import_dir();

@@ -17,7 +17,10 @@ std::vector<IdleSequence> ModelHostImpl::CloseIdle() {
     std::vector<SequencePtr> idle;
     for (const auto& [number, sequence] : sequences_) {
       // A pending write ends by its lease or with its stream; until then its sequence is in use.
-      if (sequence->pending == nullptr && now - sequence->last_call >= options_.sequence_idle) {
+      if (sequence->pending != nullptr) continue;
+      if (sequence.use_count() > 1) {  // a call on it is running: it counts from its end
+        sequence->last_call = now;
+      } else if (now - sequence->last_call >= options_.sequence_idle) {
         idle.push_back(sequence);
       }
     }

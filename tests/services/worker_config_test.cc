@@ -118,6 +118,20 @@ TEST(WorkerConfigTest, CheckpointsHaveTheirFlags) {
   EXPECT_THAT(std::string(refused.message()), HasSubstr("checkpoint_host_bytes: "));
 }
 
+TEST(WorkerConfigTest, ASequenceIdlesForASecondOrMoreOrForEver) {
+  config::WorkerConfig config;
+  config.set_sequence_idle_ms(999);
+  const absl::Status refused = WorkerOptionsFromConfig(config).status();
+  EXPECT_TRUE(absl::IsInvalidArgument(refused)) << refused;
+  EXPECT_EQ(refused.message(), "sequence_idle_ms is 999, must be 0 (never) or at least 1000");
+  for (const uint32_t good : {0u, 1000u}) {
+    config.set_sequence_idle_ms(good);
+    const auto options = WorkerOptionsFromConfig(config);
+    ASSERT_TRUE(options.ok()) << options.status();
+    EXPECT_EQ(options->worker.host.sequence_idle, absl::Milliseconds(good));
+  }
+}
+
 TEST(WorkerConfigTest, AnImportIdlesForASecondToAnHour) {
   config::WorkerConfig config;
   for (const uint32_t bad : {0u, 3601u}) {

@@ -71,6 +71,21 @@ TEST_F(IdleSequencesTest, APendingWriteIsUse) {
   EXPECT_THAT(After(absl::Seconds(1), t), ElementsAre(info->id));
 }
 
+TEST_F(IdleSequencesTest, ACallThatRunsIsUseUntilItsEnd) {
+  const SequenceInfo info = Fill(0, 40);
+  bool was_told = false;
+  const absl::Status watched =
+      t_.host->WatchReadiness(t_.tenant, info.id, HostUnderTest::Soon(), [&](const Readiness&) {
+        was_told = true;
+        EXPECT_THAT(After(absl::Hours(2)), IsEmpty()) << "closed under a call";
+        return true;
+      });
+  EXPECT_TRUE(watched.ok()) << watched;
+  EXPECT_TRUE(was_told);
+  EXPECT_THAT(After(absl::Minutes(59)), IsEmpty());
+  EXPECT_THAT(After(absl::Minutes(1)), ElementsAre(info.id));
+}
+
 TEST_F(IdleSequencesTest, AForkIsUseOfItsSourceAndCountsForItself) {
   const SequenceInfo source = Fill(0, 20);
   clock_.Advance(absl::Minutes(59));
