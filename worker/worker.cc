@@ -82,7 +82,8 @@ void Worker::TickLoop() {
       host->Tick();
       for (const IdleSequence& idle : host->CloseIdle()) {
         if (ports_.on_sequence_idle) ports_.on_sequence_idle(idle);
-        NoteClosed(idle.id);
+        // It may have been resumed here meanwhile: then it is open, under another epoch.
+        if (!host->Has(idle.id)) NoteClosed(idle.id);
         LogInfo("worker", "sequence ", idle.id.ToString(),
                 " is closed: no call was made on it for ",
                 absl::FormatDuration(options_.host.sequence_idle));

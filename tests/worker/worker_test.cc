@@ -195,5 +195,53 @@ TEST_F(WorkerTest, TheTickerFeedsTheMetricsAndEndsLeases) {
       << metrics_.Sum("pagetide_worker_frames");
 }
 
+TEST_F(WorkerTest, AnIdleSequenceThatWasResumedAtOnceIsNotToldClosed) {
+  Mutex mu;
+  std::vector<std::string> events;
+  ModelHost* host = nullptr;
+  Worker::Options options;
+  options.incarnation = 5;
+  options.pool_bytes = 64 * kPageBytes;
+  options.host.sequence_idle = absl::Milliseconds(50);
+  Worker::Ports ports{.device = &device_,
+                      .store = &store_,
+                      .io = &io_,
+                      .clock = Clock::Real(),
+                      .metrics = &metrics_,
+                      .parse_model = ParseName};
+  const Tenant tenant{"default", DeriveTenantSalt("secret", "default")};
+  std::unique_ptr<StateSnapshot> saved;
+  ports.on_sequence_idle = [&](const IdleSequence& idle) {
+    MutexLock lock(&mu);
+    events.push_back("idle");
+    if (events.size() > 1) return;
+    // A call of the client that came just then.
+    const auto resumed = host->OpenSaved(tenant, saved->state(), {}, std::nullopt,
+                                         SequenceIdentity{idle.id, idle.epoch + 2});
+    EXPECT_TRUE(resumed.ok()) << resumed.status();
+  };
+  ports.on_sequence_closed = [&](SequenceId) {
+    MutexLock lock(&mu);
+    events.push_back("closed");
+  };
+  auto worker = Worker::Create(options, ports);
+  ASSERT_TRUE(worker.ok()) << worker.status();
+  host = (*worker)->HostOfModel(Register("a"), Soon()).value();
+  const auto opened = host->Open(tenant, {}, {}, {});
+  ASSERT_TRUE(opened.ok()) << opened.status();
+  auto snapshot = host->Snapshot(tenant, {opened->info.id, opened->info.epoch}, std::nullopt);
+  ASSERT_TRUE(snapshot.ok()) << snapshot.status();
+  saved = *std::move(snapshot);
+  (*worker)->Start();
+  EXPECT_TRUE(testing::Eventually([&] {
+    MutexLock lock(&mu);
+    return !events.empty() && events.back() == "closed" &&
+           std::count(events.begin(), events.end(), "idle") == 2;
+  }));
+  (*worker)->Stop();
+  EXPECT_THAT(events, ::testing::ElementsAre("idle", "idle", "closed"));
+  saved.reset();  // before its host
+}
+
 }  // namespace
 }  // namespace pagetide
