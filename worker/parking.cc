@@ -178,9 +178,11 @@ void Parking::GiveUpIdle(MonotonicTime deadline) {
     const absl::Status given =
         store_->CompareAndSetRecord(kOwnerRecordKind, RecordKey(id), epoch, kParkedValue, deadline)
             .status();
-    // Not ours any more: taken over, resumed or closed meanwhile.
-    if (!given.ok() && GetReason(given) != error_reason::kVersionMismatch) return;
-    Forget(id, epoch);
+    Count("give_up", given);
+    if (absl::IsUnavailable(given) || absl::IsDeadlineExceeded(given)) return;
+    // A mismatch: not ours any more, but taken over, resumed or closed meanwhile. A record that
+    // cannot be written does not hold up the others.
+    if (given.ok() || GetReason(given) == error_reason::kVersionMismatch) Forget(id, epoch);
   }
 }
 

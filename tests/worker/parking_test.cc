@@ -37,12 +37,16 @@ class HookedStore final : public DecoratingPageStore {
                                                uint64_t expected_version,
                                                std::optional<absl::string_view> value,
                                                MonotonicTime deadline) override {
+    if (!unwritable_key.empty() && key == unwritable_key) {
+      return absl::InvalidArgumentError("this record cannot be written");
+    }
     const auto set = inner()->CompareAndSetRecord(kind, key, expected_version, value, deadline);
     if (after_give_up && value == "parked") std::exchange(after_give_up, nullptr)();
     return set;
   }
   std::function<void()> before_manifest;
   std::function<void()> after_give_up;
+  std::string unwritable_key;
 };
 
 struct ParkingWorker : SessionWorker {
@@ -426,6 +430,24 @@ TEST_F(ParkingTest, WhatWasParkedOfAnIdleSequenceCanBeResumedElsewhereAtOnce) {
   ASSERT_TRUE(resumed.ok()) << resumed.status();
   EXPECT_FALSE(resumed->was_taken_over);
   EXPECT_EQ(WrongRows(b_, info.id, tokens_), 0u);
+}
+
+TEST_F(ParkingTest, AnIdleSequenceThatCannotBeGivenUpDoesNotHoldUpTheOthers) {
+  std::vector<SequenceInfo> idle;
+  for (uint32_t i = 0; i < 8; ++i) {
+    auto info = a_.engine->OpenAndFill(Tokens(1000 * (i + 1), 10));
+    ASSERT_TRUE(info.ok()) << info.status();
+    ASSERT_TRUE(a_.Park(*info, /*keep_open=*/true).ok());
+    ASSERT_TRUE(a_.host()->Close(a_.tenant(), info->id, info->epoch).ok());
+    a_.parking.NoteIdle(info->id, info->epoch);
+    idle.push_back(*info);
+  }
+  store_.unwritable_key = absl::StrCat("sequence/", idle[3].id.ToString());
+  a_.parking.GiveUpIdle(Soon());
+  for (size_t i = 0; i < idle.size(); ++i) EXPECT_EQ(a_.parking.Owns(idle[i].id), i == 3) << i;
+  store_.unwritable_key.clear();
+  a_.parking.GiveUpIdle(Soon());
+  EXPECT_FALSE(a_.parking.Owns(idle[3].id));
 }
 
 TEST_F(ParkingTest, AnIdleSequenceThatWasResumedHereMeanwhileIsNotGivenUp) {
