@@ -31,6 +31,17 @@ absl::Status NotFound(SequenceId sequence, uint64_t id) {
                     "CHECKPOINT_NOT_FOUND");
 }
 
+// Of host memory, apart from the pages.
+uint64_t BytesOf(const SessionState& state) {
+  uint64_t bytes = state.tokens.size() * sizeof(state.tokens[0]) +
+                   state.positions.size() * sizeof(state.positions[0]) +
+                   state.inputs.size() * sizeof(state.inputs[0]);
+  for (const std::vector<SavedExtent>& group : state.groups) {
+    bytes += group.size() * sizeof(group[0]);
+  }
+  return bytes;
+}
+
 }  // namespace
 
 // ---- what goes --------------------------------------------------------------------------------
@@ -41,7 +52,7 @@ void ModelHostImpl::DropCheckpoint(const Checkpoint& checkpoint) {
   for (const PageTable& table : checkpoint.rows.tables) {
     for (const Extent& extent : table.extents()) pages_.Unref(pages_.Get(extent.page));
   }
-  if (checkpoint.info.tier == Tier::kHost) checkpoint_bytes_ -= checkpoint.info.copied_bytes;
+  if (checkpoint.info.tier == Tier::kHost) checkpoint_bytes_ -= checkpoint.saved->host_bytes;
   if (checkpoint.info.tier == Tier::kStore) {
     Release(checkpoint.saved->manifest, checkpoint.saved->manifest_version);
   }
@@ -154,32 +165,40 @@ uint64_t ModelHostImpl::CommonRows(const SequenceRows& a, const SequenceRows& b)
 
 // ---- create -----------------------------------------------------------------------------------
 
-absl::Status ModelHostImpl::MakeCheckpointRoom(Sequence& sequence) {
+absl::Status ModelHostImpl::CheckCheckpointRoom(const Sequence& sequence) const {
+  const std::vector<Checkpoint>& all = sequence.checkpoints;
+  // Automatic ones give way.
+  const auto others = static_cast<size_t>(std::count_if(
+      all.begin(), all.end(), [](const Checkpoint& c) { return !c.info.is_automatic; }));
+  if (others < kMaxCheckpoints) return absl::OkStatus();
+  return WithReason(absl::ResourceExhaustedError(absl::StrCat(
+                        "create checkpoint of sequence ", sequence.id.ToString(), ": it has ",
+                        others, ", the limit is ", kMaxCheckpoints, "; delete one")),
+                    "TOO_MANY_CHECKPOINTS");
+}
+
+void ModelHostImpl::TrimCheckpoints(Sequence& sequence) {
   std::vector<Checkpoint>& all = sequence.checkpoints;
-  if (all.size() < kMaxCheckpoints) return absl::OkStatus();
-  // One that nobody can go back to before one that somebody may want.
-  auto oldest = std::find_if(all.begin(), all.end(), [](const Checkpoint& c) {
-    return c.info.is_automatic && c.info.is_void;
-  });
-  if (oldest == all.end()) {
-    oldest = std::find_if(all.begin(), all.end(),
-                          [](const Checkpoint& c) { return c.info.is_automatic; });
+  const auto is_ready = [](const Checkpoint& c) { return c.is_ready; };
+  while (static_cast<size_t>(std::count_if(all.begin(), all.end(), is_ready)) > kMaxCheckpoints) {
+    // One that nobody can go back to before one that somebody may want.
+    auto oldest = std::find_if(all.begin(), all.end(), [](const Checkpoint& c) {
+      return c.info.is_automatic && c.info.is_void;
+    });
+    if (oldest == all.end()) {
+      oldest = std::find_if(all.begin(), all.end(),
+                            [](const Checkpoint& c) { return c.info.is_automatic; });
+    }
+    if (oldest == all.end()) return;
+    DropCheckpoint(*oldest);
+    all.erase(oldest);
   }
-  if (oldest == all.end()) {
-    return WithReason(absl::ResourceExhaustedError(absl::StrCat(
-                          "create checkpoint of sequence ", sequence.id.ToString(), ": it has ",
-                          all.size(), ", the limit is ", kMaxCheckpoints, "; delete one")),
-                      "TOO_MANY_CHECKPOINTS");
-  }
-  DropCheckpoint(*oldest);
-  all.erase(oldest);
-  return absl::OkStatus();
 }
 
 absl::StatusOr<CheckpointInfo> ModelHostImpl::TakeCheckpoint(Sequence& sequence,
                                                              CheckpointScope scope,
                                                              bool is_automatic) {
-  PT_RETURN_IF_ERROR(MakeCheckpointRoom(sequence));
+  PT_RETURN_IF_ERROR(CheckCheckpointRoom(sequence));
   Checkpoint checkpoint;
   checkpoint.info.id = NextNumber();
   checkpoint.info.length = sequence.length();
@@ -200,9 +219,11 @@ absl::StatusOr<CheckpointInfo> ModelHostImpl::TakeCheckpoint(Sequence& sequence,
     }
     checkpoint.info.num_pages += distinct.size();
   }
+  const CheckpointInfo info = checkpoint.info;
   sequence.checkpoints.push_back(std::move(checkpoint));
+  TrimCheckpoints(sequence);
   ++counters_.checkpoints_created;
-  return sequence.checkpoints.back().info;
+  return info;
 }
 
 void ModelHostImpl::TakeAutomaticCheckpoint(Sequence& sequence, uint64_t before) {
@@ -223,6 +244,7 @@ absl::Status ModelHostImpl::PutCheckpoint(StateSnapshot& snapshot, const Checkpo
                                           MonotonicTime deadline) {
   ManifestRecord manifest;
   manifest.name = saved->manifest;
+  manifest.request_id = saved->manifest;  // unique: so that a put whose answer was lost is repeated
   manifest.saved_at = info->created_at;
   manifest.expires_at = info->expires_at;
   manifest.payload = EncodeSessionState(saved->state);
@@ -288,15 +310,14 @@ absl::StatusOr<CheckpointInfo> ModelHostImpl::CopyCheckpoint(const Tenant& tenan
       info.num_pages += pages.size();
       bytes += pages.size() * Geometry(g).page_bytes();
     }
+    PT_RETURN_IF_ERROR(CheckCheckpointRoom(*sequence));
     if (options.tier == Tier::kHost) {
-      PT_RETURN_IF_ERROR(ReserveCopy(handle.id, bytes));
+      const uint64_t host_bytes = bytes + BytesOf(saved->state);
+      PT_RETURN_IF_ERROR(ReserveCopy(handle.id, host_bytes));
+      saved->host_bytes = host_bytes;
       info.copied_bytes = bytes;
     }
-    if (absl::Status room = MakeCheckpointRoom(*sequence); !room.ok()) {
-      checkpoint_bytes_ -= info.copied_bytes;
-      return room;
-    }
-    // From here on it is told what the sequence loses.
+    // From here on it is told what the sequence loses. Nothing gives way before it is there.
     sequence->checkpoints.push_back({.info = info, .is_ready = false});
   }
   absl::Status status;
@@ -318,11 +339,12 @@ absl::StatusOr<CheckpointInfo> ModelHostImpl::CopyCheckpoint(const Tenant& tenan
   const bool is_closed = made == sequence->checkpoints.end();
   if (status.ok() && !is_closed && !made->info.is_void) {
     *made = {.info = info, .saved = std::move(saved)};
+    TrimCheckpoints(*sequence);
     ++counters_.checkpoints_created;
     return info;
   }
   if (!is_closed) sequence->checkpoints.erase(made);
-  if (options.tier == Tier::kHost) checkpoint_bytes_ -= info.copied_bytes;
+  checkpoint_bytes_ -= saved->host_bytes;
   // Also one whose answer was lost: its first version is the only one.
   const bool may_be_there = status.ok() || absl::IsUnavailable(status) ||
                             absl::IsDeadlineExceeded(status) || absl::IsCancelled(status);
@@ -473,6 +495,14 @@ absl::StatusOr<std::vector<PageId>> ModelHostImpl::BringBack(const SequencePtr& 
   if (status.ok() &&
       (sequence->closed || sequence->revision != planned_at || sequence->pending != nullptr)) {
     status = absl::AbortedError("restore checkpoint: the sequence changed meanwhile");
+  }
+  // The copy is good where the page it was is not: with the next try it takes its place.
+  const bool is_lost = std::any_of(known.begin(), known.end(), [&](const auto& id) {
+    mu_.AssertHeld();
+    return id && pages_.Get(*id).state() == PageState::kQuarantined;
+  });
+  if (status.ok() && is_lost) {
+    status = absl::AbortedError("restore checkpoint: a page was lost meanwhile");
   }
   if (!status.ok()) {
     undo();

@@ -181,6 +181,7 @@ class ModelHostImpl final : public ModelHost {
     SessionState state;
     std::vector<ManifestPageRef> pages;
     std::vector<StateSnapshot::Copy> copies;  // kHost, in the order of pages
+    uint64_t host_bytes = 0;                  // kHost: of checkpoint_host_bytes, state included
     std::string manifest;                     // kStore
     uint64_t manifest_version = 0;
   };
@@ -461,8 +462,12 @@ class ModelHostImpl final : public ModelHost {
   bool IsKept(CheckpointScope scope, uint32_t group) const {
     return scope == CheckpointScope::kAll || traits_[group].is_whole || traits_[group].forgets();
   }
-  // Room for one more: an automatic one that is void may go, or else the oldest automatic one.
-  absl::Status MakeCheckpointRoom(Sequence& sequence) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
+  // Room for one more of the caller's, or an automatic one: those in the making count, automatic
+  // ones do not.
+  absl::Status CheckCheckpointRoom(const Sequence& sequence) const
+      ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
+  // Down to as many as a sequence may have: automatic ones go, void ones first, then the oldest.
+  void TrimCheckpoints(Sequence& sequence) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
   absl::StatusOr<CheckpointInfo> TakeCheckpoint(Sequence& sequence, CheckpointScope scope,
                                                 bool is_automatic)
       ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
