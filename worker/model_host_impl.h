@@ -458,7 +458,7 @@ class ModelHostImpl final : public ModelHost {
                                                               CheckpointScope scope)
       ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
 
-  // --- checkpoints (model_host_checkpoints.cc) ---
+  // --- checkpoints (model_host_checkpoints.cc; _checkpoint_copies.cc, _checkpoint_releases.cc) ---
   bool IsKept(CheckpointScope scope, uint32_t group) const {
     return scope == CheckpointScope::kAll || traits_[group].is_whole || traits_[group].forgets();
   }
