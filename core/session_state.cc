@@ -227,11 +227,11 @@ absl::Status CheckManifestSize(absl::string_view action, const SessionState& sta
   }
   const uint64_t bytes = num_pages * kManifestPageRefBytes + EncodeSessionState(state).size();
   if (bytes <= kMaxManifestBytes) return absl::OkStatus();
-  return WithReason(
-      absl::InvalidArgumentError(absl::StrCat(action, ": ", state.length(), " tokens in ",
-                                              num_pages, " pages make a manifest of ", bytes,
-                                              " bytes, at most ", kMaxManifestBytes)),
-      "SESSION_TOO_LONG");
+  return WithReason(absl::InvalidArgumentError(absl::StrCat(
+                        action, ": ", state.length(), " tokens in ", num_pages, " pages and ",
+                        state.metadata.size(), " metadata entries make a manifest of ", bytes,
+                        " bytes, at most ", kMaxManifestBytes)),
+                    "SESSION_TOO_LONG");
 }
 
 SessionSummary SummaryOf(const SessionState& state) {

@@ -73,9 +73,9 @@ std::string EncodeSessionState(const SessionState& state);
 // there before anything of its size is allocated.
 absl::StatusOr<SessionState> ParseSessionState(absl::string_view bytes, uint64_t num_pages);
 
-// INVALID_ARGUMENT (SESSION_TOO_LONG) if a manifest cannot hold the state with its list of pages.
-// For before any page is sent. What passes also fits in one answer: no number takes more than a
-// quarter more there.
+// INVALID_ARGUMENT (SESSION_TOO_LONG) if a manifest cannot hold the state, its metadata included,
+// with its list of pages. For before any page is sent. What passes also fits in one answer: no
+// number takes more than a quarter more there.
 absl::Status CheckManifestSize(absl::string_view action, const SessionState& state);
 
 // What a list says of a session without reading it whole: the summary of its manifest.

@@ -194,8 +194,9 @@ absl::StatusOr<SaveAnswer> Sessions::Save(const Tenant& tenant, ModelHost* host,
     }
     PT_ASSIGN_OR_RETURN(const std::unique_ptr<StateSnapshot> snapshot,
                         host->Snapshot(tenant, sequence, request.keep_tokens));
-    PT_RETURN_IF_ERROR(
-        CheckManifestSize(absl::StrCat("save session ", request.name), snapshot->state()));
+    SessionState whole = snapshot->state();
+    whole.metadata = request.metadata;
+    PT_RETURN_IF_ERROR(CheckManifestSize(absl::StrCat("save session ", request.name), whole));
     ManifestRecord manifest;
     manifest.name = SessionManifestName(tenant, request.name);
     manifest.request_id = request.request_id;

@@ -39,9 +39,16 @@ TEST(LongSessionTest, IsRefusedBeforeAPageIsSent) {
   EXPECT_EQ(GetReason(parked), "SESSION_TOO_LONG") << parked;
   EXPECT_TRUE(a.host()->Has(opened.id));
   EXPECT_EQ(store.GetStats(HostUnderTest::Soon())->pages_put, 0u);
-  // Some tokens less are saved, and loaded.
+  // Some tokens less leave 20 KiB for metadata.
   SaveRequest request = a.Request(opened, "s");
   request.keep_tokens = 780'000;
+  request.metadata["notes"] = std::string(30'000, 'n');
+  const absl::Status annotated =
+      a.sessions->Save(a.tenant(), a.host(), request, HostUnderTest::Soon()).status();
+  EXPECT_EQ(GetReason(annotated), "SESSION_TOO_LONG") << annotated;
+  EXPECT_EQ(store.GetStats(HostUnderTest::Soon())->pages_put, 0u);
+  // With less of it they are saved, and loaded.
+  request.metadata["notes"].resize(10'000);
   const auto some = a.sessions->Save(a.tenant(), a.host(), request, HostUnderTest::Soon());
   ASSERT_TRUE(some.ok()) << some.status();
   const auto loaded = a.Load("s");
