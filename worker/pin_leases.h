@@ -35,7 +35,11 @@ class PinLeases {
   };
   // Shared with the calls that answer from it.
   using Pins = std::shared_ptr<const ModelHost::PinnedPages>;
-  using Table = std::shared_ptr<const ModelHost::PinnedTable>;
+  // With the host whose frames it names, which outlives all leases.
+  struct HostTable : ModelHost::PinnedTable {
+    ModelHost* host = nullptr;
+  };
+  using Table = std::shared_ptr<const HostTable>;
 
   PinLeases(Options options, const Clock* clock) : options_(options), clock_(clock) {}
   // Ends all leases.
@@ -50,7 +54,8 @@ class PinLeases {
   // Keeps `table`, which `tenant` may read again until the lease ends.
   absl::StatusOr<std::string> AddTable(absl::string_view tenant, Table table,
                                        absl::Duration duration);
-  // FAILED_PRECONDITION (LEASE_ENDED) when no such lease of a table of this sequence is open.
+  // FAILED_PRECONDITION (LEASE_ENDED) when no such lease of a table of this sequence is open. The
+  // sequence itself may be closed.
   absl::StatusOr<Table> FindTable(absl::string_view tenant, SequenceId sequence,
                                   absl::string_view lease_id) const;
   // Ends what ran out. Call it from a ticker.

@@ -190,8 +190,9 @@ grpc::Status SequenceServiceImpl::ListWorkerSequences(grpc::ServerContext* conte
 }
 
 absl::StatusOr<PinLeases::Table> SequenceServiceImpl::TableOf(
-    const CallContext& call, const v1::GetBlockTableRequest& request, const SequenceTarget& target,
-    uint32_t page_size, std::string* lease_id) {
+    const CallContext& call, const v1::GetBlockTableRequest& request, uint32_t page_size,
+    std::string* lease_id) {
+  PT_ASSIGN_OR_RETURN(const SequenceId id, SequenceIdFromProto(request.sequence_id()));
   PT_ASSIGN_OR_RETURN(const absl::Duration lease, DurationFromProto("lease", request.lease()));
   const bool wants_lease = lease > absl::ZeroDuration();
   if (wants_lease && (!request.lease_id().empty() || !request.page_token().empty())) {
@@ -200,18 +201,21 @@ absl::StatusOr<PinLeases::Table> SequenceServiceImpl::TableOf(
   }
   PinLeases& leases = worker_->leases();
   if (!request.lease_id().empty()) {
+    // Before the sequence is looked for: it may have been closed since, its frames stay leased.
     *lease_id = request.lease_id();
-    return leases.FindTable(call.tenant.name, target.id, request.lease_id());
+    return leases.FindTable(call.tenant.name, id, request.lease_id());
   }
+  PT_ASSIGN_OR_RETURN(ModelHost * host, worker_->HostOfSequence(id));
   if (!wants_lease) {
-    PT_ASSIGN_OR_RETURN(BlockTable table, target.host->GetBlockTable(call.tenant, target.id));
-    return std::make_shared<const ModelHost::PinnedTable>(
-        ModelHost::PinnedTable{std::move(table), nullptr});
+    PT_ASSIGN_OR_RETURN(BlockTable table, host->GetBlockTable(call.tenant, id));
+    return std::make_shared<const PinLeases::HostTable>(
+        PinLeases::HostTable{{std::move(table), nullptr}, host});
   }
   PT_RETURN_IF_ERROR(leases.CheckDuration("lease", lease));
   PT_ASSIGN_OR_RETURN(ModelHost::PinnedTable pinned,
-                      target.host->PinTable(call.tenant, target.id, call.deadline));
-  const auto table = std::make_shared<const ModelHost::PinnedTable>(std::move(pinned));
+                      host->PinTable(call.tenant, id, call.deadline));
+  const auto table =
+      std::make_shared<const PinLeases::HostTable>(PinLeases::HostTable{std::move(pinned), host});
   // What this answer holds whole nobody asks for again.
   if (table->entries.size() <= page_size) {
     PT_ASSIGN_OR_RETURN(*lease_id, leases.Add(table->pages, lease, nullptr));
@@ -226,13 +230,10 @@ grpc::Status SequenceServiceImpl::GetBlockTable(grpc::ServerContext* context,
                                                 v1::GetBlockTableResponse* response) {
   const CallContext call = MakeCallContext(*context, *worker_);
   const auto get = [&]() -> absl::Status {
-    PT_ASSIGN_OR_RETURN(const SequenceTarget target,
-                        FindSequence(*worker_, request->sequence_id()));
     PT_ASSIGN_OR_RETURN(const uint32_t page_size,
                         ListSize(request->page_size(), kMaxTableExtents, kMaxTableExtents));
-    ModelHost* const host = target.host;
     PT_ASSIGN_OR_RETURN(const PinLeases::Table table,
-                        TableOf(call, *request, target, page_size, response->mutable_lease_id()));
+                        TableOf(call, *request, page_size, response->mutable_lease_id()));
     // Of the answer before: the revision it was of, and the extents up to its end.
     uint64_t at = 0;
     if (!request->page_token().empty()) {
@@ -240,12 +241,12 @@ grpc::Status SequenceServiceImpl::GetBlockTable(grpc::ServerContext* context,
       if (token[0] != table->info.revision || token[1] >= table->entries.size()) {
         return absl::AbortedError(absl::StrCat(
             "page_token is of revision ", token[0], ", extent ", token[1], "; sequence ",
-            target.id.ToString(), " has revision ", table->info.revision, " and ",
+            table->info.id.ToString(), " has revision ", table->info.revision, " and ",
             table->entries.size(), " extents: start again, or with a lease"));
       }
       at = token[1];
     }
-    *response->mutable_state() = StateToProto(*worker_, *host, table->info);
+    *response->mutable_state() = StateToProto(*worker_, *table->host, table->info);
     const uint64_t end = std::min<uint64_t>(table->entries.size(), at + page_size);
     if (end < table->entries.size()) {
       response->set_next_page_token(MakePageToken({table->info.revision, end}));
@@ -263,7 +264,7 @@ grpc::Status SequenceServiceImpl::GetBlockTable(grpc::ServerContext* context,
       extent->set_page_state(entry.page_state);
       if (entry.frame.has_value()) {
         extent->set_frame(entry.frame->value());
-        extent->set_pool_offset(host->FrameOffset(entry.group, *entry.frame));
+        extent->set_pool_offset(table->host->FrameOffset(entry.group, *entry.frame));
       }
       if (entry.key.has_value()) extent->set_page_key(entry.key->digest.ToBytes());
       extent->set_references(entry.references);

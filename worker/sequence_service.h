@@ -92,8 +92,7 @@ class SequenceServiceImpl final : public v1::SequenceService::Service {
   // The table that a GetBlockTable asks for; its lease, if any, in *lease_id.
   absl::StatusOr<PinLeases::Table> TableOf(const CallContext& call,
                                            const v1::GetBlockTableRequest& request,
-                                           const SequenceTarget& target, uint32_t page_size,
-                                           std::string* lease_id);
+                                           uint32_t page_size, std::string* lease_id);
   absl::StatusOr<v1::ParkSequenceResponse> Park(const CallContext& call,
                                                 const v1::ParkSequenceRequest& request);
   absl::StatusOr<v1::ResumeSequenceResponse> Resume(const CallContext& call,

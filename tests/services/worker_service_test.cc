@@ -638,6 +638,15 @@ TEST_F(WorkerServiceTest, ABlockTableComesInPagesOfOneMoment) {
   bad = request;
   bad.set_page_size(16385);
   EXPECT_THAT(std::string(get(bad, &second).message()), HasSubstr("16385"));
+  // The rest of a leased table is there after its sequence was closed; without the lease it is not.
+  ASSERT_OK(client_->Close(state));
+  ASSERT_OK(get(request, &second));
+  ASSERT_EQ(second.extents_size(), 2);
+  EXPECT_EQ(second.state().sequence_id(), state.sequence_id());
+  for (const auto& extent : second.extents()) EXPECT_TRUE(extent.has_pool_offset());
+  bad = request;
+  bad.clear_lease_id();
+  EXPECT_EQ(GetReason(get(bad, &second)), "SEQUENCE_NOT_FOUND");
 }
 
 TEST_F(WorkerServiceTest, AnAnswerOfAttentionThatFitsNoMessageIsRefusedWithTheNumbers) {
