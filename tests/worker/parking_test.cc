@@ -463,6 +463,28 @@ TEST_F(ParkingTest, AnIdleSequenceThatWasResumedHereMeanwhileIsNotGivenUp) {
   EXPECT_TRUE(a_.Park(resumed->info, /*keep_open=*/true).ok()) << "its epoch still holds";
 }
 
+TEST_F(ParkingTest, AResumedSequenceBeginsWithoutCheckpoints) {
+  const SequenceInfo info = Fill();
+  for (const Tier tier : {Tier::kDevice, Tier::kHost, Tier::kStore}) {
+    const auto made = a_.sessions->CreateCheckpoint(
+        a_.tenant(), a_.host(), {info.id, info.epoch, std::nullopt}, {.tier = tier}, Soon());
+    ASSERT_TRUE(made.ok()) << made.status();
+  }
+  const auto num_stored = [&] {
+    return memory_.ListManifests("checkpoint/", "", 10, Soon()).value().size();
+  };
+  EXPECT_EQ(num_stored(), 1u);
+  ASSERT_TRUE(a_.Park(info).ok());
+  const auto resumed = b_.Resume(info.id);
+  ASSERT_TRUE(resumed.ok()) << resumed.status();
+  EXPECT_TRUE(b_.host()->ListCheckpoints(b_.tenant(), info.id)->empty());
+  EXPECT_EQ(WrongRows(b_, info.id, tokens_), 0u);
+  // Nothing stays behind in the store.
+  a_.host()->Tick();
+  a_.host()->Quiesce();
+  EXPECT_EQ(num_stored(), 0u);
+}
+
 TEST_F(ParkingTest, ARetryGetsTheFirstAnswer) {
   const SequenceInfo info = Fill();
   auto parked = a_.Park(info, false, "r1");
