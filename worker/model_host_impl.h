@@ -396,6 +396,11 @@ class ModelHostImpl final : public ModelHost {
                            ReadinessWatcher watcher) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
 
   // --- prefixes (model_host_prefix.cc) ---
+  // Of pages that only the store has, the first of a prompt are to be forgotten last; and all of
+  // them after others while a prompt's match gives mu_ up, when other calls forget what is too
+  // much.
+  void TouchKnownPages(const std::vector<PrefixKey>& keys, uint64_t num_pages)
+      ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
   absl::StatusOr<Match> MatchPrompt(const Tenant& tenant, const PrefixKey& root,
                                     std::span<const uint32_t> tokens,
                                     std::span<const PositionedInput> inputs,

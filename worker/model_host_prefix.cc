@@ -80,6 +80,14 @@ ModelHostImpl::UsablePages ModelHostImpl::FindUsablePages(const std::vector<Pref
   return usable;
 }
 
+void ModelHostImpl::TouchKnownPages(const std::vector<PrefixKey>& keys, uint64_t num_pages) {
+  for (uint64_t p = num_pages; p-- > 0;) {
+    for (uint32_t g = 0; g < num_groups(); ++g) {
+      if (const Page* page = pages_.FindKeyed(g, keys[p])) pages_.TouchKnown(*page);
+    }
+  }
+}
+
 absl::StatusOr<ModelHostImpl::Match> ModelHostImpl::MatchPrompt(
     const Tenant& tenant, const PrefixKey& root, std::span<const uint32_t> tokens,
     std::span<const PositionedInput> inputs, const std::vector<PrefixKey>& keys,
@@ -105,6 +113,7 @@ absl::StatusOr<ModelHostImpl::Match> ModelHostImpl::MatchPrompt(
         asked.push_back(MakePageKey(keys[p], Geometry(g).fingerprint()));
       }
     }
+    TouchKnownPages(keys, unknown);
     mu_.Unlock();
     const absl::StatusOr<std::vector<LookupResult>> found =
         store_->LookupPages(asked, store_deadline);
@@ -157,12 +166,7 @@ absl::StatusOr<ModelHostImpl::Match> ModelHostImpl::MatchPrompt(
   PrefixReuse& reuse = match.reuse;
   reuse.prompt_tokens = tokens.size();
   UsablePages usable = FindUsablePages(keys, max_pages);
-  // Of pages that only the store has, the first of a prompt are to be forgotten last.
-  for (uint64_t p = usable.num_pages; p-- > 0;) {
-    for (uint32_t g = 0; g < num_groups(); ++g) {
-      if (const Page* page = pages_.FindKeyed(g, keys[p])) pages_.TouchKnown(*page);
-    }
-  }
+  TouchKnownPages(keys, usable.num_pages);
   const auto is_stored_only = [&](uint64_t p, uint64_t num_pages) {
     for (uint32_t g = 0; g < num_groups(); ++g) {
       if (!IsNeeded(g, p, num_pages)) continue;
@@ -328,6 +332,7 @@ void ModelHostImpl::AdoptPartialFromStore(const Tenant& tenant, const PrefixKey&
   const MonotonicTime now = clock_->MonotonicNow();
   // A deadline that the look-up of full pages used up says nothing about the store.
   if (is_known || now < ask_partial_again_at_ || now >= deadline) return;
+  TouchKnownPages(keys, at_page);
   mu_.Unlock();
   const absl::StatusOr<std::vector<PartialResult>> found =
       store_->FindPartialPages(queries, deadline);
