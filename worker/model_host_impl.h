@@ -318,6 +318,24 @@ class ModelHostImpl final : public ModelHost {
   void Flush() ABSL_LOCKS_EXCLUDED(mu_);
 
   // --- tables (model_host_tables.cc) ---
+  // What a call is about to read of a sequence.
+  struct ReadPlan {
+    uint64_t first = 0;  // rows [first, last), if it is about rows of one group
+    uint64_t last = 0;
+    std::vector<Extent> extents;
+  };
+  struct PinnedPlan {
+    SequencePtr sequence;
+    ReadPlan plan;
+    std::vector<PageId> pages;  // those of the plan's extents, resident, each pinned once
+  };
+  // Waits until the pages of a plan are there, then plans again: nothing is pinned while a call
+  // waits, rows may be given up meanwhile and their slots written anew. What it returns is of the
+  // sequence as it is then. `action` begins the text of ABORTED, when it changed again and again.
+  absl::StatusOr<PinnedPlan> PinPlan(
+      const Tenant& tenant, SequenceId id, absl::string_view action,
+      absl::FunctionRef<absl::StatusOr<ReadPlan>(const Sequence&)> plan_of, MonotonicTime deadline)
+      ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
   std::vector<BlockTableEntry> BlockTableOf(const Sequence& sequence) const
       ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
 

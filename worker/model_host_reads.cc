@@ -14,7 +14,6 @@ namespace {
 
 constexpr uint32_t kMaxQueries = 65536;
 constexpr int kMaxForkTries = 16;
-constexpr int kMaxReadTries = 16;
 
 }  // namespace
 
@@ -77,17 +76,11 @@ class ModelHostImpl::PinnedRowsImpl final : public ModelHost::PinnedRows {
 absl::StatusOr<std::shared_ptr<const ModelHost::PinnedRows>> ModelHostImpl::PinRows(
     const Tenant& tenant, SequenceId id, uint32_t group, uint64_t begin, uint64_t end,
     MonotonicTime deadline) {
-  // The extents that hold rows [first, last) of the group, and what to call the range.
-  struct Plan {
-    uint64_t first = 0;
-    uint64_t last = 0;
-    std::vector<Extent> extents;
-  };
-  const auto plan_of = [&](const Sequence& sequence) -> absl::StatusOr<Plan> {
+  const auto plan_of = [&](const Sequence& sequence) -> absl::StatusOr<ReadPlan> {
     mu_.AssertHeld();
     const PageTable& table = sequence.tables[group];
     const GroupTraits& traits = traits_[group];
-    Plan plan;
+    ReadPlan plan;
     plan.first = begin;
     plan.last = end == 0 ? sequence.length() : end;
     bool pins_held = begin == kHeldRows;
@@ -123,36 +116,14 @@ absl::StatusOr<std::shared_ptr<const ModelHost::PinnedRows>> ModelHostImpl::PinR
       return absl::InvalidArgumentError(
           absl::StrCat("group = ", group, " is not below ", num_groups()));
     }
-    for (int attempt = 0; attempt < kMaxReadTries; ++attempt) {
-      PT_ASSIGN_OR_RETURN(SequencePtr sequence, FindSequence(tenant, id));
-      if (!sequence->pending) PT_RETURN_IF_ERROR(CutIfLost(*sequence));
-      PT_ASSIGN_OR_RETURN(Plan plan, plan_of(*sequence));
-      Need need = NeedOf(plan.extents);
-      Acquired got;
-      const absl::Status status = Acquire(tenant.name, need, deadline, &got);
-      if (!status.ok()) {
-        if (GetReason(status) == "PREFIX_LOST" && !sequence->pending && !sequence->closed) {
-          PT_RETURN_IF_ERROR(CutIfLost(*sequence));
-        }
-        return status;
-      }
-      // While this call waited, nothing was pinned: rows may have been given up, and their slots
-      // written anew. What is pinned must be what the sequence holds now.
-      const absl::StatusOr<Plan> now =
-          sequence->closed ? absl::AbortedError("the sequence was closed") : plan_of(*sequence);
-      if (!now.ok() || now->extents != plan.extents) {
-        ReleaseAcquired(got);
-        continue;  // says what is the matter, or takes the rows as they are now
-      }
-      std::vector<FrameId> frames;
-      for (const Extent& extent : plan.extents) {
-        frames.push_back(pages_.Get(extent.page).frame());
-      }
-      return std::make_shared<const PinnedRowsImpl>(this, group, plan.first, plan.last,
-                                                    std::move(plan.extents), std::move(frames),
-                                                    std::move(got.pinned));
+    PT_ASSIGN_OR_RETURN(PinnedPlan pinned, PinPlan(tenant, id, "read rows", plan_of, deadline));
+    std::vector<FrameId> frames;
+    for (const Extent& extent : pinned.plan.extents) {
+      frames.push_back(pages_.Get(extent.page).frame());
     }
-    return absl::AbortedError("read rows: the sequence kept being edited; retry");
+    return std::make_shared<const PinnedRowsImpl>(this, group, pinned.plan.first, pinned.plan.last,
+                                                  std::move(pinned.plan.extents), std::move(frames),
+                                                  std::move(pinned.pages));
   };
   auto rows = pin();
   Flush();

@@ -1,6 +1,7 @@
 // Page tables as callers see them, and what keeps the frames that they name in place.
 #include <utility>
 
+#include "absl/strings/str_cat.h"
 #include "base/error_info.h"
 #include "base/status_macros.h"
 #include "worker/model_host_impl.h"
@@ -61,42 +62,51 @@ absl::StatusOr<BlockTable> ModelHostImpl::GetBlockTable(const Tenant& tenant, Se
   return BlockTable{InfoOf(*sequence), BlockTableOf(*sequence)};
 }
 
+absl::StatusOr<ModelHostImpl::PinnedPlan> ModelHostImpl::PinPlan(
+    const Tenant& tenant, SequenceId id, absl::string_view action,
+    absl::FunctionRef<absl::StatusOr<ReadPlan>(const Sequence&)> plan_of, MonotonicTime deadline) {
+  for (int attempt = 0; attempt < kMaxPinTries; ++attempt) {
+    PT_ASSIGN_OR_RETURN(SequencePtr sequence, FindSequence(tenant, id));
+    if (!sequence->pending) PT_RETURN_IF_ERROR(CutIfLost(*sequence));
+    PT_ASSIGN_OR_RETURN(const ReadPlan before, plan_of(*sequence));
+    const Need need = NeedOf(before.extents);
+    Acquired got;
+    const absl::Status status = Acquire(tenant.name, need, deadline, &got);
+    if (!status.ok()) {
+      if (GetReason(status) == "PREFIX_LOST" && !sequence->pending && !sequence->closed) {
+        PT_RETURN_IF_ERROR(CutIfLost(*sequence));
+      }
+      return status;
+    }
+    if (!sequence->closed) {
+      absl::StatusOr<ReadPlan> plan = plan_of(*sequence);
+      if (plan.ok() && NeedOf(plan->extents).pages == need.pages) {
+        return PinnedPlan{std::move(sequence), *std::move(plan), std::move(got.pinned)};
+      }
+    }
+    ReleaseAcquired(
+        got);  // and once more, which says what is the matter or takes what is there now
+  }
+  return absl::AbortedError(absl::StrCat(action, ": the sequence kept being edited; retry"));
+}
+
 absl::StatusOr<ModelHost::PinnedTable> ModelHostImpl::PinTable(const Tenant& tenant, SequenceId id,
                                                                MonotonicTime deadline) {
   // One need over all groups: who held one group's frames and waited for another's could wait for
   // a call that waits for him.
-  const auto need_of = [&](const Sequence& sequence) {
-    mu_.AssertHeld();
-    std::vector<Extent> extents;
+  const auto plan_of = [](const Sequence& sequence) -> absl::StatusOr<ReadPlan> {
+    ReadPlan plan;
     for (const PageTable& table : sequence.tables) {
-      extents.insert(extents.end(), table.extents().begin(), table.extents().end());
+      plan.extents.insert(plan.extents.end(), table.extents().begin(), table.extents().end());
     }
-    return NeedOf(extents);
+    return plan;
   };
   const auto pin = [&]() -> absl::StatusOr<PinnedTable> {
     MutexLock lock(&mu_);
-    for (int attempt = 0; attempt < kMaxPinTries; ++attempt) {
-      PT_ASSIGN_OR_RETURN(SequencePtr sequence, FindSequence(tenant, id));
-      if (!sequence->pending) PT_RETURN_IF_ERROR(CutIfLost(*sequence));
-      const Need need = need_of(*sequence);
-      Acquired got;
-      const absl::Status status = Acquire(tenant.name, need, deadline, &got);
-      if (!status.ok()) {
-        if (GetReason(status) == "PREFIX_LOST" && !sequence->pending && !sequence->closed) {
-          PT_RETURN_IF_ERROR(CutIfLost(*sequence));
-        }
-        return status;
-      }
-      // While this call waited, nothing was pinned, and the sequence may have changed. From here to
-      // the table nobody changes it.
-      if (sequence->closed || need_of(*sequence).pages != need.pages) {
-        ReleaseAcquired(got);
-        continue;  // says what is the matter, or takes the pages as they are now
-      }
-      return PinnedTable{{InfoOf(*sequence), BlockTableOf(*sequence)},
-                         std::make_shared<const PinnedPagesImpl>(this, std::move(got.pinned))};
-    }
-    return absl::AbortedError("pin the pages of a sequence: it kept being edited; retry");
+    PT_ASSIGN_OR_RETURN(PinnedPlan pinned,
+                        PinPlan(tenant, id, "pin the pages of a sequence", plan_of, deadline));
+    return PinnedTable{{InfoOf(*pinned.sequence), BlockTableOf(*pinned.sequence)},
+                       std::make_shared<const PinnedPagesImpl>(this, std::move(pinned.pages))};
   };
   auto pinned = pin();
   Flush();
