@@ -109,11 +109,19 @@ FrameId Page::AbortRestore() {
 }
 
 std::optional<FrameId> Page::Quarantine() {
+  PT_CHECK(state_ != PageState::kQuarantined);
   std::optional<FrameId> frame;
-  if (has_frame()) frame = std::exchange(frame_, FrameId());
+  keeps_frame_ = is_readable() && pins_ > 0;
+  if (has_frame() && !keeps_frame_) frame = std::exchange(frame_, FrameId());
   state_ = PageState::kQuarantined;
   stored_.reset();
   return frame;
+}
+
+FrameId Page::ReleaseQuarantined() {
+  PT_CHECK(state_ == PageState::kQuarantined && keeps_frame_ && pins_ == 0);
+  keeps_frame_ = false;
+  return std::exchange(frame_, FrameId());
 }
 
 std::optional<PageKey> Page::BeginWrite() {

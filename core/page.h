@@ -70,8 +70,11 @@ class Page {
   void FinishRestore(const std::optional<Checksum128>& converted = std::nullopt);
   // The store did not answer: back to stored; the caller releases the returned frame.
   FrameId AbortRestore();
-  // Wrong or missing bytes. Returns the frame it held, if any, for release.
+  // Wrong or missing bytes. Returns the frame it held, if any, for release, unless somebody has it
+  // pinned and may be reading it: then it has its frame until ReleaseQuarantined.
   std::optional<FrameId> Quarantine();
+  // The last pin is gone. Only of a quarantined page that has a frame.
+  FrameId ReleaseQuarantined();
 
   // --- content ---
   // The owner is about to write rows behind rows(): the store's copy no longer stands for the page.
@@ -110,9 +113,10 @@ class Page {
   uint32_t group() const { return group_; }
   const std::string& tenant() const { return tenant_; }
   PageState state() const { return state_; }
+  // A quarantined page has one as long as somebody who pinned it before reads it.
   bool has_frame() const {
     return state_ == PageState::kResident || state_ == PageState::kSpilling ||
-           state_ == PageState::kRestoring;
+           state_ == PageState::kRestoring || keeps_frame_;
   }
   bool is_readable() const {
     return state_ == PageState::kResident || state_ == PageState::kSpilling;
@@ -157,6 +161,7 @@ class Page {
   bool is_full_ = false;
   bool is_being_written_ = false;
   bool is_scrub_ = false;
+  bool keeps_frame_ = false;  // though it is quarantined
   std::optional<PrefixKey> prefix_;
   PrefixKey parent_prefix_;
   std::optional<PageKey> page_key_;

@@ -111,6 +111,9 @@ void PageDirectory::Pin(Page& page) {
 
 void PageDirectory::Unpin(Page& page) {
   if (!page.Unpin()) return;
+  if (page.state() == PageState::kQuarantined && page.has_frame()) {
+    FreeFrame(page, page.ReleaseQuarantined());
+  }
   if (page.refs() == 0 && (!page.is_findable() || page.state() == PageState::kQuarantined) &&
       page.state() != PageState::kSpilling && page.state() != PageState::kRestoring) {
     Forget(page);
@@ -148,10 +151,14 @@ void PageDirectory::EnterFrame(const Page& page) {
   }
 }
 
-void PageDirectory::LeaveFrame(Page& page, FrameId frame) {
+void PageDirectory::FreeFrame(const Page& page, FrameId frame) {
   groups_[page.group()].policy->OnErase(page.id());
   ReleaseFrame(page.group(), frame);
   if (page.is_scrub()) groups_[page.group()].frames.MarkDirty(frame);
+}
+
+void PageDirectory::LeaveFrame(const Page& page, FrameId frame) {
+  FreeFrame(page, frame);
   if (page.is_keyed()) changes_.push_back({*page.prefix(), page.group(), /*removed=*/true});
 }
 
@@ -220,10 +227,7 @@ void PageDirectory::Quarantine(Page& page) {
   const std::optional<FrameId> frame = page.Quarantine();
   UpdateUnstored(page);
   UpdateKnown(page);
-  if (frame) {
-    groups_[page.group()].policy->OnErase(page.id());
-    ReleaseFrame(page.group(), *frame);
-  }
+  if (frame) FreeFrame(page, *frame);
   if (was_reported) changes_.push_back({*page.prefix(), page.group(), /*removed=*/true});
   groups_[page.group()].index.Erase(page.id());
   if (page.refs() == 0 && page.pins() == 0) pages_.erase(page.id());

@@ -107,6 +107,8 @@ class PageDirectory {
   void BeginRestore(Page& page, FrameId frame);
   void FinishRestore(Page& page, const std::optional<Checksum128>& converted = std::nullopt);
   void AbortRestore(Page& page);
+  // Nobody finds or reads it from here on. Those who have it pinned keep its frame until the last
+  // of them lets go.
   void Quarantine(Page& page);
   // Frees the frame of a clean, unpinned, resident page. The page is forgotten if nobody needs it.
   void Evict(Page& page);
@@ -151,7 +153,10 @@ class PageDirectory {
   // After whatever changed what unstored() says of the page.
   void UpdateUnstored(const Page& page);
   void EnterFrame(const Page& page);
-  void LeaveFrame(Page& page, FrameId frame);
+  // Frees a frame that the page had.
+  void FreeFrame(const Page& page, FrameId frame);
+  // As FreeFrame, of a page that was said to be there.
+  void LeaveFrame(const Page& page, FrameId frame);
   // Removes the page altogether: frame, index, eviction order.
   void Forget(Page& page);
   void ForgetSealed(const Page& page);

@@ -281,7 +281,7 @@ struct BlockTable {
 
 struct FrameEntry {
   FrameId frame;
-  std::string state;  // free, resident, spilling, restoring
+  std::string state;  // free, resident, spilling, restoring; quarantined while it is still read
   PageId page;
   uint32_t rows = 0;
   uint32_t references = 0;

@@ -437,9 +437,7 @@ void ModelHostImpl::RunSpills(const std::vector<SpillItem>& items, Durability le
       pages_.FinishSpill(page, stored[i]);
       if (is_damaged[i]) {
         ++counters_.checksum_failures;
-        // A reader in the middle of it keeps its frame; the next spill finds the damage again.
-        Page* still = pages_.Find(items[i].page);
-        if (still != nullptr && still->pins() == 0) pages_.Quarantine(*still);
+        if (Page* still = pages_.Find(items[i].page)) pages_.Quarantine(*still);
       }
     }
     changed_.SignalAll();

@@ -68,6 +68,28 @@ TEST_F(PageDirectoryTest, APageThatGoesIsNoLongerUnstored) {
   pages_.CheckInvariants();
 }
 
+TEST_F(PageDirectoryTest, AQuarantinedPageHasItsFrameUntilTheLastPinIsGone) {
+  Page& page = AddFull(1);
+  const FrameId frame = page.frame();
+  const PrefixKey prefix = *page.prefix();
+  pages_.Pin(page);
+  pages_.Pin(page);
+  pages_.Quarantine(page);
+  EXPECT_EQ(page.state(), PageState::kQuarantined);
+  EXPECT_EQ(pages_.FindKeyed(0, prefix), nullptr);
+  EXPECT_THAT(pages_.unstored(), IsEmpty());
+  pages_.Unpin(page);
+  EXPECT_EQ(page.frame(), frame);
+  EXPECT_FALSE(pages_.frames(0).IsFree(frame));
+  pages_.CheckInvariants();
+  pages_.Unpin(page);
+  EXPECT_TRUE(pages_.frames(0).IsFree(frame));
+  EXPECT_FALSE(page.has_frame());
+  pages_.CheckInvariants();
+  EXPECT_TRUE(pages_.Unref(page));
+  EXPECT_EQ(pages_.num_pages(), 0u);
+}
+
 TEST_F(PageDirectoryTest, TailsAndPrivatePagesAreNotUnstored) {
   const FrameId frame = pages_.AllocateFrame(0, "tenant")->frame;
   Page& page = pages_.CreateTail(0, "tenant", frame, 0, std::nullopt);

@@ -1,0 +1,58 @@
+// Bytes that change in a frame, as a failing memory would change them: a spill finds it.
+#include <gtest/gtest.h>
+
+#include <vector>
+
+#include "kvstore/fault_injecting_page_store.h"
+#include "tests/support/timing.h"
+#include "tests/worker/model_host_fixture.h"
+
+namespace pagetide {
+namespace {
+
+using ::pagetide::testing::Eventually;
+
+TEST(DamagedFramesTest, APageThatSomebodyReadsIsFoundOnceAndIsNobodysFromThenOn) {
+  MemoryPageStore memory;
+  FaultInjectingPageStore store(&memory);
+  store.FailWith(absl::UnavailableError("the store is down"));
+  HostUnderTest t({.num_frames = 4, .store = &store});
+  const std::vector<uint32_t> tokens = Tokens(0, 40);  // two full pages and 8 rows
+  const auto info = t.OpenAndFill(tokens);
+  ASSERT_TRUE(info.ok()) << info.status();
+  t.host->Quiesce();
+  auto reader = t.host->PinRows(t.tenant, info->id, 0, 0, 0, t.Soon());
+  ASSERT_TRUE(reader.ok()) << reader.status();
+  const uint64_t at = (*reader)->Runs(0, RowKind::kK).front().offset;
+  std::byte byte;
+  ASSERT_TRUE(t.host->pool().Read(at + 3, {&byte, 1}).ok());
+  byte ^= std::byte{1};
+  ASSERT_TRUE(t.host->pool().Write(at + 3, {&byte, 1}).ok());
+
+  store.FailWith(absl::OkStatus());
+  ASSERT_TRUE(Eventually([&] { return !t.host->Load().is_store_degraded; }));
+  for (int tick = 0; tick < 3; ++tick) {
+    t.host->Tick();
+    t.host->Quiesce();
+  }
+  EXPECT_EQ(t.host->Counters().checksum_failures, 1u);
+  EXPECT_EQ(t.host->Counters().pages_written_through, 1u) << "the other page";
+  EXPECT_EQ(t.host->Load().owed_pages, 0u);
+  EXPECT_EQ(t.host->LookupPrefix(t.tenant, tokens, {}, {})->reused_tokens, 0u);
+  const auto late = t.host->PinRows(t.tenant, info->id, 0, 0, 0, t.Soon());
+  EXPECT_EQ(GetReason(late.status()), "PREFIX_LOST") << late.status();
+  EXPECT_EQ(t.host->Get(t.tenant, info->id)->length, 0u);
+
+  // The reader's frame is not given to others before it lets go.
+  ASSERT_TRUE(t.OpenAndFill(Tokens(5000, 16)).ok());
+  std::byte now;
+  ASSERT_TRUE(t.host->pool().Read(at + 3, {&now, 1}).ok());
+  EXPECT_EQ(now, byte);
+  EXPECT_EQ(t.host->Usage().front().free_frames, 0u);
+  reader = absl::CancelledError("lets go");
+  EXPECT_EQ(t.host->Usage().front().free_frames, 2u) << "its frame and that of the 8 rows";
+  t.host->Quiesce();
+}
+
+}  // namespace
+}  // namespace pagetide
