@@ -19,13 +19,14 @@ bool ModelHostImpl::CanSpill() const {
   return store_ != nullptr && clock_->MonotonicNow() >= spill_again_at_;
 }
 
-bool ModelHostImpl::MakeRoomNow(uint32_t group, uint32_t count) {
+bool ModelHostImpl::EvictFor(uint32_t group, uint32_t count,
+                             absl::FunctionRef<bool(const Page&)> may_evict) {
   const uint32_t num_free = pages_.frames(group).num_free();
   if (num_free >= count) return true;
   const std::vector<PageId> victims =
-      pages_.policy(group).PickVictims(count - num_free, [this](PageId id) {
+      pages_.policy(group).PickVictims(count - num_free, [&](PageId id) {
         mu_.AssertHeld();
-        return MayDrop(pages_.Get(id));
+        return may_evict(pages_.Get(id));
       });
   for (PageId id : victims) {
     pages_.Evict(pages_.Get(id));
@@ -34,8 +35,17 @@ bool ModelHostImpl::MakeRoomNow(uint32_t group, uint32_t count) {
   return pages_.frames(group).num_free() >= count;
 }
 
+bool ModelHostImpl::MakeRoomNow(uint32_t group, uint32_t count) {
+  return EvictFor(group, count, [this](const Page& page) {
+    mu_.AssertHeld();
+    return MayDrop(page);
+  });
+}
+
 bool ModelHostImpl::MakeRoom(uint32_t group, uint32_t count) {
   if (MakeRoomNow(group, count)) return true;
+  // A call does not wait for a put of what nobody needs here.
+  if (EvictFor(group, count, [](const Page& page) { return page.is_clean(); })) return true;
   const uint32_t lacking = count - pages_.frames(group).num_free();
   if (num_spilling_[group] >= lacking) return false;
   size_t wanted = lacking - num_spilling_[group];
@@ -44,7 +54,7 @@ bool ModelHostImpl::MakeRoom(uint32_t group, uint32_t count) {
   wanted -= dirty.size();
   std::erase_if(dirty, [this](PageId id) {
     mu_.AssertHeld();
-    return MayDrop(pages_.Get(id));
+    return pages_.Get(id).is_clean();
   });
   // Then pages in front of pinned ones: those that only the cache knows, and those of sequences.
   for (const bool is_used : {false, true}) {
@@ -53,12 +63,12 @@ bool ModelHostImpl::MakeRoom(uint32_t group, uint32_t count) {
         pages_.policy(group).PickAncestors(wanted, [&](PageId id) {
           mu_.AssertHeld();
           const Page& page = pages_.Get(id);
-          return is_used == (page.refs() > 0) && (MayDrop(page) || CanSpill());
+          return is_used == (page.refs() > 0) && (page.is_clean() || CanSpill());
         });
     wanted -= ancestors.size();
     for (PageId id : ancestors) {
       Page& page = pages_.Get(id);
-      if (MayDrop(page)) {
+      if (page.is_clean()) {
         pages_.Evict(page);
         ++counters_.pages_evicted;
       } else {

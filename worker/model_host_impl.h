@@ -374,8 +374,12 @@ class ModelHostImpl final : public ModelHost {
   absl::StatusOr<bool> Progress(Ticket& ticket) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
   // Tries to have `count` free frames: evicts clean pages, starts spills of others. True if there.
   bool MakeRoom(uint32_t group, uint32_t count) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
-  // Evicts clean pages only; true if `count` frames are free then.
+  // For who does without if there is none. Evicts only what MayDrop; true if `count` frames are
+  // free then.
   bool MakeRoomNow(uint32_t group, uint32_t count) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
+  // As MakeRoomNow, of other pages: none that is not clean.
+  bool EvictFor(uint32_t group, uint32_t count, absl::FunctionRef<bool(const Page&)> may_evict)
+      ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
   bool CanSpill() const ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
   void StartSpills(const std::vector<PageId>& pages, Durability level)
       ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
@@ -397,8 +401,8 @@ class ModelHostImpl final : public ModelHost {
   // --- write-through that is late (model_host_write_through.cc) ---
   // Full keyed pages of this host go to the store, and this one has not gone yet.
   bool IsOwed(const Page& page) const ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
-  // May its frame be taken without writing anything first? An unreferenced page that is owed goes
-  // to the store first, unless the store takes none now.
+  // May its frame be taken without losing anything? An unreferenced page that is owed is to go to
+  // the store first, unless the store takes none now, or a call waits for its frame.
   bool MayDrop(const Page& page) const ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
   // Puts the oldest pages that are owed, a bounded number of them at a time.
   void WriteThroughOwed() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);

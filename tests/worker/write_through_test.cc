@@ -4,6 +4,8 @@
 
 #include <vector>
 
+#include "base/mutex.h"
+#include "kvstore/decorating_page_store.h"
 #include "kvstore/fault_injecting_page_store.h"
 #include "tests/support/timing.h"
 #include "tests/worker/model_host_fixture.h"
@@ -12,6 +14,34 @@ namespace pagetide {
 namespace {
 
 using ::pagetide::testing::Eventually;
+
+// Puts that come while it is told to hold them wait until it lets go.
+class HoldingStore final : public DecoratingPageStore {
+ public:
+  using DecoratingPageStore::DecoratingPageStore;
+  std::vector<PutPageResult> PutPages(std::span<const PutPage> pages, Durability level,
+                                      MonotonicTime deadline) override {
+    {
+      MutexLock lock(&mu_);
+      while (is_holding_) changed_.WaitWithTimeout(&mu_, absl::Seconds(1));
+    }
+    return inner()->PutPages(pages, level, deadline);
+  }
+  void Hold() {
+    MutexLock lock(&mu_);
+    is_holding_ = true;
+  }
+  void LetGo() {
+    MutexLock lock(&mu_);
+    is_holding_ = false;
+    changed_.SignalAll();
+  }
+
+ private:
+  Mutex mu_;
+  CondVar changed_;
+  bool is_holding_ ABSL_GUARDED_BY(mu_) = false;
+};
 
 class LateWriteThrough : public ::testing::Test {
  protected:
@@ -59,7 +89,8 @@ class LateWriteThrough : public ::testing::Test {
   }
 
   MemoryPageStore shared_;
-  FaultInjectingPageStore faulty_{&shared_};
+  HoldingStore slow_{&shared_};
+  FaultInjectingPageStore faulty_{&slow_};
   std::unique_ptr<HostUnderTest> under_test_;
 };
 
@@ -127,7 +158,32 @@ TEST_F(LateWriteThrough, OnePageAsksWhetherTheStoreTakesAnyThenManyGoOldestFirst
   }
 }
 
-TEST_F(LateWriteThrough, APageThatNobodyReferencesIsPutBeforeItsFrameIsTaken) {
+TEST_F(LateWriteThrough, APageThatTheStoreHasGivesItsFrameBeforeOneThatItHasNot) {
+  Start(4);
+  const std::vector<uint32_t> tokens = Tokens(0, 2 * kPageTokens);
+  const auto owed = t().OpenAndFill(tokens);
+  ASSERT_TRUE(owed.ok()) << owed.status();
+  ASSERT_TRUE(host().Close(t().tenant, owed->id, owed->epoch).ok());
+  host().Quiesce();
+  Heal();
+  const auto stored = t().OpenAndFill(Tokens(1000, kPageTokens));
+  ASSERT_TRUE(stored.ok()) << stored.status();
+  ASSERT_TRUE(host().Close(t().tenant, stored->id, stored->epoch).ok());
+  host().Quiesce();
+  EXPECT_EQ(host().Load().owed_pages, 2u);
+  // One frame is free, and the page used last is the one that the store has.
+  const auto last = t().OpenAndFill(Tokens(2000, 2 * kPageTokens));
+  ASSERT_TRUE(last.ok()) << last.status();
+  host().Quiesce();
+  EXPECT_EQ(host().Load().owed_pages, 2u);
+  for (int tick = 0; tick < 2; ++tick) {
+    host().Tick();
+    host().Quiesce();
+  }
+  EXPECT_EQ(AreStored(KeysOf(tokens)), std::vector<bool>(2, true));
+}
+
+TEST_F(LateWriteThrough, ASlowPutHoldsUpNoFrame) {
   Start(4);
   const auto first = t().OpenAndFill(Tokens(0, 2 * kPageTokens));
   ASSERT_TRUE(first.ok()) << first.status();
@@ -135,9 +191,15 @@ TEST_F(LateWriteThrough, APageThatNobodyReferencesIsPutBeforeItsFrameIsTaken) {
   host().Quiesce();
   EXPECT_EQ(host().Load().owed_pages, 2u);
   Heal();
-  const auto second = t().OpenAndFill(Tokens(1000, 4 * kPageTokens));  // takes every frame
-  ASSERT_TRUE(second.ok()) << second.status();
-  EXPECT_EQ(AreStored(KeysOf(Tokens(0, 2 * kPageTokens))), std::vector<bool>(2, true));
+  slow_.Hold();
+  const std::vector<uint32_t> tokens = Tokens(1000, 4 * kPageTokens);
+  const auto second = t().OpenAndFill(tokens);  // takes every frame
+  EXPECT_TRUE(second.ok()) << second.status();
+  slow_.LetGo();
+  host().Quiesce();
+  ASSERT_TRUE(second.ok());
+  EXPECT_EQ(t().WrongRows(second->id, tokens).value(), 0u);
+  EXPECT_EQ(IsStored(second->id), std::vector<bool>(4, true));
 }
 
 TEST_F(LateWriteThrough, WhileTheStoreIsDownAPageThatNobodyReferencesGivesItsFrame) {
