@@ -447,7 +447,8 @@ class ModelHost {
     double spill_low_watermark = 0.75;
     absl::Duration store_timeout = absl::Seconds(10);
     absl::Duration lookup_timeout = absl::Milliseconds(200);
-    // How long spilling pauses after the store refused.
+    // How long spilling pauses after the store refused. A page that it goes on refusing waits for up
+    // to 16 times as long.
     absl::Duration store_backoff = absl::Seconds(1);
     uint64_t max_open_sequences = 100000;
     // A sequence on which no call was made for so long, and that has no pending write, is closed:

@@ -50,7 +50,12 @@ bool ModelHostImpl::MakeRoom(uint32_t group, uint32_t count) {
   if (num_spilling_[group] >= lacking) return false;
   size_t wanted = lacking - num_spilling_[group];
   std::vector<PageId> dirty;
-  if (CanSpill()) dirty = pages_.policy(group).PickVictims(wanted, [](PageId) { return true; });
+  if (CanSpill()) {
+    dirty = pages_.policy(group).PickVictims(wanted, [this](PageId id) {
+      mu_.AssertHeld();
+      return pages_.Get(id).is_clean() || MaySpill(id);
+    });
+  }
   wanted -= dirty.size();
   std::erase_if(dirty, [this](PageId id) {
     mu_.AssertHeld();
@@ -63,7 +68,7 @@ bool ModelHostImpl::MakeRoom(uint32_t group, uint32_t count) {
         pages_.policy(group).PickAncestors(wanted, [&](PageId id) {
           mu_.AssertHeld();
           const Page& page = pages_.Get(id);
-          return is_used == (page.refs() > 0) && (page.is_clean() || CanSpill());
+          return is_used == (page.refs() > 0) && (page.is_clean() || MaySpill(id));
         });
     wanted -= ancestors.size();
     for (PageId id : ancestors) {
@@ -414,6 +419,8 @@ void ModelHostImpl::RunSpills(const std::vector<SpillItem>& items, Durability le
   {
     MutexLock lock(&mu_);
     std::vector<std::optional<Page::StoredAs>> stored(items.size());
+    std::vector<absl::Status> refused(puts.size());
+    const uint64_t taken_before = puts_taken_;
     for (size_t p = 0; p < puts.size(); ++p) {
       absl::Status status =
           p < results.size() ? results[p].status : absl::InternalError("store gave no result");
@@ -425,13 +432,10 @@ void ModelHostImpl::RunSpills(const std::vector<SpillItem>& items, Durability le
                          " under its key, not ", puts[p].meta.checksum.ToHex()));
       }
       if (!status.ok()) {
-        ++counters_.store_errors;
-        last_store_error_ = status;
-        did_put_fail_ = true;
-        spill_again_at_ = clock_->MonotonicNow() + options_.store_backoff;
+        refused[p] = std::move(status);
         continue;
       }
-      did_put_fail_ = false;
+      NotePutTaken(items[put_of[p]].page);
       stored[put_of[p]] = Page::StoredAs{items[put_of[p]].key, results[p].checksum};
       const GroupGeometry& group = Geometry(items[put_of[p]].group);
       counters_.bytes_verified += group.page_bytes();
@@ -440,6 +444,9 @@ void ModelHostImpl::RunSpills(const std::vector<SpillItem>& items, Durability le
         ++counters_.pages_spilled;
       else
         ++counters_.pages_written_through;
+    }
+    for (size_t p = 0; p < puts.size(); ++p) {
+      if (!refused[p].ok()) NotePutRefused(items[put_of[p]].page, taken_before, refused[p]);
     }
     for (size_t i = 0; i < items.size(); ++i) {
       Page& page = pages_.Get(items[i].page);
@@ -603,7 +610,10 @@ absl::StatusOr<ModelHost::EvictResult> ModelHostImpl::EvictPages(uint64_t max_pa
           ++result.evicted_pages;
         }
         if (!CanSpill()) continue;
-        std::vector<PageId> dirty = take([](PageId) { return true; });
+        std::vector<PageId> dirty = take([&](PageId p) {
+          mu_.AssertHeld();
+          return MayDrop(pages_.Get(p)) || MaySpill(p);
+        });
         std::erase_if(dirty, [this](PageId id) {
           mu_.AssertHeld();
           return MayDrop(pages_.Get(id));

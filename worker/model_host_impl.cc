@@ -402,6 +402,7 @@ void ModelHostImpl::Tick() {
     MutexLock lock(&mu_);
     const MonotonicTime now = clock_->MonotonicNow();
     StartReleases();
+    ForgetRefusals();
     std::vector<SequencePtr> expired;
     for (const auto& [number, sequence] : sequences_) {
       const Pending* const pending = sequence->pending.get();
@@ -439,7 +440,7 @@ void ModelHostImpl::Tick() {
         std::vector<PageId> spills;
         for (PageId id : coldest) {
           if (spills.size() + num_spilling_[g] >= plan.spill_dirty) break;
-          if (!is_clean(id)) spills.push_back(id);
+          if (!is_clean(id) && MaySpill(id)) spills.push_back(id);
         }
         StartSpills(spills, Durability::kCache);
       }

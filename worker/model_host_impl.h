@@ -398,13 +398,28 @@ class ModelHostImpl final : public ModelHost {
                         std::span<const TailPlan::SlotRun> runs);
   absl::Status ZeroIfNeeded(uint32_t group, const FramePool::Grant& grant);
 
-  // --- write-through that is late (model_host_write_through.cc) ---
+  // --- refused puts, and write-through that is late (model_host_write_through.cc) ---
+  // After a put that was refused all spills pause, for the store may be down. Unless it takes other
+  // pages: then only the page itself waits, longer each time, so that it holds up nobody.
+  struct Refusal {
+    uint64_t taken_before = 0;  // puts_taken_ when it was refused first
+    int64_t pauses = 1;         // the wait to its next put, in store_backoff
+    MonotonicTime again_at;
+  };
+  // As CanSpill, and the page's own pause is over.
+  bool MaySpill(PageId id) const ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
+  void NotePutTaken(PageId id) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
+  // `taken_before`: puts_taken_ without the pages that were put by the same call.
+  void NotePutRefused(PageId id, uint64_t taken_before, const absl::Status& status)
+      ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
+  // Of pages that went away or were stored otherwise.
+  void ForgetRefusals() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
   // Full keyed pages of this host go to the store, and this one has not gone yet.
   bool IsOwed(const Page& page) const ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
   // May its frame be taken without losing anything? An unreferenced page that is owed is to go to
   // the store first, unless the store takes none now, or a call waits for its frame.
   bool MayDrop(const Page& page) const ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
-  // Puts the oldest pages that are owed, a bounded number of them at a time.
+  // Puts pages that are owed, a bounded number of them at a time, each in its turn.
   void WriteThroughOwed() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
 
   // --- readiness (model_host_readiness.cc) ---
@@ -632,7 +647,11 @@ class ModelHostImpl final : public ModelHost {
   uint64_t running_calls_ ABSL_GUARDED_BY(mu_) = 0;
   MonotonicTime look_for_idle_at_ ABSL_GUARDED_BY(mu_) = {absl::ZeroDuration()};
   MonotonicTime spill_again_at_ ABSL_GUARDED_BY(mu_) = {absl::ZeroDuration()};
-  bool did_put_fail_ ABSL_GUARDED_BY(mu_) = false;  // the last one that was answered
+  // The last put that was answered, but for refusals of pages while the store takes others.
+  bool did_put_fail_ ABSL_GUARDED_BY(mu_) = false;
+  uint64_t puts_taken_ ABSL_GUARDED_BY(mu_) = 0;
+  absl::flat_hash_map<PageId, Refusal> refusals_ ABSL_GUARDED_BY(mu_);
+  PageId next_owed_ ABSL_GUARDED_BY(mu_);  // where WriteThroughOwed goes on
   MonotonicTime ask_partial_again_at_ ABSL_GUARDED_BY(mu_) = {absl::ZeroDuration()};
   absl::Status last_store_error_ ABSL_GUARDED_BY(mu_);
   ComputeClaims claims_ ABSL_GUARDED_BY(mu_);

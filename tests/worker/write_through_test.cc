@@ -1,9 +1,15 @@
 // Pages that became full while the store took none: they reach it when it is back, so that a crash
-// of the worker later loses none of them.
+// of the worker later loses none of them. Pages that it never takes hold up no others.
 #include <gtest/gtest.h>
 
+#include <atomic>
+#include <cstddef>
+#include <thread>
+#include <utility>
 #include <vector>
 
+#include "absl/container/flat_hash_set.h"
+#include "base/clock.h"
 #include "base/mutex.h"
 #include "kvstore/decorating_page_store.h"
 #include "kvstore/fault_injecting_page_store.h"
@@ -43,6 +49,47 @@ class HoldingStore final : public DecoratingPageStore {
   bool is_holding_ ABSL_GUARDED_BY(mu_) = false;
 };
 
+// Refuses some pages whenever they are put, and takes the others.
+class PickyStore final : public DecoratingPageStore {
+ public:
+  using DecoratingPageStore::DecoratingPageStore;
+  std::vector<PutPageResult> PutPages(std::span<const PutPage> pages, Durability level,
+                                      MonotonicTime deadline) override {
+    std::vector<PutPageResult> results = inner()->PutPages(TakenOf(pages), level, deadline);
+    MutexLock lock(&mu_);
+    for (size_t i = 0; i < pages.size(); ++i) {
+      if (!refused_.contains(pages[i].meta.key)) continue;
+      ++num_refused_;
+      PutPageResult refusal;
+      refusal.status = absl::InvalidArgumentError("put page: not this one");
+      results.insert(results.begin() + static_cast<std::ptrdiff_t>(i), std::move(refusal));
+    }
+    return results;
+  }
+  void Refuse(const PageKey& key) {
+    MutexLock lock(&mu_);
+    refused_.insert(key);
+  }
+  uint64_t num_refused() const {
+    MutexLock lock(&mu_);
+    return num_refused_;
+  }
+
+ private:
+  std::vector<PutPage> TakenOf(std::span<const PutPage> pages) const {
+    MutexLock lock(&mu_);
+    std::vector<PutPage> taken;
+    for (const PutPage& page : pages) {
+      if (!refused_.contains(page.meta.key)) taken.push_back(page);
+    }
+    return taken;
+  }
+
+  mutable Mutex mu_;
+  absl::flat_hash_set<PageKey> refused_ ABSL_GUARDED_BY(mu_);
+  uint64_t num_refused_ ABSL_GUARDED_BY(mu_) = 0;
+};
+
 class LateWriteThrough : public ::testing::Test {
  protected:
   static constexpr uint32_t kPageTokens = 16;
@@ -54,14 +101,23 @@ class LateWriteThrough : public ::testing::Test {
         std::make_unique<HostUnderTest>(HostUnderTest::Setup{.num_frames = num_frames,
                                                              .write_through = write_through,
                                                              .store = &faulty_,
-                                                             .incarnation = 1});
+                                                             .incarnation = 1,
+                                                             .clock = &clock_});
   }
   HostUnderTest& t() { return *under_test_; }
   ModelHost& host() { return *under_test_->host; }
-  // The store is back, and the host's back-off is over.
+  // The store is back, and the host's pauses are over.
   void Heal() {
     faulty_.FailWith(absl::OkStatus());
-    ASSERT_TRUE(Eventually([&] { return !host().Load().is_store_degraded; }));
+    EndPauses();
+  }
+  void EndPauses() {
+    clock_.Advance(absl::Seconds(1));  // 50 times store_backoff
+    ASSERT_FALSE(host().Load().is_store_degraded);
+  }
+  void Tick() {
+    host().Tick();
+    host().Quiesce();
   }
   // Of each page of a sequence, in order: has the store got it?
   std::vector<bool> IsStored(SequenceId id) {
@@ -74,7 +130,7 @@ class LateWriteThrough : public ::testing::Test {
   }
   std::vector<bool> AreStored(const std::vector<PageKey>& keys) {
     std::vector<bool> stored;
-    const auto found = shared_.LookupPages(keys, HostUnderTest::Soon()).value();
+    const auto found = shared_.LookupPages(keys, clock_.MonotonicNow() + absl::Seconds(20)).value();
     for (const LookupResult& page : found) stored.push_back(page.present);
     return stored;
   }
@@ -88,9 +144,11 @@ class LateWriteThrough : public ::testing::Test {
     return keys;
   }
 
-  MemoryPageStore shared_;
+  FakeClock clock_;
+  MemoryPageStore shared_{MemoryPageStore::Options{.clock = &clock_}};
   HoldingStore slow_{&shared_};
-  FaultInjectingPageStore faulty_{&slow_};
+  PickyStore picky_{&slow_};
+  FaultInjectingPageStore faulty_{&picky_};
   std::unique_ptr<HostUnderTest> under_test_;
 };
 
@@ -110,14 +168,12 @@ TEST_F(LateWriteThrough, PagesFilledDuringAHiccupOfTheStoreReachItAfterwards) {
   EXPECT_GT(host().Counters().store_errors, 0u);
   EXPECT_EQ(host().Load().owed_pages, 4u);
   EXPECT_EQ(IsStored(info.id), std::vector<bool>(4, false));
-  host().Tick();  // while it is down nothing changes
-  host().Quiesce();
+  Tick();  // while it is down nothing changes
   EXPECT_EQ(host().Load().owed_pages, 4u);
 
   Heal();
   for (uint64_t left : {3, 0}) {
-    host().Tick();
-    host().Quiesce();
+    Tick();
     EXPECT_EQ(host().Load().owed_pages, left);
   }
   EXPECT_EQ(IsStored(info.id), std::vector<bool>(4, true));
@@ -133,7 +189,7 @@ TEST_F(LateWriteThrough, PagesFilledDuringAHiccupOfTheStoreReachItAfterwards) {
   EXPECT_EQ(second.WrongRows(opened->info.id, tokens).value(), 0u);
 }
 
-TEST_F(LateWriteThrough, OnePageAsksWhetherTheStoreTakesAnyThenManyGoOldestFirst) {
+TEST_F(LateWriteThrough, OnePageAsksWhetherTheStoreTakesAnyThenManyGoInTurn) {
   Start(128);
   const auto info = t().OpenAndFill(Tokens(0, 100 * kPageTokens));
   ASSERT_TRUE(info.ok()) << info.status();
@@ -141,21 +197,85 @@ TEST_F(LateWriteThrough, OnePageAsksWhetherTheStoreTakesAnyThenManyGoOldestFirst
   EXPECT_EQ(host().Load().owed_pages, 100u);
   // It pauses after each refusal; then one page is sent, not all of them again.
   for (int i = 0; i < 3; ++i) {
-    ASSERT_TRUE(Eventually([&] { return !host().Load().is_store_degraded; }));
+    EndPauses();
     const uint64_t failed = host().Counters().store_errors;
-    host().Tick();
-    host().Quiesce();
+    Tick();
+    EXPECT_EQ(host().Counters().store_errors, failed + 1);
+    EXPECT_TRUE(host().Load().is_store_degraded);
+    Tick();
     EXPECT_EQ(host().Counters().store_errors, failed + 1);
   }
   Heal();
-  for (size_t num_stored : {1, 33, 65, 97, 100}) {
-    host().Tick();
-    host().Quiesce();
+  // The first three have asked.
+  size_t from = 3, num_stored = 0;
+  for (const size_t count : {1, 32, 32, 32, 3}) {
+    Tick();
+    num_stored += count;
     std::vector<bool> expected(100, false);
-    std::fill_n(expected.begin(), num_stored, true);
+    for (size_t i = from; i < from + num_stored; ++i) expected[i % 100] = true;
     EXPECT_EQ(IsStored(info->id), expected);
     EXPECT_EQ(host().Load().owed_pages, 100 - num_stored);
   }
+}
+
+TEST_F(LateWriteThrough, APageThatIsAlwaysRefusedHoldsUpNoOther) {
+  Start(16);
+  const std::vector<uint32_t> tokens = Tokens(0, 4 * kPageTokens);
+  auto info = t().OpenAndFill(tokens);
+  ASSERT_TRUE(info.ok()) << info.status();
+  host().Quiesce();
+  picky_.Refuse(KeysOf(tokens).front());
+  faulty_.FailWith(absl::OkStatus());
+  for (int i = 0; i < 3; ++i) {  // it asks first, then another, then all
+    EndPauses();
+    Tick();
+  }
+  EXPECT_EQ(IsStored(info->id), (std::vector<bool>{false, true, true, true}));
+  EXPECT_EQ(host().Load().owed_pages, 1u);
+
+  // It is tried now and then, and what becomes full goes at once.
+  std::vector<uint32_t> more = tokens;
+  for (int i = 0; i < 3; ++i) {
+    EndPauses();
+    const uint64_t refused = picky_.num_refused();
+    Tick();
+    EXPECT_EQ(picky_.num_refused(), refused + 1);
+    EXPECT_FALSE(host().Load().is_store_degraded);
+    Tick();
+    EXPECT_EQ(picky_.num_refused(), refused + 1);
+    more = Concat(std::move(more), Tokens(1000 * (i + 1), kPageTokens));
+    info = t().Append(*info, more);
+    ASSERT_TRUE(info.ok()) << info.status();
+    host().Quiesce();
+    EXPECT_TRUE(IsStored(info->id).back());
+  }
+}
+
+TEST_F(LateWriteThrough, APageThatIsAlwaysRefusedDoesNotStandInFrontOfOtherVictims) {
+  Start(3, /*write_through=*/false);
+  picky_.Refuse(KeysOf(Tokens(0, kPageTokens)).front());
+  faulty_.FailWith(absl::OkStatus());
+  // Both in use, so that they are put before their frames are given; the refused one is older.
+  const auto refused = t().OpenAndFill(Tokens(0, kPageTokens));
+  ASSERT_TRUE(refused.ok()) << refused.status();
+  const auto taken = t().OpenAndFill(Tokens(1000, kPageTokens));
+  ASSERT_TRUE(taken.ok()) << taken.status();
+  std::atomic<bool> is_done = false;
+  absl::StatusOr<SequenceInfo> filled = absl::UnknownError("not answered");
+  std::thread call([&] {
+    filled = t().OpenAndFill(Tokens(2000, 2 * kPageTokens));
+    is_done = true;
+  });
+  // Each pause ends some time.
+  EXPECT_TRUE(Eventually([&] {
+    clock_.Advance(absl::Milliseconds(1));
+    return is_done.load();
+  }));
+  if (!is_done) clock_.Advance(absl::Hours(24 * 36500));  // its deadline
+  call.join();
+  EXPECT_TRUE(filled.ok()) << filled.status();
+  EXPECT_TRUE(IsStored(taken->id).front());
+  EXPECT_FALSE(IsStored(refused->id).front());
 }
 
 TEST_F(LateWriteThrough, APageThatTheStoreHasGivesItsFrameBeforeOneThatItHasNot) {
@@ -176,10 +296,7 @@ TEST_F(LateWriteThrough, APageThatTheStoreHasGivesItsFrameBeforeOneThatItHasNot)
   ASSERT_TRUE(last.ok()) << last.status();
   host().Quiesce();
   EXPECT_EQ(host().Load().owed_pages, 2u);
-  for (int tick = 0; tick < 2; ++tick) {
-    host().Tick();
-    host().Quiesce();
-  }
+  Tick();
   EXPECT_EQ(AreStored(KeysOf(tokens)), std::vector<bool>(2, true));
 }
 
@@ -193,11 +310,17 @@ TEST_F(LateWriteThrough, ASlowPutHoldsUpNoFrame) {
   Heal();
   slow_.Hold();
   const std::vector<uint32_t> tokens = Tokens(1000, 4 * kPageTokens);
-  const auto second = t().OpenAndFill(tokens);  // takes every frame
-  EXPECT_TRUE(second.ok()) << second.status();
+  std::atomic<bool> is_done = false;
+  absl::StatusOr<SequenceInfo> second = absl::UnknownError("not answered");
+  std::thread call([&] {
+    second = t().OpenAndFill(tokens);  // takes every frame
+    is_done = true;
+  });
+  EXPECT_TRUE(Eventually([&] { return is_done.load(); }));
   slow_.LetGo();
+  call.join();
   host().Quiesce();
-  ASSERT_TRUE(second.ok());
+  ASSERT_TRUE(second.ok()) << second.status();
   EXPECT_EQ(t().WrongRows(second->id, tokens).value(), 0u);
   EXPECT_EQ(IsStored(second->id), std::vector<bool>(4, true));
 }
@@ -221,8 +344,7 @@ TEST_F(LateWriteThrough, WithoutWriteThroughNothingIsOwed) {
   const auto info = t().OpenAndFill(Tokens(0, 2 * kPageTokens));
   ASSERT_TRUE(info.ok()) << info.status();
   Heal();
-  host().Tick();
-  host().Quiesce();
+  Tick();
   EXPECT_EQ(host().Load().owed_pages, 0u);
   EXPECT_EQ(IsStored(info->id), std::vector<bool>(2, false));
 }
