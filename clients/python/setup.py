@@ -1,4 +1,4 @@
-"""Adds the generated message and stub modules to the build; all else is in pyproject.toml."""
+"""Adds the generated modules to the build; all else is in pyproject.toml."""
 
 import pathlib
 import subprocess

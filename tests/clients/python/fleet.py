@@ -8,7 +8,10 @@ import re
 import signal
 import subprocess
 import threading
+import time
 from typing import Optional
+
+import pagetide
 
 BIN = pathlib.Path(os.environ.get("PAGETIDE_BIN", "build/bin"))
 
@@ -31,7 +34,7 @@ class Program:
         if " ready " not in line:
             self.kill()
             raise RuntimeError(f"{name} did not start: {log.read_text()[-2000:]}")
-        self.address = dict(re.findall(r"(\w+)=(\S+)", line))
+        self.address: dict[str, str] = dict(re.findall(r"(\w+)=(\S+)", line))
 
     @property
     def grpc(self) -> str:
@@ -46,7 +49,9 @@ class Program:
         return self._process.wait(timeout=60)
 
     def pause(self) -> None:
+        """Returns when all its threads stand still."""
         self._process.send_signal(signal.SIGSTOP)
+        os.waitpid(self._process.pid, os.WUNTRACED)
 
     def resume(self) -> None:
         self._process.send_signal(signal.SIGCONT)
@@ -56,9 +61,9 @@ class Fleet:
     """A store, a router and workers. Everything ends with close()."""
 
     def __init__(self, folder: pathlib.Path, workers: int = 1, pool: str = "16MiB",
-                 model_pool: Optional[str] = None) -> None:
+                 model_pool: Optional[str] = None, worker_flags: tuple[str, ...] = ()) -> None:
         self.folder = folder
-        self._pool = [f"--pool-bytes={pool}"]
+        self._pool = [f"--pool-bytes={pool}", *worker_flags]
         if model_pool is not None:  # else the first model takes all
             self._pool.append(f"--model-pool-bytes={model_pool}")
         self._programs: list[Program] = []
@@ -75,9 +80,17 @@ class Fleet:
         return self._start("pagetide-store", "store", f"--data-dir={self.folder / 'store'}")
 
     def start_worker(self, worker_id: str) -> Program:
-        return self._start("pagetide-worker", worker_id, f"--worker-id={worker_id}",
-                           f"--store={self.store.grpc}", f"--router={self.router.grpc}",
-                           f"--local-socket={self.folder / worker_id}.sock", *self._pool)
+        """Returns when the router knows it, too."""
+        program = self._start("pagetide-worker", worker_id, f"--worker-id={worker_id}",
+                              f"--store={self.store.grpc}", f"--router={self.router.grpc}",
+                              f"--local-socket={self.folder / worker_id}.sock", *self._pool)
+        deadline = time.monotonic() + 60
+        with pagetide.Client(router=self.router.grpc) as client:
+            while not any(w.address == program.grpc and w.state == "serving"
+                          for w in client.list_workers()):
+                assert time.monotonic() < deadline, program.log.read_text()[-2000:]
+                time.sleep(0.01)
+        return program
 
     def close(self) -> None:
         for program in reversed(self._programs):

@@ -9,11 +9,10 @@
                 append.write_rows(0, layer, pagetide.RowKind.K, 0, k_rows)
                 append.commit()
 
-pagetide.aio has the same for asyncio. Messages and stubs of every service are in pagetide.v1.
+pagetide.aio has the same for asyncio (pagetide.sync is made from it). Messages and stubs of every service are in pagetide.v1.
 """
 
 from pagetide._messages import RowsPart
-from pagetide.client import CallOptions, Client, PendingAppend, PendingStep, Sequence
 from pagetide.errors import (Aborted, AlreadyExists, Cancelled, DataLoss, DeadlineExceeded,
                              FailedPrecondition, Internal, InvalidArgument, NotFound, PageTideError,
                              PermissionDenied, ResourceExhausted, SequenceMoved, Unauthenticated,
@@ -21,12 +20,18 @@ from pagetide.errors import (Aborted, AlreadyExists, Cancelled, DataLoss, Deadli
 from pagetide.lease import PageLease
 from pagetide.local_plane import LocalPlane
 from pagetide.model import Group, Model, RowKind, row_bytes
-from pagetide.retry import RetryPolicy
+from pagetide.options import Retention
+from pagetide.retry import CallOptions, RetryPolicy
+from pagetide.sync.calls import WorkerConnection
+from pagetide.sync.client import Client
+from pagetide.sync.files import Export
+from pagetide.sync.sequence import Sequence
+from pagetide.sync.writes import PendingAppend, PendingStep
 
 __all__ = [
-    "Aborted", "AlreadyExists", "CallOptions", "Cancelled", "Client", "DataLoss", "DeadlineExceeded",
+    "Aborted", "AlreadyExists", "CallOptions", "Cancelled", "Client", "DataLoss", "DeadlineExceeded", "Export",
     "FailedPrecondition", "Group", "Internal", "InvalidArgument", "LocalPlane", "Model", "NotFound",
     "PageLease", "PageTideError", "PendingAppend", "PendingStep", "PermissionDenied",
-    "ResourceExhausted", "RetryPolicy", "RowKind", "RowsPart", "Sequence", "SequenceMoved",
-    "Unauthenticated", "Unavailable", "Unimplemented", "row_bytes"
+    "ResourceExhausted", "Retention", "RetryPolicy", "RowKind", "RowsPart", "Sequence", "SequenceMoved",
+    "Unauthenticated", "Unavailable", "Unimplemented", "WorkerConnection", "row_bytes"
 ]

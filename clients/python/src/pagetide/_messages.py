@@ -5,19 +5,19 @@ from __future__ import annotations
 
 import dataclasses
 import uuid
-from typing import Any, Iterator, Mapping, Optional, Sequence as Seq, Union
+from typing import Any, Iterable, Iterator, Mapping, Optional, Sequence as Seq, TypeVar, Union
 
 import numpy as np
 import numpy.typing as npt
 
 from pagetide.errors import DataLoss, Internal, PageTideError, Unavailable, make_error
 from pagetide.model import Group, Model, RowKind
-from pagetide.v1 import (prefix_pb2, router_pb2, sequence_edit_pb2, sequence_pb2, session_pb2,
-                         types_pb2)
+from pagetide.v1 import prefix_pb2, router_pb2, sequence_pb2, session_pb2, types_pb2
 
 Tokens = Union[Seq[int], npt.NDArray[np.integer[Any]]]
 Rows = Union[bytes, bytearray, memoryview, npt.NDArray[Any]]
 Bytes = npt.NDArray[np.uint8]
+S = TypeVar("S", bound="SequenceBase")
 
 # A message's payload (proto/pagetide/v1/sequence.proto RowPart).
 MAX_PART_BYTES = 1 << 20
@@ -77,10 +77,12 @@ def prompt_message(model: Model, tokens: Tokens) -> router_pb2.Prompt:
 
 
 def open_request(model: Model, tokens: Tokens, allow_full_reuse: bool, no_reuse: bool,
+                 plan: Optional[prefix_pb2.PromptPlan],
                  assignment_id: str = "") -> sequence_pb2.OpenSequenceRequest:
     return sequence_pb2.OpenSequenceRequest(
         request_id=new_request_id(), model_digest=model.digest, tokens=token_list(tokens),
-        allow_full_reuse=allow_full_reuse, no_reuse=no_reuse, assignment_id=assignment_id)
+        allow_full_reuse=allow_full_reuse, no_reuse=no_reuse, assignment_id=assignment_id,
+        plan=plan)
 
 
 def lookup_request(model: Model, tokens: Tokens,
@@ -97,13 +99,6 @@ def load_request(name: str, version: Optional[int], model: Optional[Model],
         request.version = version
     if length is not None:
         request.length = length
-    return request
-
-
-def delete_request(name: str, expected_version: Optional[int]) -> session_pb2.DeleteSessionRequest:
-    request = session_pb2.DeleteSessionRequest(name=name)
-    if expected_version is not None:
-        request.expected_version = expected_version
     return request
 
 
@@ -127,6 +122,29 @@ def row_parts(group: int, layer: int, kind: RowKind, first_token: int, rows: Byt
         yield sequence_pb2.AppendTokensRequest(rows=sequence_pb2.RowPart(
             group=group, layer=layer, kind=kind.value, first_token=first_token + at // row_bytes,
             num_tokens=piece.size // row_bytes, data=piece.tobytes()))
+
+
+def split_bytes(data: Rows) -> Iterator[bytes]:
+    """The bytes in messages' sizes."""
+    whole = as_bytes(data)
+    for at in range(0, whole.size, MAX_PART_BYTES):
+        yield whole[at:at + MAX_PART_BYTES].tobytes()
+
+
+def file_parts(data: Union[Rows, Iterable[bytes]]) -> Iterator[bytes]:
+    """A file's bytes, whole or in pieces of any size, in messages' sizes."""
+    if isinstance(data, (bytes, bytearray, memoryview, np.ndarray)):
+        yield from split_bytes(data)
+    else:
+        for piece in data:
+            yield from split_bytes(piece)
+
+
+def first_of(sequences: Seq[S]) -> S:
+    """A call on several sequences goes to the worker of the first."""
+    if not sequences:
+        raise ValueError("a call on several sequences: none was given")
+    return sequences[0]
 
 
 def split_block(group: Group, num_tokens: int, block: Rows) -> Iterator[tuple[int, RowKind, Bytes]]:
@@ -199,6 +217,10 @@ class SequenceBase:
         self.restoring_pages = 0
         # Of a sequence that a session was loaded into; empty for others.
         self.tokens: list[int] = []
+        # Of a sequence that was made from a file: what was found in it.
+        self.imported: Optional[session_pb2.ImportSequenceResponse] = None
+        # Of a resumed sequence: its owner had never let go of it, and what came after it was parked is lost.
+        self.was_taken_over = False
         # Why restores ended with less than the open promised; empty otherwise.
         self.shortened_because = ""
         self._is_closed = False
@@ -216,13 +238,14 @@ class SequenceBase:
     def worker_id(self) -> str:
         return self.state.worker_id
 
-    def _ref(self) -> types_pb2.SequenceRef:
+    def ref(self) -> types_pb2.SequenceRef:
+        """Names the sequence in requests: its id and the ownership period that was seen last."""
         return types_pb2.SequenceRef(sequence_id=self.id, epoch=self.state.epoch)
 
     def _header(self, append_id: str, tokens: Tokens,
                 pin_prefix: bool) -> sequence_pb2.AppendTokensRequest:
         return sequence_pb2.AppendTokensRequest(header=sequence_pb2.AppendHeader(
-            request_id=append_id, sequence=self._ref(), append_id=append_id,
+            request_id=append_id, sequence=self.ref(), append_id=append_id,
             expected_length=self.length, tokens=token_list(tokens), pin_prefix=pin_prefix))
 
     def _read_request(self, group: int, begin: int, end: int,
@@ -233,14 +256,10 @@ class SequenceBase:
             sequence_id=self.id, group=group, begin=begin, end=end, layers=list(layers))
 
     def _fork_request(self, length: Optional[int]) -> sequence_pb2.ForkSequenceRequest:
-        request = sequence_pb2.ForkSequenceRequest(request_id=new_request_id(), source=self._ref())
+        request = sequence_pb2.ForkSequenceRequest(request_id=new_request_id(), source=self.ref())
         if length is not None:
             request.length = length
         return request
-
-    def _rewind_request(self, length: int) -> sequence_edit_pb2.RewindRequest:
-        return sequence_edit_pb2.RewindRequest(
-            request_id=new_request_id(), sequence=self._ref(), length=length)
 
     def _lease_request(self, seconds: float) -> sequence_pb2.GetBlockTableRequest:
         request = sequence_pb2.GetBlockTableRequest(sequence_id=self.id)
@@ -255,19 +274,20 @@ class SequenceBase:
     def _close_request(self) -> sequence_pb2.CloseSequenceRequest:
         return sequence_pb2.CloseSequenceRequest(sequence_id=self.id, epoch=self.state.epoch)
 
-    def _reserve_request(self, num_tokens: int, local_client_id: int,
-                         pin_prefix: bool) -> sequence_pb2.ReserveSlotsRequest:
-        item = sequence_pb2.ReserveSlotsRequest.Item(sequence=self._ref(), num_tokens=num_tokens)
+    def _reserve_request(self, num_tokens: int, local_client_id: int, pin_prefix: bool,
+                         parents: Seq[int]) -> sequence_pb2.ReserveSlotsRequest:
+        item = sequence_pb2.ReserveSlotsRequest.Item(
+            sequence=self.ref(), num_tokens=num_tokens, parents=parents)
         return sequence_pb2.ReserveSlotsRequest(
             request_id=new_request_id(), items=[item], local_client_id=local_client_id,
             pin_prefix=pin_prefix)
 
     def _commit_request(self, reservation_id: int, tokens: Tokens,
-                        rows: Seq[sequence_pb2.RowPart],
-                        in_staging: bool) -> sequence_pb2.CommitStepRequest:
+                        rows: Seq[sequence_pb2.RowPart], in_staging: bool,
+                        indices: Seq[int]) -> sequence_pb2.CommitStepRequest:
         item = sequence_pb2.CommitStepRequest.Item(
-            sequence=self._ref(), reservation_id=reservation_id, tokens=token_list(tokens),
-            rows=rows, rows_in_staging=in_staging)
+            sequence=self.ref(), reservation_id=reservation_id, tokens=token_list(tokens),
+            rows=rows, rows_in_staging=in_staging, indices=indices)
         return sequence_pb2.CommitStepRequest(request_id=new_request_id(), items=[item])
 
     def _abort_request(self, reservation_id: int) -> sequence_pb2.AbortReservationRequest:
@@ -276,10 +296,10 @@ class SequenceBase:
 
     def _save_request(self, name: str, metadata: Optional[Mapping[str, str]],
                       expected_version: Optional[int], durability: types_pb2.Durability,
-                      keep_tokens: Optional[int]) -> session_pb2.SaveSessionRequest:
+                      keep_tokens: Optional[int], compact: bool) -> session_pb2.SaveSessionRequest:
         request = session_pb2.SaveSessionRequest(
-            request_id=new_request_id(), sequence=self._ref(), name=name, metadata=metadata or {},
-            level=durability)
+            request_id=new_request_id(), sequence=self.ref(), name=name, metadata=metadata or {},
+            level=durability, compact=compact)
         if expected_version is not None:
             request.expected_version = expected_version
         if keep_tokens is not None:

@@ -26,6 +26,13 @@ class RetryPolicy:
     jitter: float = 0.5
 
 
+@dataclasses.dataclass(frozen=True)
+class CallOptions:
+    # Bounds a call with all its attempts and pauses, in seconds.
+    timeout: float = 30.0
+    retry: RetryPolicy = RetryPolicy()
+
+
 class RetryLoop:
     """The decisions of one logical call, without sleeping. Not thread-safe."""
 

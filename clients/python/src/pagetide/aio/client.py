@@ -1,0 +1,360 @@
+"""Client asks a router where a prompt goes and opens it there."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from types import TracebackType
+from typing import Any, AsyncIterator, Mapping, Optional, Sequence as Seq
+
+import grpc
+
+from pagetide import _messages as m
+from pagetide import _transport_asyncio as transport
+from pagetide.aio.calls import WorkerConnection, unary, unary_once
+from pagetide.aio.files import import_file
+from pagetide.aio.sequence import Sequence
+from pagetide.errors import FailedPrecondition, NotFound, PageTideError, Unavailable
+from pagetide.model import Model
+from pagetide.retry import CallOptions, RetryPolicy
+from pagetide.v1 import (model_pb2, prefix_pb2, router_pb2, router_pb2_grpc, sequence_edit_pb2,
+                         sequence_pb2, session_pb2, types_pb2)
+
+_log = logging.getLogger("pagetide")
+
+
+class Client:
+    """The way into a fleet: `router`, or one `worker` without a router ("host:port", "unix:/path").
+
+    timeout bounds each call with its retries, and each attempt to open on one worker, in seconds.
+    max_assignments: workers tried before open gives up. use_local_plane: False sends rows by RPC though
+    the worker is on this host. staging_bytes: shared memory asked of each worker, a model.
+    """
+
+    def __init__(self, router: str = "", worker: str = "", worker_local_socket: str = "",
+                 timeout: float = 30.0, retry: RetryPolicy = RetryPolicy(),
+                 max_assignments: int = 3, use_local_plane: bool = True,
+                 staging_bytes: int = 16 << 20,
+                 credentials: Optional[grpc.ChannelCredentials] = None) -> None:
+        if bool(router) == bool(worker):
+            raise ValueError(f"client: router \"{router}\" and worker \"{worker}\": exactly one must "
+                             "be set")
+        if max_assignments < 1:
+            raise ValueError(f"client: max_assignments is {max_assignments}, must be at least 1")
+        self._options = CallOptions(timeout, retry)
+        self._max_assignments = max_assignments
+        self._use_local_plane = use_local_plane
+        self._staging_bytes = staging_bytes
+        self._credentials = credentials
+        self._worker_address = worker
+        self._worker_local_socket = worker_local_socket
+        self._router_channel = transport.channel(router, credentials) if router else None
+        self._router: Any = (None if self._router_channel is None else
+                             router_pb2_grpc.RouterServiceStub(self._router_channel))
+        self._lock = threading.Lock()  # never held across a wait
+        # By address. Bounded by the fleet: a dead address costs an idle channel.
+        self._workers: dict[str, WorkerConnection] = {}
+
+    async def __aenter__(self) -> "Client":
+        return self
+
+    async def __aexit__(self, kind: Optional[type[BaseException]], error: Optional[BaseException],
+                        trace: Optional[TracebackType]) -> None:
+        await self.close()
+
+    async def close(self) -> None:
+        """Ends all connections. Sequences opened here are of no use afterwards."""
+        with self._lock:
+            workers, self._workers = list(self._workers.values()), {}
+        for worker in workers:
+            await worker.close()
+        if self._router_channel is not None:
+            await self._router_channel.close()
+
+    # --- the router ---
+
+    async def _ask_router(self, action: str, method: str, request: Any) -> Any:
+        if self._router is None:
+            raise FailedPrecondition(f"{action}: this client has no router, only a worker")
+        return await unary(self._options, getattr(self._router, method), request)
+
+    async def register_model(self, spec: model_pb2.ModelSpec) -> Model:
+        """Idempotent. InvalidArgument names the field; AlreadyExists: another model has the name."""
+        request = router_pb2.RegisterModelRequest(spec=spec)
+        response = await self._ask_router("register model", "RegisterModel", request)
+        return Model.from_proto(response.model)
+
+    async def list_models(self) -> list[Model]:
+        """All that are registered."""
+        request = router_pb2.ListModelsRequest()
+        response = await self._ask_router("list models", "ListModels", request)
+        return [Model.from_proto(model) for model in response.models]
+
+    async def find_model(self, name_or_digest: str) -> Model:
+        """NotFound (MODEL_NOT_FOUND)."""
+        models = await self.list_models()
+        for model in models:
+            if name_or_digest in (model.digest, model.name):
+                return model
+        raise NotFound(f"find model {name_or_digest}: none of the {len(models)} registered models",
+                       "MODEL_NOT_FOUND")
+
+    async def list_workers(self) -> list[router_pb2.WorkerInfo]:
+        """Workers and stores that are attached to the router."""
+        response = await self._ask_router("list workers", "ListWorkers", router_pb2.ListWorkersRequest())
+        return list(response.workers)
+
+    async def assign(self, model: Model, tokens: m.Tokens, sticky_worker_id: str = "",
+                     exclude_worker_ids: Seq[str] = ()) -> router_pb2.AssignSequenceResponse:
+        """The worker that can start this prompt soonest. Unavailable (NO_WORKER) when there is none."""
+        response: router_pb2.AssignSequenceResponse = await self._ask_router(
+            "assign sequence", "AssignSequence", router_pb2.AssignSequenceRequest(
+                request_id=m.new_request_id(), prompt=m.prompt_message(model, tokens),
+                sticky_worker_id=sticky_worker_id, exclude_worker_ids=exclude_worker_ids))
+        return response
+
+    async def explain(self, model: Model, tokens: m.Tokens,
+                      sticky_worker_id: str = "") -> router_pb2.ExplainPlacementResponse:
+        """assign without effect, with the table of candidates and the reason in words."""
+        response: router_pb2.ExplainPlacementResponse = await self._ask_router(
+            "explain placement", "ExplainPlacement", router_pb2.ExplainPlacementRequest(
+                prompt=m.prompt_message(model, tokens), sticky_worker_id=sticky_worker_id))
+        return response
+
+    # --- workers ---
+
+    def connect_worker(self, address: str, local_socket: str = "") -> WorkerConnection:
+        """The connection to a worker, made or found."""
+        with self._lock:
+            worker = self._workers.get(address)
+            if worker is None:
+                worker = WorkerConnection(
+                    address, local_socket if self._use_local_plane else "", self._staging_bytes,
+                    self._options, self._credentials)
+                self._workers[address] = worker
+            return worker
+
+    async def _place(self, model: Model, tokens: m.Tokens) -> WorkerConnection:
+        if self._router is None:
+            return self.connect_worker(self._worker_address, self._worker_local_socket)
+        assigned = await self.assign(model, tokens)
+        return self.connect_worker(assigned.address, assigned.local_socket)
+
+    async def _serving_workers(self, worker_id: str) -> list[WorkerConnection]:
+        """The named worker, or some of those that serve; at least one."""
+        if self._router is None:
+            return [self.connect_worker(self._worker_address, self._worker_local_socket)]
+        serving = m.serving_workers(await self.list_workers(), worker_id)
+        return [self.connect_worker(w.address, w.local_socket) for w in serving[:self._max_assignments]]
+
+    async def _on_any_worker(self, service: str, method: str, request: Any,
+                             worker_id: str = "") -> tuple[WorkerConnection, Any]:
+        """A call that every worker can answer: on the named one, or on those that serve in turn."""
+        workers = await self._serving_workers(worker_id)
+        for worker in workers[:-1]:
+            try:
+                return worker, await unary(
+                    self._options, getattr(getattr(worker, service), method), request)
+            except Unavailable as error:
+                _log.info("%s on %s: %s", method, worker.address, error)
+        last = workers[-1]
+        return last, await unary(self._options, getattr(getattr(last, service), method), request)
+
+    async def _once_on_any_worker(self, service: str, method: str, request: Any) -> Any:
+        worker = (await self._serving_workers(""))[0]
+        return await unary_once(self._options, getattr(getattr(worker, service), method), request)
+
+    # --- prompts ---
+
+    async def lookup(self, model: Model, tokens: m.Tokens,
+                     allow_full_reuse: bool = False) -> types_pb2.PrefixReuse:
+        """How much of a prompt the worker it would go to could reuse, and why not more. No effect."""
+        worker = await self._place(model, tokens)
+        request = m.lookup_request(model, tokens, allow_full_reuse)
+        response = await unary(self._options, worker.prefixes.LookupPrefix, request)
+        reuse: types_pb2.PrefixReuse = response.reuse
+        return reuse
+
+    async def plan(self, model: Model, tokens: m.Tokens, sessions: Seq[str] = (),
+                   allow_full_reuse: bool = False) -> prefix_pb2.PlanPromptResponse:
+        """What an open of a prompt would reuse: pages found by their keys, or the best of `sessions` (at
+        most 16 names), each with the reason why not more. No effect; open(plan=response.plan) does it."""
+        worker = await self._place(model, tokens)
+        response: prefix_pb2.PlanPromptResponse = await unary(
+            self._options, worker.prefixes.PlanPrompt, prefix_pb2.PlanPromptRequest(
+                model_digest=model.digest, tokens=m.token_list(tokens), sessions=sessions,
+                allow_full_reuse=allow_full_reuse))
+        return response
+
+    async def open(self, model: Model, tokens: m.Tokens, *, allow_full_reuse: bool = False,
+                   no_reuse: bool = False, sticky_worker_id: str = "",
+                   exclude_worker_ids: Seq[str] = (),
+                   plan: Optional[prefix_pb2.PromptPlan] = None) -> Sequence:
+        """Opens a prompt on the worker that can start it soonest. Does not wait for restores: the
+        sequence's length is what is reused (wait_ready). A worker that does not answer is left out and
+        another one asked for.
+
+        allow_full_reuse: reuse even the last token (engines usually need its logits).
+        no_reuse: reuse nothing, to measure. sticky_worker_id: stay with this worker if it is alive.
+        plan: of plan(), for the same tokens.
+        """
+        if self._router is None:
+            worker = self.connect_worker(self._worker_address, self._worker_local_socket)
+            return await self._open_on(worker, model, m.open_request(
+                model, tokens, allow_full_reuse, no_reuse, plan))
+        excluded = list(exclude_worker_ids)
+        last: Optional[PageTideError] = None
+        for _ in range(self._max_assignments):
+            try:
+                assigned = await self.assign(model, tokens, sticky_worker_id, excluded)
+            except PageTideError:
+                if last is None:
+                    raise
+                raise last from None  # the worker that failed says more than "no worker is left"
+            worker = self.connect_worker(assigned.address, assigned.local_socket)
+            try:
+                return await self._open_on(worker, model, m.open_request(
+                    model, tokens, allow_full_reuse, no_reuse, plan, assigned.assignment_id))
+            except Unavailable as error:
+                _log.info("open on worker %s: %s", assigned.worker_id, error)
+                last = error
+                excluded.append(assigned.worker_id)
+                if sticky_worker_id == assigned.worker_id:
+                    sticky_worker_id = ""
+        assert last is not None
+        raise last
+
+    async def _open_on(self, worker: WorkerConnection, model: Model,
+                       request: sequence_pb2.OpenSequenceRequest) -> Sequence:
+        response = await unary(worker.options, worker.sequences.OpenSequence, request)
+        sequence = Sequence(self, worker, model, response.state)
+        sequence.reuse = response.reuse
+        sequence.restoring_pages = response.restoring_pages
+        return sequence
+
+    async def _model_of(self, model: Optional[Model], state: types_pb2.SequenceState) -> Model:
+        return await self.find_model(state.model_digest) if model is None else model
+
+    # --- what outlives a sequence ---
+
+    async def load_session(self, name: str, *, version: Optional[int] = None,
+                           model: Optional[Model] = None, length: Optional[int] = None,
+                           worker_id: str = "") -> Sequence:
+        """A new sequence with a session's tokens (Sequence.tokens) and rows, on any worker or the named
+        one. Does not wait for restores. `model`: the one that the caller is going to run;
+        FailedPrecondition (MODEL_MISMATCH) when the session is of another. None: that of the session."""
+        worker, response = await self._on_any_worker(
+            "sessions", "LoadSession", m.load_request(name, version, model, length), worker_id)
+        sequence = Sequence(self, worker, await self._model_of(model, response.state), response.state)
+        sequence.tokens = list(response.tokens)
+        sequence.restoring_pages = response.restoring_pages
+        return sequence
+
+    async def peek_session(self, name: str,
+                           with_tokens: bool = False) -> session_pb2.PeekSessionResponse:
+        """What a session holds, without loading it. NotFound (SESSION_NOT_FOUND)."""
+        request = session_pb2.PeekSessionRequest(name=name, with_tokens=with_tokens)
+        response: session_pb2.PeekSessionResponse
+        _, response = await self._on_any_worker("sessions", "PeekSession", request)
+        return response
+
+    async def list_sessions(self, name_prefix: str = "") -> AsyncIterator[session_pb2.SessionInfo]:
+        """The tenant's sessions in order of name, fetched as they are consumed."""
+        request = session_pb2.ListSessionsRequest(name_prefix=name_prefix)
+        while True:
+            _, response = await self._on_any_worker("sessions", "ListSessions", request)
+            for info in response.sessions:
+                yield info
+            request.page_token = response.next_page_token
+            if not request.page_token:
+                return
+
+    async def delete_session(self, name: str, expected_version: Optional[int] = None) -> None:
+        """NotFound when there is none; FailedPrecondition (VERSION_MISMATCH). Without expected_version it
+        is sent once: a repeat after a lost answer would delete what was saved under the name meanwhile."""
+        request = session_pb2.DeleteSessionRequest(name=name)
+        if expected_version is None:
+            await self._once_on_any_worker("sessions", "DeleteSession", request)
+        else:
+            request.expected_version = expected_version
+            await self._on_any_worker("sessions", "DeleteSession", request)
+
+    async def resume(self, sequence_id: str, *, model: Optional[Model] = None,
+                     worker_id: str = "") -> Sequence:
+        """A parked sequence (Sequence.park) under its id, on any worker or the named one; or one of a
+        worker that died, as it was parked last. Does not wait for restores. SequenceMoved, with worker_id
+        in its metadata: its owner is alive. NotFound (SEQUENCE_NOT_FOUND): it is not parked."""
+        worker, response = await self._on_any_worker(
+            "sequences", "ResumeSequence", sequence_pb2.ResumeSequenceRequest(
+                request_id=m.new_request_id(), sequence_id=sequence_id), worker_id)
+        sequence = Sequence(self, worker, await self._model_of(model, response.state), response.state)
+        sequence.restoring_pages = response.restoring_pages
+        sequence.was_taken_over = response.was_taken_over
+        return sequence
+
+    async def drop_parked(self, sequence_id: str, epoch: int) -> None:
+        """Drops what was parked of a sequence. epoch: the one that park() answered; when somebody has
+        resumed the sequence since, nothing is dropped."""
+        await self._on_any_worker("sequences", "CloseSequence", sequence_pb2.CloseSequenceRequest(
+            sequence_id=sequence_id, epoch=epoch))
+
+    async def import_sequence(
+            self, model: Model, data: transport.FileData, *,
+            format: session_pb2.StateFormat = session_pb2.STATE_FORMAT_UNSPECIFIED,
+            tokens: m.Tokens = (),
+            basis: session_pb2.ImportSequenceRequest.Header.Basis =
+            session_pb2.ImportSequenceRequest.Header.BASIS_UNSPECIFIED,
+            worker_id: str = "", timeout: Optional[float] = None) -> Sequence:
+        """A new sequence from a file (docs/formats/): all of it, or nothing. `data`: bytes, pieces of
+        them, or a binary file. Sequence.imported has what was found in it. Sent once.
+
+        format: unspecified is recognised by its first bytes. tokens: for formats that carry none. basis:
+        of quantised llama.cpp rows, which that program stores rotated unless told otherwise. timeout: in
+        place of the client's; a worker allows 600 s at most.
+        """
+        header = session_pb2.ImportSequenceRequest.Header(
+            request_id=m.new_request_id(), model_digest=model.digest, format=format,
+            tokens=m.token_list(tokens), basis=basis)
+        worker = (await self._serving_workers(worker_id))[0]
+        response = await import_file(
+            worker, header, data, self._options.timeout if timeout is None else timeout)
+        sequence = Sequence(self, worker, model, response.state)
+        sequence.imported = response
+        return sequence
+
+    async def unpin(self, name: str) -> None:
+        """Lets the store evict what Sequence.pin kept. NotFound (PIN_NOT_FOUND). Sent once: a repeat
+        after a lost answer would end a pin that was made under the name meanwhile."""
+        await self._once_on_any_worker(
+            "edits", "UnpinRange", sequence_edit_pb2.UnpinRangeRequest(name=name))
+
+    async def list_pins(self, name_prefix: str = "") -> AsyncIterator[sequence_edit_pb2.PinInfo]:
+        """The tenant's pins in order of name, fetched as they are consumed."""
+        request = sequence_edit_pb2.ListPinsRequest(name_prefix=name_prefix)
+        while True:
+            _, response = await self._on_any_worker("edits", "ListPins", request)
+            for info in response.pins:
+                yield info
+            request.page_token = response.next_page_token
+            if not request.page_token:
+                return
+
+    # --- several sequences of one worker and model at once ---
+
+    async def reorder(self, sequences: Seq[Sequence], order: Seq[int],
+                      allow_repeats: bool = False) -> None:
+        """sequences[i] becomes what sequences[order[i]] was (beam search): references only. allow_repeats:
+        an index may stand several times."""
+        response = await m.first_of(sequences)._call(  # noqa: SLF001
+            "edits", "ReorderSequences", sequence_edit_pb2.ReorderSequencesRequest(
+                request_id=m.new_request_id(), sequences=[s.ref() for s in sequences], order=order,
+                allow_repeats=allow_repeats))
+        for sequence, state in zip(sequences, response.states):
+            sequence.state = state
+
+    async def keep_only(self, sequences: Seq[Sequence]) -> sequence_edit_pb2.KeepOnlyResponse:
+        """Clears every other open sequence of this tenant and model on their worker. They stay open."""
+        response: sequence_edit_pb2.KeepOnlyResponse = await m.first_of(sequences)._call(  # noqa: SLF001
+            "edits", "KeepOnly", sequence_edit_pb2.KeepOnlyRequest(
+                request_id=m.new_request_id(), sequences=[s.ref() for s in sequences]))
+        return response
