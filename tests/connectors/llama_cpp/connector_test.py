@@ -1,5 +1,5 @@
-"""The connector with tiny models of random weights, against real programs: logits, not only tokens, and what
-it does when PageTide is not there, slow or wrong. Needs llama-cpp-python and gguf."""
+"""The connector with tiny models of random weights, against real programs: logits, not only tokens. Needs
+llama-cpp-python and gguf."""
 
 from __future__ import annotations
 
@@ -7,20 +7,17 @@ import json
 import pathlib
 import subprocess
 import sys
-import tempfile
-import time
-from typing import Any, Iterator
+from typing import Any
 
 import numpy as np
 import pytest
-from engine import SETTINGS, control_logits, first_logits, logits_of, open_engine
+from engine import control_logits, first_logits, logits_of, open_engine
+from fixtures import Q8_0, fleet, folder, models, prompt_of  # noqa: F401  # fixtures
 from fleet import Fleet
-from tiny_model import VOCABULARY, write_tiny_model
 
 import pagetide
 import pagetide_llama_cpp as pt
 
-Q8_0 = 8  # ggml's number
 CASES = {
     "plain-f16": ("llama", dict()),
     "plain-f16-fa": ("llama", dict(flash_attn=True)),
@@ -29,32 +26,6 @@ CASES = {
     "window-f16": ("gemma3", dict()),
     "window-q8_0-fa": ("gemma3", dict(flash_attn=True, type_k=Q8_0, type_v=Q8_0)),
 }
-
-
-def prompt_of(n: int, seed: int) -> list[int]:
-    return [1] + [int(t) for t in np.random.default_rng(seed).integers(3, VOCABULARY, n - 1)]
-
-
-@pytest.fixture(scope="module")
-def folder() -> Iterator[pathlib.Path]:
-    with tempfile.TemporaryDirectory(prefix="pt-llama-") as name:
-        yield pathlib.Path(name)
-
-
-@pytest.fixture(scope="module")
-def models(folder: pathlib.Path) -> dict[str, pathlib.Path]:
-    return {
-        "llama": write_tiny_model(folder / "llama.gguf", "llama"),
-        # A window that is no multiple of a page and shorter than one.
-        "gemma3": write_tiny_model(folder / "gemma3.gguf", "gemma3", layers=6, window=96),
-    }
-
-
-@pytest.fixture(scope="module")
-def fleet(folder: pathlib.Path) -> Iterator[Fleet]:
-    fleet = Fleet(folder, pool="128MiB", model_pool="8MiB")
-    yield fleet
-    fleet.close()
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -156,122 +127,6 @@ def test_another_process_and_a_restart_of_everything(
         assert np.array_equal(np.load(out), expected)
     finally:
         fleet.close()
-
-
-def test_without_pagetide_generation_goes_on_and_says_why(models: dict[str, pathlib.Path],
-                                                          folder: pathlib.Path) -> None:
-    asked = prompt_of(300, 31)
-    expected = control_logits(open_engine(models["llama"]), None, asked, 0)
-    llama = open_engine(models["llama"])
-    connector = pt.attach(llama, router=f"unix:{folder}/nobody")
-    assert np.array_equal(first_logits(llama, asked), expected)
-    assert connector.last is not None and "UNAVAILABLE" in connector.last.reason
-    assert connector.counters["failures"] == 1
-    # The next prompt does not wait for it again.
-    began = time.monotonic()
-    connector.prepare(prompt_of(300, 32))
-    assert time.monotonic() - began < 0.5
-    assert "asked again" in connector.last.reason
-    connector.detach()
-
-
-def test_a_worker_that_dies_or_stalls_costs_a_recompute(models: dict[str, pathlib.Path],
-                                                        folder: pathlib.Path) -> None:
-    home = folder / "dying"
-    home.mkdir()
-    fleet = Fleet(home, pool="64MiB")
-    options = pt.Options(timeout=0.5, cool_down=0)
-    try:
-        written = prompt_of(700, 41)
-        expected = control_logits(open_engine(models["llama"]), None, written, 0)
-        first = open_engine(models["llama"])
-        cold = pt.attach(first, router=fleet.router.grpc, options=options)
-        first_logits(first, written)
-        assert cold.flush()
-        second = open_engine(models["llama"])
-        warm = pt.attach(second, router=fleet.router.grpc, options=options)
-        # It dies between the answer and the pages: mid-load.
-        load = warm._load
-
-        def kill_then_load(*arguments: Any) -> None:
-            fleet.workers[0].kill()
-            load(*arguments)
-
-        warm._load = kill_then_load  # type: ignore[method-assign]
-        assert np.array_equal(first_logits(second, written), expected)
-        assert warm.last is not None
-        assert warm.last.loaded_tokens == 0 and "PageTide" in warm.last.reason
-        # And mid-store: this engine still holds its sequence.
-        assert np.isfinite(first_logits(first, written + prompt_of(300, 42)[1:])).all()
-        cold.flush()
-        warm._load = load  # type: ignore[method-assign]
-        fleet.workers = [fleet.start_worker("w1")]
-        # The store has the pages of the dead one: another worker serves them.
-        second.reset()
-        deadline = time.monotonic() + 20
-        while warm.last.loaded_tokens == 0 and time.monotonic() < deadline:
-            second.reset()
-            got = first_logits(second, written)
-        assert warm.last.loaded_tokens == 512, warm.last.reason
-        assert np.array_equal(got, control_logits(open_engine(models["llama"]), written, written, 512))
-        # A worker that stalls: the wait is bounded.
-        second.reset()
-        fleet.workers[0].pause()
-        began = time.monotonic()
-        assert np.array_equal(first_logits(second, written), expected)
-        assert time.monotonic() - began < 15
-        assert warm.last.loaded_tokens == 0 and "PageTide" in warm.last.reason
-        fleet.workers[0].resume()
-        cold.detach()
-        warm.detach()
-    finally:
-        fleet.close()
-
-
-def test_contexts_that_cannot_reuse_are_refused_with_the_reason(models: dict[str, pathlib.Path],
-                                                                fleet: Fleet) -> None:
-    import llama_cpp
-    asked = prompt_of(40, 51)
-    for llama, reason in (
-        (open_engine(models["gemma3"], swa_full=False), "swa_full = False"),
-        (open_engine(models["llama"], logits_all=True), "logits_all"),
-        (llama_cpp.Llama(str(models["llama"]), **SETTINGS), "n_seq_max = 1"),
-    ):
-        connector = pt.attach(llama, router=fleet.router.grpc)
-        assert reason in connector.refused_because
-        assert np.isfinite(first_logits(llama, asked)).all()
-        assert connector.last is not None and reason in connector.last.reason
-        assert connector.counters["refused"] == 1 and connector.counters["loaded_tokens"] == 0
-        connector.detach()
-
-
-def test_only_equal_identities_share_pages(models: dict[str, pathlib.Path], folder: pathlib.Path,
-                                           fleet: Fleet, monkeypatch: pytest.MonkeyPatch) -> None:
-    def digest_of(path: pathlib.Path, **arguments: Any) -> str:
-        connector = pt.attach(open_engine(path, **arguments), router=fleet.router.grpc)
-        assert connector.refused_because == ""
-        with pagetide.Client(router=fleet.router.grpc) as client:
-            digest = client.register_model(connector._spec).digest
-        connector.detach()
-        return digest
-
-    base = digest_of(models["llama"])
-    renamed = folder / "another-name.gguf"
-    renamed.write_bytes(models["llama"].read_bytes())
-    assert digest_of(renamed) == base
-    assert digest_of(models["llama"], n_ctx=1024) == base
-    others = {
-        "weights": digest_of(write_tiny_model(folder / "w.gguf", seed=2)),
-        "rope in the file": digest_of(write_tiny_model(folder / "r.gguf", freq_base=5000.0)),
-        "flash attention": digest_of(models["llama"], flash_attn=True),
-        "rope in the context": digest_of(models["llama"], rope_freq_base=20000.0),
-        "rope scale": digest_of(models["llama"], rope_freq_scale=0.5),
-        "K type": digest_of(models["llama"], type_k=Q8_0),
-        "override": digest_of(models["llama"], kv_overrides={"llama.attention.layer_norm_rms_epsilon": 1e-4}),
-    }
-    monkeypatch.setenv("LLAMA_ATTN_ROT_DISABLE", "1")
-    others["basis"] = digest_of(models["llama"], type_k=Q8_0)
-    assert len({base, *others.values()}) == 1 + len(others), others
 
 
 def test_completions_chat_and_short_prompts_work_as_ever(models: dict[str, pathlib.Path],

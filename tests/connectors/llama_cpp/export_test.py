@@ -7,7 +7,6 @@ from __future__ import annotations
 import ctypes
 import hashlib
 import json
-import os
 import pathlib
 import subprocess
 import sys
@@ -21,8 +20,6 @@ from fleet import BIN, Fleet
 import pagetide
 from pagetide.v1 import model_pb2
 
-# Rows as they are computed: the format does not say whether they are rotated.
-os.environ["LLAMA_ATTN_ROT_DISABLE"] = "1"
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2] / "formats" / "testdata"))
 import llama_cpp.llama_cpp as ll  # noqa: E402
 import make_llama_cpp_states as states  # noqa: E402
@@ -54,6 +51,14 @@ LAYERS = {"llama": 2, "gemma3": 6}
 SEQUENCE = 1
 # Beyond the window's cells, so that they go round.
 TOKENS = [(7 * i + 3) % states.VOCABULARY for i in range(150)]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def plain_basis() -> Iterator[None]:
+    """Rows as they are computed: the format does not say whether they are rotated."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LLAMA_ATTN_ROT_DISABLE", "1")
+        yield
 
 
 @pytest.fixture(scope="module")

@@ -125,7 +125,7 @@ def run_pagetide(order: dict[str, Any]) -> dict[str, Any]:
             state[state.size // 2] ^= 0x10
             return state
 
-        context.stage = with_a_wrong_byte  # type: ignore[method-assign]
+        context.stage = with_a_wrong_byte  # type: ignore[assignment,method-assign]
         context.clear()
         wrong = first_logits(llama, prompts[0]["tokens"])
         assert reader.last is not None

@@ -3,8 +3,8 @@
 # programs of a build. Not part of the CI: the first run builds llama.cpp and fetches the model.
 #
 #   tests/connectors/llama_cpp/run.sh [--build DIR] [test|real|ttft] [arguments]
-#     test   pytest with tiny models of random weights: all KV types, failures, refusals, the
-#            OpenAI-compatible server (default)
+#     test   pytest with tiny models of random weights: all KV types, sliding windows, bad input, killed
+#            workers, the wrapper's cache interface, its OpenAI-compatible server (default)
 #     real   logits of prompts with the real model: cold, warm, another process, restart, against a control
 #     ttft   time to first token, cold and warm, against the baselines
 set -euo pipefail
@@ -20,13 +20,14 @@ what=${1:-test}
 if [ "$what" = test ]; then settings=$(deploy/setup_llama_cpp.sh --no-model); else settings=$(deploy/setup_llama_cpp.sh); fi
 eval "$settings"
 export PAGETIDE_LLAMA_MODEL=${PAGETIDE_LLAMA_MODEL:-}
-export PAGETIDE_BIN=$PWD/$build/bin
+# Programs of another build may be named by PAGETIDE_BIN.
+export PAGETIDE_BIN=${PAGETIDE_BIN:-$PWD/$build/bin}
 export PYTHONPATH=$PWD/$build/python:$PWD/connectors/llama_cpp/src:$PWD/tests/clients/python
 export PYTHONDONTWRITEBYTECODE=1
 here=tests/connectors/llama_cpp
 case "$what" in
-  test) exec "$PAGETIDE_LLAMA_PYTHON" -m pytest -q -p no:cacheprovider "$here/connector_test.py" "$here/export_test.py" \
-    "$here/server_test.py" "$@" ;;
+  test) exec "$PAGETIDE_LLAMA_PYTHON" -m pytest -q -p no:cacheprovider "$here"/{connector,window,bad_input,kill,cache,export,server}_test.py \
+    "$@" ;;
   real) exec "$PAGETIDE_LLAMA_PYTHON" "$here/real_model.py" "$@" ;;
   ttft) exec "$PAGETIDE_LLAMA_PYTHON" "$here/ttft.py" "$@" ;;
   *) echo "run.sh: unknown command '$what'" >&2; exit 2 ;;

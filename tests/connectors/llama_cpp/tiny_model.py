@@ -13,8 +13,10 @@ HEADS, KV_HEADS, HEAD_DIM, WIDTH, FEED_FORWARD = 4, 2, 64, 256, 512
 
 
 def write_tiny_model(path: pathlib.Path, architecture: str = "llama", layers: int = 4, seed: int = 1,
-                     window: int = 0, freq_base: float = 10000.0, name: str = "tiny") -> pathlib.Path:
-    """architecture "llama" (plain) or "gemma3" (every sixth layer full, the others with a window)."""
+                     window: int = 0, freq_base: float = 10000.0, name: str = "tiny", word: str = "word",
+                     weights: type = np.float16) -> pathlib.Path:
+    """architecture "llama" (plain) or "gemma3" (every sixth layer full, the others with a window). word: of
+    the tokenizer's pieces. weights: float16 or float32, of the same values."""
     rng = np.random.default_rng(seed)
     writer = gguf.GGUFWriter(str(path), architecture)
     writer.add_name(name)
@@ -35,7 +37,7 @@ def write_tiny_model(path: pathlib.Path, architecture: str = "llama", layers: in
     pieces = ["<unk>", "<s>", "</s>"] + [f"<0x{b:02X}>" for b in range(256)]
     kinds = [gguf.TokenType.UNKNOWN, gguf.TokenType.CONTROL, gguf.TokenType.CONTROL]
     kinds += [gguf.TokenType.BYTE] * 256
-    pieces += [f"word{i}" for i in range(VOCABULARY - len(pieces))]
+    pieces += [f"{word}{i}" for i in range(VOCABULARY - len(pieces))]
     kinds += [gguf.TokenType.NORMAL] * (VOCABULARY - len(kinds))
     writer.add_tokenizer_model("llama")
     writer.add_token_list(pieces)
@@ -46,7 +48,7 @@ def write_tiny_model(path: pathlib.Path, architecture: str = "llama", layers: in
 
     def matrix(tensor: str, rows: int, columns: int) -> None:
         values = rng.standard_normal((rows, columns)) / np.sqrt(columns)
-        writer.add_tensor(tensor, values.astype(np.float16))
+        writer.add_tensor(tensor, values.astype(np.float16).astype(weights))
 
     def norm(tensor: str, size: int) -> None:
         writer.add_tensor(tensor, (1 + 0.1 * rng.standard_normal(size)).astype(np.float32))

@@ -6,7 +6,8 @@
     llama("…")                      # as ever; connector.last says what was reused, and why not more
 """
 
+from pagetide_llama_cpp.cache import PageTideCache
 from pagetide_llama_cpp.connector import Connector, Options, Report, attach, open_llama
 from pagetide_llama_cpp.identity import Refused
 
-__all__ = ["Connector", "Options", "Refused", "Report", "attach", "open_llama"]
+__all__ = ["Connector", "Options", "PageTideCache", "Refused", "Report", "attach", "open_llama"]

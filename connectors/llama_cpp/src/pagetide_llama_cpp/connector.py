@@ -19,6 +19,7 @@ import llama_cpp.llama_cpp as lc
 import numpy as np
 
 import pagetide
+from pagetide.v1 import types_pb2
 from pagetide_llama_cpp.context import LlamaContext
 from pagetide_llama_cpp.gguf import read_gguf
 from pagetide_llama_cpp.identity import PAGE_TOKENS, Refused, check_context, model_spec
@@ -26,6 +27,7 @@ from pagetide_llama_cpp.state import Bytes, StateError
 from pagetide_llama_cpp.store_thread import StoreThread
 
 _log = logging.getLogger("pagetide.llama_cpp")
+_LIMITS = {value: name[len("REUSE_LIMIT_"):].lower() for name, value in types_pb2.ReuseLimit.items()}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,6 +39,8 @@ class Options:
     cool_down: float = 5.0
     # Rows that wait to be stored; more are dropped.
     max_pending_bytes: int = 256 << 20
+    # Read and write rows in memory shared with a worker on this host; False: by RPC always.
+    use_local_plane: bool = True
     # False: only read what others stored.
     store: bool = True
     # Store pages that generation filled, too. Their rows were computed one token at a time, so that the
@@ -54,6 +58,9 @@ class Report:
     loaded_tokens: int = 0   # leading tokens that came from PageTide
     # Why not more was loaded: PageTide's explanation, or what failed here.
     reason: str = ""
+    # PageTide's word for it (never_stored, diverged, group, …: ReuseLimit in types.proto); or
+    # shortened (by a restore), failed, refused.
+    limit: str = ""
     worker_id: str = ""
     ask_seconds: float = 0.0   # assignment, opening, restores
     load_seconds: float = 0.0  # reading pages and handing them to the context
@@ -98,22 +105,27 @@ def attach(llama: llama_cpp.Llama, router: str, options: Options = Options(),
 
 
 class Connector:
-    """One llama.cpp context and PageTide. For the thread that uses the context."""
+    """One llama.cpp context and PageTide. For the thread that uses the context.
 
-    def __init__(self, llama: Any, router: str, options: Options, model_path: str) -> None:
+    is_wrapped: generate and eval of the engine call prepare() and keep(); False: the owner does.
+    """
+
+    def __init__(self, llama: Any, router: str, options: Options, model_path: str,
+                 is_wrapped: bool = True) -> None:
         self._llama = llama
         self._options = options
+        self._is_wrapped = is_wrapped
         self.refused_because = ""
         self.last: Optional[Report] = None
         # Sums over prompts since the start: prompts, prompt_tokens, live_tokens, loaded_tokens,
-        # computed_tokens, failures, refused.
+        # computed_tokens, failures, refused; limit_X: prompts whose Report.limit is X.
         self.counters: collections.Counter[str] = collections.Counter()
         self._model: Optional[pagetide.Model] = None
         self._spec: Any = None
         self._context: Optional[LlamaContext] = None
         self._client = pagetide.Client(
             router=router, timeout=options.timeout, max_assignments=2,
-            retry=pagetide.RetryPolicy(max_attempts=2))
+            use_local_plane=options.use_local_plane, retry=pagetide.RetryPolicy(max_attempts=2))
         self._asleep_until = 0.0
         # The sequence that the context's tokens are stored to, and how much of them was handed over.
         self._sequence: Optional[pagetide.Sequence] = None
@@ -130,19 +142,26 @@ class Connector:
             self.refused_because = f"{error}"
             self._context = None
             _log.warning("no reuse for %s: %s", model_path, error)
-        llama.generate = self._generate_with_reuse
-        llama.eval = self._eval_and_store
+        if is_wrapped:
+            llama.generate = self._generate_with_reuse
+            llama.eval = self._eval_and_store
 
     def detach(self, flush_timeout: float = 10.0) -> None:
         """Stores what is on its way and gives the methods back."""
         self._store.flush(flush_timeout)
         self._store.stop(flush_timeout)
-        self._llama.generate, self._llama.eval = self._generate, self._eval
+        if self._is_wrapped:
+            self._llama.generate, self._llama.eval = self._generate, self._eval
         self._client.close()
 
     def flush(self, timeout: float = 10.0) -> bool:
         """Waits until what was handed over is stored (or has failed)."""
         return self._store.flush(timeout)
+
+    @property
+    def pending_bytes(self) -> int:
+        """Rows that were cut out of the context and are not stored yet."""
+        return self._store.pending_bytes
 
     @property
     def stored_tokens(self) -> int:
@@ -169,10 +188,7 @@ class Connector:
 
     def _eval_and_store(self, tokens: Sequence[int]) -> None:
         self._eval(tokens)
-        began = time.monotonic()
-        self._hand_over()
-        if self.last is not None:
-            self.last.cut_seconds += time.monotonic() - began
+        self.keep()
 
     def prepare(self, tokens: list[int]) -> Report:
         """Brings the longest known prefix of a prompt into the context, unless the context holds as much
@@ -185,19 +201,44 @@ class Connector:
         try:
             self._reuse(tokens, report)
         except pagetide.PageTideError as error:
-            report.reason = f"PageTide: {error}"
+            if error.reason == "MODEL_NOT_FOUND":
+                self._model = None  # PageTide began anew: it has to be told again
+            report.reason, report.limit = f"PageTide: {error}", "failed"
             self._failed(report.reason)
         except Refused as refused:
-            report.reason = str(refused)
+            report.reason, report.limit = str(refused), "refused"
             self.counters["refused"] += 1
         known = max(report.live_tokens, report.loaded_tokens)
         self.counters.update(
             prompts=1, prompt_tokens=len(tokens), loaded_tokens=report.loaded_tokens,
             live_tokens=0 if report.loaded_tokens else report.live_tokens,
             computed_tokens=len(tokens) - min(known, len(tokens) - 1) if tokens else 0)
+        self.counters[f"limit_{report.limit}"] += 1
         _log.info("prompt of %d tokens: %d live, %d loaded, %d offered: %s", report.prompt_tokens,
                   report.live_tokens, report.loaded_tokens, report.offered_tokens, report.reason)
         return report
+
+    def keep(self) -> None:
+        """Hands pages that have filled since prepare() to the store thread. eval() calls it."""
+        began = time.monotonic()
+        self._hand_over()
+        if self.last is not None:
+            self.last.cut_seconds += time.monotonic() - began
+
+    def known_tokens(self, tokens: list[int]) -> int:
+        """Leading tokens of a prompt that PageTide has; nothing is loaded. PageTideError; Refused."""
+        model = self._registered_model()
+        return int(self._client.lookup(model, tokens).reused_tokens)
+
+    def _registered_model(self) -> pagetide.Model:
+        if self._context is None:
+            raise Refused(self.refused_because)
+        asleep = self._asleep_until - time.monotonic()
+        if asleep > 0:
+            raise Refused(f"PageTide failed; it is asked again in {asleep:.1f} s")
+        if self._model is None:
+            self._model = self._client.register_model(self._spec)
+        return self._model
 
     def _reuse(self, tokens: list[int], report: Report) -> None:
         if self._context is None:
@@ -206,21 +247,17 @@ class Connector:
             raise Refused(f"prompt of {len(tokens)} tokens in a context of {self._llama.n_ctx()}")
         if min(tokens) < 0:
             raise Refused("the prompt has inputs that are not tokens")
-        asleep = self._asleep_until - time.monotonic()
-        if asleep > 0:
-            raise Refused(f"PageTide failed; it is asked again in {asleep:.1f} s")
         began = time.monotonic()
-        if self._model is None:
-            self._model = self._client.register_model(self._spec)
-        sequence = self._client.open(self._model, tokens)
+        sequence = self._client.open(self._registered_model(), tokens)
         self._store.begin(sequence)  # which closes it in the end, whatever happens here
         report.worker_id = sequence.worker_id
         report.offered_tokens = sequence.length
         report.reason = sequence.reuse.explanation
+        report.limit = _LIMITS[sequence.reuse.limit]
         if sequence.length > report.live_tokens:
             usable = sequence.wait_ready() if sequence.restoring_pages else sequence.length
             if sequence.shortened_because:
-                report.reason = sequence.shortened_because
+                report.reason, report.limit = sequence.shortened_because, "shortened"
             report.ask_seconds = time.monotonic() - began
             if usable > report.live_tokens:
                 self._load(sequence, tokens, min(usable, len(tokens) - 1), report)
@@ -246,6 +283,9 @@ class Connector:
                 state = context.stage(blocks, source_tokens, begin, end)
                 pages.check()  # rows that were lent must have been ours until they were copied
                 context.load(state, begin, end)
+            # Window layers too: the next token attends to rows that llama.cpp would not miss aloud.
+            if context.first_position() != 0:
+                raise StateError(f"the context begins at position {context.first_position()}")
         except BaseException as error:
             context.clear()
             if not isinstance(error, (StateError, ValueError)):

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import mmap
+import os
 import struct
 from typing import Any, Union
 
@@ -54,6 +55,8 @@ class GgufFile:
 
 def read_gguf(path: str) -> GgufFile:
     """ValueError when the file is not a whole GGUF model of version 2 or 3."""
+    if os.path.getsize(path) == 0:  # which cannot be mapped
+        raise ValueError(f"read {path}: empty")
     with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
         try:
             return _Reader(data, path).read()

@@ -90,6 +90,11 @@ class StoreThread:
             self._changed.notify_all()
             return True
 
+    @property
+    def pending_bytes(self) -> int:
+        with self._changed:
+            return self._pending_bytes
+
     def flush(self, timeout: float) -> bool:
         """Waits until all that was handed over has been stored or has failed."""
         deadline = time.monotonic() + timeout

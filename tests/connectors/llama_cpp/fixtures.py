@@ -1,0 +1,41 @@
+"""What the connector's tests share: tiny models, programs, prompts."""
+
+from __future__ import annotations
+
+import pathlib
+import tempfile
+from typing import Iterator
+
+import numpy as np
+import pytest
+from fleet import Fleet
+from tiny_model import VOCABULARY, write_tiny_model
+
+Q8_0 = 8  # ggml's number
+WINDOW = 96
+
+
+def prompt_of(n: int, seed: int) -> list[int]:
+    return [1] + [int(t) for t in np.random.default_rng(seed).integers(3, VOCABULARY, n - 1)]
+
+
+@pytest.fixture(scope="module")
+def folder() -> Iterator[pathlib.Path]:
+    with tempfile.TemporaryDirectory(prefix="pt-llama-") as name:
+        yield pathlib.Path(name)
+
+
+@pytest.fixture(scope="module")
+def models(folder: pathlib.Path) -> dict[str, pathlib.Path]:
+    return {
+        "llama": write_tiny_model(folder / "llama.gguf", "llama"),
+        # A window that is no multiple of a page and shorter than one.
+        "gemma3": write_tiny_model(folder / "gemma3.gguf", "gemma3", layers=6, window=WINDOW),
+    }
+
+
+@pytest.fixture(scope="module")
+def fleet(folder: pathlib.Path) -> Iterator[Fleet]:
+    fleet = Fleet(folder, pool="128MiB", model_pool="8MiB")
+    yield fleet
+    fleet.close()
