@@ -112,7 +112,7 @@ TEST_F(SessionFilesLimitsTest, AnImportWhoseCallersTimeIsUpGivesItsPlaceBack) {
   Start(LlamaSpec());
   std::vector<std::unique_ptr<OpenImport>> imports;
   for (int i = 0; i < 4; ++i) {
-    imports.push_back(BeginImport(absl::Seconds(3)));
+    imports.push_back(BeginImport(absl::Seconds(1)));
     imports.back()->stream->Write(Header());
   }
   for (const auto& import : imports) {
