@@ -46,6 +46,9 @@ absl::StatusOr<int> ConnectUnix(absl::string_view path) {
   return fd;
 }
 
+// A busy peer answers in this time; one that refuses is known at once.
+constexpr absl::Duration kConnectTimeout = absl::Seconds(2);
+
 grpc::ChannelArguments ArgumentsOf(const ChannelOptions& options) {
   const auto milliseconds = [](absl::Duration d) {
     return static_cast<int>(absl::ToInt64Milliseconds(d));
@@ -65,7 +68,8 @@ grpc::ChannelArguments ArgumentsOf(const ChannelOptions& options) {
   args.SetInt(GRPC_ARG_HTTP2_MAX_PINGS_WITHOUT_DATA, 0);
   args.SetInt(GRPC_ARG_INITIAL_RECONNECT_BACKOFF_MS,
               milliseconds(options.initial_reconnect_backoff));
-  args.SetInt(GRPC_ARG_MIN_RECONNECT_BACKOFF_MS, milliseconds(options.initial_reconnect_backoff));
+  // Despite its name, what an attempt to connect may take: until the server's settings have come.
+  args.SetInt(GRPC_ARG_MIN_RECONNECT_BACKOFF_MS, milliseconds(kConnectTimeout));
   args.SetInt(GRPC_ARG_MAX_RECONNECT_BACKOFF_MS, milliseconds(options.max_reconnect_backoff));
   if (options.own_connection) args.SetInt(GRPC_ARG_USE_LOCAL_SUBCHANNEL_POOL, 1);
   return args;

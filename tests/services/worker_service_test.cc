@@ -97,7 +97,7 @@ TEST_F(WorkerServiceTest, CapabilitiesTellWhatReflectionCannot) {
   v1::GetCapabilitiesResponse response;
   ASSERT_TRUE(admin_->GetCapabilities(&context, {}, &response).ok());
   EXPECT_EQ(response.role(), "worker");
-  EXPECT_THAT(response.capabilities(), testing::IsSupersetOf({"device:cpu", "format:llama_cpp"}));
+  EXPECT_THAT(response.capabilities(), ::testing::IsSupersetOf({"device:cpu", "format:llama_cpp"}));
 }
 
 TEST_F(WorkerServiceTest, AppendedRowsReadBackIdentical) {
