@@ -60,11 +60,16 @@ class SessionFilesTest : public ::testing::Test {
     role_ = *std::move(role);
     client_ = std::make_unique<WorkerClient>(role_->address(), model_);
     sessions_ = v1::SessionService::NewStub(client_->channel());
-    // Makes the model's pool.
-    const auto open = client_->Open({});
+    admin_ = v1::AdminService::NewStub(client_->channel());
+    // Makes the model's pool. On a busy machine a first attempt to connect may end before it is
+    // accepted.
+    auto open = client_->Open({});
+    EXPECT_TRUE(testing::Eventually([&] {
+      if (absl::IsUnavailable(open.status())) open = client_->Open({});
+      return !absl::IsUnavailable(open.status());
+    }));
     ASSERT_TRUE(open.ok()) << open.status();
     ASSERT_TRUE(client_->Close(open->state()).ok());
-    admin_ = v1::AdminService::NewStub(client_->channel());
   }
 
   absl::StatusOr<v1::ImportSequenceResponse> Import(const std::string& file,
