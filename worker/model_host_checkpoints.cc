@@ -254,10 +254,12 @@ absl::StatusOr<SequenceInfo> ModelHostImpl::RestoreLocked(const Tenant& tenant,
     }
     rows = std::move(whole);
   }
-  VoidCheckpoints(*sequence, CommonRows(*sequence, rows));
+  const uint64_t common = CommonRows(*sequence, rows);
   std::vector<RowsChange> change;
   change.push_back({sequence.get(), std::move(rows)});
   AdoptRows(std::move(change), pages_);
+  // Only now: what they held may be among the rows.
+  VoidCheckpoints(*sequence, common);
   for (PageId id : extra) pages_.Unref(pages_.Get(id));
   for (const PageTable& table : sequence->tables) {
     for (const Extent& extent : table.extents()) pages_.Touch(pages_.Get(extent.page));

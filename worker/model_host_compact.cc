@@ -100,8 +100,11 @@ absl::StatusOr<CompactResult> ModelHostImpl::CompactOnce(const Tenant& tenant,
     }
   }
   mu_.Lock();
+  // A page that turned out to be damaged while its rows were copied ends the copy: the next try
+  // says what was lost.
   if (status.ok() &&
-      (sequence->closed || sequence->pending != nullptr || sequence->revision != planned_at)) {
+      (sequence->closed || sequence->pending != nullptr || sequence->revision != planned_at ||
+       ValidLength(*sequence) != sequence->length())) {
     status = absl::AbortedError("compact: the sequence changed meanwhile");
   }
   if (!status.ok()) {

@@ -603,7 +603,9 @@ absl::StatusOr<ModelHost::EvictResult> ModelHostImpl::EvictPages(uint64_t max_pa
         };
         for (PageId id : take([&](PageId p) {
                mu_.AssertHeld();
-               return MayDrop(pages_.Get(p));
+               // Also one that is owed to a store that refuses it.
+               const Page& page = pages_.Get(p);
+               return MayDrop(page) || (page.is_clean() && !MaySpill(p));
              })) {
           pages_.Evict(pages_.Get(id));
           ++counters_.pages_evicted;

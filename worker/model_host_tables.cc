@@ -46,7 +46,8 @@ std::vector<BlockTableEntry> ModelHostImpl::BlockTableOf(const Sequence& sequenc
       entry.count = extent.count;
       entry.page = extent.page;
       entry.page_state = std::string(PageStateName(page.state()));
-      if (page.has_frame()) entry.frame = page.frame();
+      // One of a damaged page is kept for its readers, and is nobody else's to read.
+      if (page.has_frame() && page.state() != PageState::kQuarantined) entry.frame = page.frame();
       entry.key = page.page_key();
       entry.references = page.refs();
       entry.pins = page.pins();

@@ -1,6 +1,7 @@
 // Puts that the store refused, and write-through that is late: pages that became full while the
 // store took none, or whose put failed. A crash of this worker loses them until they are there.
 #include <algorithm>
+#include <utility>
 #include <vector>
 
 #include "absl/container/btree_set.h"
@@ -15,6 +16,8 @@ namespace {
 constexpr size_t kMaxSpillingWithOwed = 32;
 // A page that is refused again and again waits up to so many times store_backoff.
 constexpr int64_t kMaxPauses = 16;
+// The same while the store takes no page at all: soon after it is back they are to go.
+constexpr int64_t kMaxPausesOfAll = 4;
 
 }  // namespace
 
@@ -34,9 +37,9 @@ bool ModelHostImpl::MaySpill(PageId id) const {
 
 void ModelHostImpl::NotePutTaken(PageId id) {
   ++puts_taken_;
-  did_put_fail_ = false;
-  // One that it refused before: it was the store, not the pages.
-  if (refusals_.erase(id) > 0) refusals_.clear();
+  const bool was_down = std::exchange(did_put_fail_, false);
+  // It took none for a while, or refused this one before: it was the store, not the pages.
+  if (refusals_.erase(id) > 0 || was_down) refusals_.clear();
 }
 
 void ModelHostImpl::NotePutRefused(PageId id, uint64_t taken_before, const absl::Status& status) {
@@ -46,9 +49,12 @@ void ModelHostImpl::NotePutRefused(PageId id, uint64_t taken_before, const absl:
   const auto [it, is_first] =
       refusals_.try_emplace(id, Refusal{.taken_before = taken_before, .pauses = 1});
   Refusal& refusal = it->second;
-  if (!is_first) refusal.pauses = std::min(2 * refusal.pauses, kMaxPauses);
+  const bool takes_others = puts_taken_ > refusal.taken_before;
+  if (!is_first) {
+    refusal.pauses = std::min(2 * refusal.pauses, takes_others ? kMaxPauses : kMaxPausesOfAll);
+  }
   refusal.again_at = now + refusal.pauses * options_.store_backoff;
-  if (puts_taken_ > refusal.taken_before) return;  // it takes others
+  if (takes_others) return;
   did_put_fail_ = true;
   spill_again_at_ = now + options_.store_backoff;
 }

@@ -246,6 +246,15 @@ absl::Status ModelHostImpl::OpenWrite(const WritePlan& plan,
     }
   }
   mu_.Lock();
+  for (uint32_t g = 0; g < num_groups() && status.ok(); ++g) {
+    const TailPlan& tail = plan.tails[g];
+    // It turned out to be damaged while its rows were copied.
+    if (tail.kind == TailPlan::Kind::kCopy &&
+        pages_.Get(tail.page).state() == PageState::kQuarantined) {
+      status = WithReason(absl::FailedPreconditionError("a page of the sequence was lost"),
+                          "PREFIX_LOST");
+    }
+  }
   if (!status.ok()) {
     for (uint32_t g = 0; g < num_groups(); ++g) {
       for (const FramePool::Grant& grant : fresh[g]) pages_.ReleaseFrame(g, grant.frame);

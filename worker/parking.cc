@@ -146,8 +146,9 @@ void Parking::CloseHere(SequenceId id, uint64_t epoch) {
   }
   const absl::StatusOr<ModelHost*> host = worker_->HostOfSequence(id);
   if (!host.ok()) return;
-  (*host)->Close(worker_->TenantNamed(owned.tenant), id, owned.epoch).IgnoreError();
-  worker_->NoteClosed(id);
+  const Tenant tenant = worker_->TenantNamed(owned.tenant);
+  (*host)->Close(tenant, id, owned.epoch).IgnoreError();
+  worker_->NoteClosed(**host, tenant, id);
   LogInfo("worker", "sequence ", id.ToString(), ", epoch ", owned.epoch,
           ", was taken over by another worker: its copy here is closed");
 }
@@ -272,7 +273,7 @@ absl::StatusOr<std::optional<ParkAnswer>> Parking::PutParked(StateSnapshot& snap
 absl::Status Parking::GiveUp(const Tenant& tenant, ModelHost* host, const SequenceHandle& sequence,
                              ParkAnswer* answer, MonotonicTime deadline) {
   PT_RETURN_IF_ERROR(host->CloseUnchanged(tenant, sequence));
-  worker_->NoteClosed(sequence.id);
+  worker_->NoteClosed(*host, tenant, sequence.id);
   answer->is_open = false;
   const absl::StatusOr<uint64_t> given = store_->CompareAndSetRecord(
       kOwnerRecordKind, RecordKey(sequence.id), sequence.epoch, kParkedValue, deadline);

@@ -298,7 +298,7 @@ grpc::Status SequenceServiceImpl::CloseSequence(grpc::ServerContext* context,
           parking_->Drop(call.tenant, target->id, request->epoch(), call.deadline).status());
     }
     memos_->ForgetSequence(call.tenant.name, request->sequence_id());
-    worker_->NoteClosed(target->id);
+    worker_->NoteClosed(*target->host, call.tenant, target->id);
     return absl::OkStatus();
   };
   return ToGrpcStatus(close());

@@ -272,7 +272,7 @@ absl::StatusOr<v1::ImportSequenceResponse> SessionServiceImpl::ImportOnce(const 
           const auto target = FindSequence(*worker_, imported->state().sequence_id());
           if (target.ok()) {
             (void)target->host->Close(call.tenant, target->id, imported->state().epoch());
-            worker_->NoteClosed(target->id);
+            worker_->NoteClosed(*target->host, call.tenant, target->id);
           }
           return absl::CancelledError("import: the stream broke; nothing was kept");
         }

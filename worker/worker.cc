@@ -83,7 +83,7 @@ void Worker::TickLoop() {
       for (const IdleSequence& idle : host->CloseIdle()) {
         if (ports_.on_sequence_idle) ports_.on_sequence_idle(idle);
         // It may have been resumed here meanwhile: then it is open, under another epoch.
-        if (!host->Has(idle.id)) NoteClosed(idle.id);
+        if (!host->Has(idle.id)) NoteClosed(*host, TenantNamed(idle.tenant), idle.id);
         LogInfo("worker", "sequence ", idle.id.ToString(),
                 " is closed: no call was made on it for ",
                 absl::FormatDuration(options_.host.sequence_idle));
@@ -241,8 +241,11 @@ void Worker::NoteSequence(const ModelHost& host, const SequenceInfo& info) const
   if (ports_.on_sequence) ports_.on_sequence(host, info);
 }
 
-void Worker::NoteClosed(SequenceId id) const {
+void Worker::NoteClosed(ModelHost& host, const Tenant& tenant, SequenceId id) const {
   if (ports_.on_sequence_closed) ports_.on_sequence_closed(id);
+  // A resume that was told between the closing and here would be lost behind it.
+  const absl::StatusOr<SequenceInfo> info = host.Get(tenant, id);
+  if (info.ok()) NoteResumed(host, *info);
 }
 
 void Worker::NoteResumed(const ModelHost& host, const SequenceInfo& info) const {

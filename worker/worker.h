@@ -102,7 +102,7 @@ class Worker {
 
   // The services tell what they did to a sequence, for those who report it to routers.
   void NoteSequence(const ModelHost& host, const SequenceInfo& info) const;
-  void NoteClosed(SequenceId id) const;
+  void NoteClosed(ModelHost& host, const Tenant& tenant, SequenceId id) const;
   void NoteResumed(const ModelHost& host, const SequenceInfo& info) const;
 
   Tenant TenantNamed(absl::string_view name) const;

@@ -1,11 +1,13 @@
 // Bytes that change in a frame, as a failing memory would change them: a spill finds it.
 #include <gtest/gtest.h>
 
+#include <functional>
 #include <vector>
 
 #include "kvstore/fault_injecting_page_store.h"
 #include "tests/support/timing.h"
 #include "tests/worker/model_host_fixture.h"
+#include "tests/worker/watched_device.h"
 
 namespace pagetide {
 namespace {
@@ -52,6 +54,66 @@ TEST(DamagedFramesTest, APageThatSomebodyReadsIsFoundOnceAndIsNobodysFromThenOn)
   reader = absl::CancelledError("lets go");
   EXPECT_EQ(t.host->Usage().front().free_frames, 2u) << "its frame and that of the 8 rows";
   t.host->Quiesce();
+}
+
+// Rows that are copied out of a page while a spill finds it damaged must not become rows of a good
+// page.
+class DamagedCopyTest : public ::testing::Test {
+ protected:
+  // A sequence of two full pages, which the store was never sent, and 8 rows.
+  SequenceHandle Fill() {
+    store_.FailWith(absl::UnavailableError("the store is down"));
+    const auto info = t_.OpenAndFill(Tokens(0, 40));
+    EXPECT_TRUE(info.ok()) << info.status();
+    t_.host->Quiesce();
+    return {info->id, info->epoch, std::nullopt};
+  }
+  // At the next copy the first page's bytes change, and the store takes pages again.
+  void DamageDuringTheNextCopy(SequenceId id) {
+    const auto rows = t_.host->PinRows(t_.tenant, id, 0, 0, 0, t_.Soon());
+    ASSERT_TRUE(rows.ok()) << rows.status();
+    const uint64_t at = (*rows)->Runs(0, RowKind::kK).front().offset;
+    device_.OnNextCopy([this, at] {
+      std::byte byte;
+      ASSERT_TRUE(t_.host->pool().Read(at + 3, {&byte, 1}).ok());
+      byte ^= std::byte{1};
+      ASSERT_TRUE(t_.host->pool().Write(at + 3, {&byte, 1}).ok());
+      store_.FailWith(absl::OkStatus());
+      ASSERT_TRUE(Eventually([&] {
+        t_.host->Tick();
+        return t_.host->Counters().checksum_failures == 1;
+      }));
+    });
+  }
+
+  MemoryPageStore memory_;
+  FaultInjectingPageStore store_{&memory_};
+  WatchedDevice device_;
+  HostUnderTest t_{HostUnderTest::Setup{.num_frames = 8, .store = &store_, .device = &device_}};
+};
+
+TEST_F(DamagedCopyTest, ACompactionTellsWhatWasLost) {
+  SequenceHandle handle = Fill();
+  const uint64_t number = t_.host->Get(t_.tenant, handle.id)->number;
+  const SequenceEdit edit = RemoveRangeEdit{number, {3, 8}};
+  const auto edited = t_.host->Edit(t_.tenant, {&handle, 1}, {&edit, 1});
+  ASSERT_TRUE(edited.ok()) << edited.status();
+  DamageDuringTheNextCopy(handle.id);
+  const auto compacted = t_.host->Compact(t_.tenant, handle, 1000, false, t_.Soon());
+  EXPECT_EQ(GetReason(compacted.status()), "PREFIX_LOST") << compacted.status();
+  EXPECT_EQ(t_.host->Get(t_.tenant, handle.id)->length, 0u);
+  t_.host->Quiesce();
+}
+
+TEST_F(DamagedCopyTest, AWriteBehindACopiedTailTellsWhatWasLost) {
+  const SequenceHandle handle = Fill();
+  ASSERT_TRUE(t_.host->Rewind(t_.tenant, handle, 10).ok());
+  DamageDuringTheNextCopy(handle.id);
+  const auto slot =
+      t_.host->BeginAppend(t_.tenant, handle, "a", 10, Tokens(700, 5), {}, false, t_.Soon());
+  EXPECT_EQ(GetReason(slot.status()), "PREFIX_LOST") << slot.status();
+  EXPECT_EQ(t_.host->Get(t_.tenant, handle.id)->length, 0u);
+  t_.host->Quiesce();
 }
 
 }  // namespace
