@@ -2,17 +2,35 @@
 # From a fresh clone to a running fleet: installs what is missing, builds release, runs the demo (which
 # starts router, two workers and the store on loopback and stops them), and prints its result.
 #
-#   deploy/quickstart.sh [--keep] [--no-setup] [-- demo arguments]
+#   deploy/quickstart.sh [--engine llama.cpp] [--keep] [--no-setup] [--bin DIR] [-- arguments of the demo]
+#     --engine llama.cpp  instead of the demo: chat, retrieval and agent prompts with a real engine and a real model
+#                 (the first time builds llama-cpp-python and fetches Gemma 3 270M), cold and warm, in one process,
+#                 in another one, after a restart of everything, on another worker: a table and a plot
 #     --keep      leaves the service up after the demo and prints grpcurl lines to try; Ctrl-C stops it
 #     --no-setup  installs nothing
+#     --bin DIR   takes the programs from there instead of building them
 # Exit code: the demo's, or 1 when a program did not start or did not stop cleanly.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
+engine=demo
 keep=false
 setup=true
+bin=
 while [ $# -gt 0 ]; do
   case "$1" in
+    --engine)
+      if [ "${2:-}" != llama.cpp ]; then
+        echo "quickstart: --engine '${2:-}': llama.cpp is the only one" >&2
+        exit 2
+      fi
+      engine=$2
+      shift
+      ;;
+    --bin)
+      bin=$(realpath -e -- "${2:-}") || exit 2
+      shift
+      ;;
     --keep) keep=true ;;
     --no-setup) setup=false ;;
     --)
@@ -33,10 +51,13 @@ if $setup; then
   if $keep; then deploy/setup.sh --grpcurl; else deploy/setup.sh; fi
 fi
 
-say "building release (the first time takes some minutes)"
-cmake --preset release -Wno-dev > /dev/null
-cmake --build --preset release
-readonly bin=$PWD/build-release/bin
+if [ -z "$bin" ]; then
+  say "building release (the first time takes some minutes)"
+  cmake --preset release -Wno-dev > /dev/null
+  cmake --build --preset release
+  bin=$PWD/build-release/bin
+fi
+readonly bin
 
 # Every process of this run by name; logs and data in a folder that goes with it.
 run_dir=$(mktemp -d "${TMPDIR:-/tmp}/pagetide-quickstart.XXXXXX")
@@ -91,11 +112,17 @@ stop_all() {
 trap 'code=$?; trap - EXIT INT TERM; stop_all || code=1; rm -rf "$run_dir"; exit $code' EXIT
 trap 'exit 130' INT TERM
 
-# The demo starts a fleet of its own (router, two workers, store) on free ports of loopback, because it
-# kills one of the workers on the way, and stops it.
-say "demo: router, two workers and the store on loopback"
+# The demo and the scenes start fleets of their own on free ports of loopback, because they kill and restart parts of
+# them on the way, and stop them.
 demo_code=0
-"$bin/pagetide" demo "$@" || demo_code=$?
+if [ "$engine" = llama.cpp ]; then
+  say "scenes: llama.cpp with a store, a router and workers on loopback"
+  PAGETIDE_BIN=$bin tests/connectors/llama_cpp/run.sh --build build-release scenes \
+    --plot "$PWD/build-release/quickstart-llama.cpp.svg" "$@" || demo_code=$?
+else
+  say "demo: router, two workers and the store on loopback"
+  "$bin/pagetide" demo "$@" || demo_code=$?
+fi
 
 if $keep; then
   start store "$bin/pagetide-store" --listen 127.0.0.1:0 --data-dir "$run_dir/store"

@@ -2,9 +2,11 @@
 """Logits of prompts with a real model, bit by bit: PageTide cold, warm, in another process and after a restart of
 everything, against a control without PageTide (the same split into batches, the same threads, swa_full).
 
-    tests/connectors/llama_cpp/run.sh real [--prompts N] [--flash-attn] [--kv f16|q8_0] [--json FILE]
+    tests/connectors/llama_cpp/run.sh real [--prompts N] [--phase cold|warm|all] [--flash-attn]
+                                           [--kv f16|q8_0] [--json FILE]
 
-Prompts are licence texts of the system with questions behind them, chat turns, and edits in the middle. Ends
+Cold: every prompt by itself, with a PageTide that is emptied in front of it. Warm: the texts that the prompts
+begin with are stored, then every prompt is asked in an emptied context. Prompts are licence texts of the system with questions behind them, chat turns, and edits in the middle. Ends
 with a page in which one byte is wrong: it must show. Exit code 1 when anything differs that must not.
 """
 
@@ -24,7 +26,9 @@ import numpy as np
 from engine import first_logits, logits_of, open_engine
 from fleet import Fleet
 
+import pagetide
 import pagetide_llama_cpp as pt
+from pagetide.v1 import admin_pb2
 
 LICENSES = pathlib.Path("/usr/share/common-licenses")
 TEXTS = ["GPL-3", "Apache-2.0", "LGPL-2.1", "MPL-2.0", "GFDL-1.3"]
@@ -92,6 +96,51 @@ def run_control(prompts: list[dict[str, Any]], arguments: dict[str, Any]) -> tup
     return np.stack([of_prompt[i] for i in range(len(prompts))]), np.stack(of_base)
 
 
+def run_cold_control(prompts: list[dict[str, Any]], arguments: dict[str, Any]) -> tuple[np.ndarray, list[float]]:
+    """Logits of each prompt computed whole in an emptied context, and the seconds that took."""
+    import llama_cpp.llama_cpp as lc
+    llama = open_engine(MODEL, **arguments)
+    rows, seconds = [], []
+    for prompt in prompts:
+        lc.llama_memory_clear(lc.llama_get_memory(llama.ctx), True)
+        llama.reset()
+        began = time.monotonic()
+        rows.append(first_logits(llama, prompt["tokens"]))
+        seconds.append(time.monotonic() - began)
+    return np.stack(rows), seconds
+
+
+def run_cold_pagetide(order: dict[str, Any]) -> dict[str, Any]:
+    """The same with PageTide, which is asked for each prompt, has nothing, and stores it."""
+    llama = open_engine(MODEL, **order["arguments"])
+    connector = pt.attach(llama, router=order["router"])
+    context = connector._context
+    assert context is not None, connector.refused_because
+    report: dict[str, Any] = {"loaded": [], "seconds": [], "added": []}
+    rows = []
+    with pagetide.Client(router=order["router"]) as client:
+        worker = client.connect_worker(order["worker"])
+        for prompt in order["prompts"]:
+            # An open sequence keeps its pages: that of the prompt before ends when another one begins.
+            context.clear()
+            connector.prepare(prompt["tokens"][:2])
+            assert connector.flush(60)
+            worker.admin.ClearCache(admin_pb2.ClearCacheRequest(), timeout=30)
+            began = time.monotonic()
+            rows.append(first_logits(llama, prompt["tokens"]))
+            report["seconds"].append(time.monotonic() - began)
+            last = connector.last
+            assert last is not None
+            report["loaded"].append(last.loaded_tokens)
+            # By the connector's own clock: one computation of a prompt differs more from the next.
+            report["added"].append(last.ask_seconds + last.cut_seconds)
+            assert connector.flush(60)
+    np.save(order["out"], np.stack(rows))
+    connector.detach()
+    report["stored"], report["dropped"] = connector.stored_tokens, connector.dropped_tokens
+    return report
+
+
 def run_pagetide(order: dict[str, Any]) -> dict[str, Any]:
     """One process with PageTide: the bases (if asked), then every prompt in an emptied context."""
     prompts = order["prompts"]
@@ -150,6 +199,12 @@ def child() -> None:
         np.save(order["out"], of_prompt)
         np.save(order["out"] + ".bases.npy", of_base)
         print("{}")
+    elif order["what"] == "cold control":
+        of_prompt, seconds = run_cold_control(order["prompts"], order["arguments"])
+        np.save(order["out"], of_prompt)
+        print(json.dumps({"seconds": seconds}))
+    elif order["what"] == "cold":
+        print(json.dumps(run_cold_pagetide(order)))
     else:
         print(json.dumps(run_pagetide(order)))
 
@@ -158,6 +213,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--prompts", type=int, default=50)
+    parser.add_argument("--phase", choices=["cold", "warm", "all"], default="all")
     parser.add_argument("--flash-attn", action="store_true")
     parser.add_argument("--kv", choices=["f16", "q8_0"], default="f16")
     parser.add_argument("--json", type=pathlib.Path)
@@ -178,10 +234,11 @@ def main() -> int:
     with tempfile.TemporaryDirectory(prefix="pt-real-") as name:
         folder = pathlib.Path(name)
 
-        def run(what: str, router: str = "", write: bool = False, plant: bool = False) -> Any:
+        def run(what: str, router: str = "", write: bool = False, plant: bool = False,
+                worker: str = "") -> Any:
             began = time.monotonic()
             order = dict(what=what, router=router, prompts=prompts, arguments=arguments, write=write,
-                         plant=plant, out=str(folder / f"{what}.npy"))
+                         plant=plant, worker=worker, out=str(folder / f"{what}.npy"))
             report = in_a_process(order)
             print(f"  {what}: {time.monotonic() - began:.0f} s", file=sys.stderr, flush=True)
             return report
@@ -200,41 +257,71 @@ def main() -> int:
             array: np.ndarray = np.load(str(folder / f"{what}.npy") + suffix)
             return array
 
-        run("control")
-        control, bases = load("control"), load("control", ".bases.npy")
-        in_a_process(dict(what="control", prompts=prompts, arguments=arguments,
-                          out=str(folder / "second.npy")))
-        compare("control against control", control, load("second"), [])
-        wanted = [reusable(p) for p in prompts]
-        fleet = Fleet(folder, pool=POOL)
-        try:
-            report = run("warm", fleet.router.grpc, write=True)
-            if report["refused"]:
-                raise SystemExit(f"real_model: {report['refused']}")
-            compare("cold (prompts that are stored)", bases, load("warm", ".bases.npy"), [])
-            compare("warm, the same process", control, load("warm"), report["loaded"])
-            reports = [report, run("another process", fleet.router.grpc, plant=True)]
-            compare("warm, another process", control, load("another process"), reports[1]["loaded"])
-            for program in (*fleet.workers, fleet.router, fleet.store):
-                assert program.terminate() == 0
-        finally:
-            fleet.close()
-        fleet = Fleet(folder, pool=POOL)
-        try:
-            reports.append(run("restart", fleet.router.grpc))
-            compare("warm, after a restart of all", control, load("restart"), reports[2]["loaded"])
-        finally:
-            fleet.close()
-    for report in reports:
-        if report["loaded"] != wanted:
-            failures += 1
-            print(f"reused {report['loaded']}, expected {wanted}: {set(report['reasons'])}")
-    plant = reports[1]["plant"]
-    print(f"one wrong byte in each of {plant['loaded'] // PAGE} pages: logits differ by {plant['differs_by']:.3g}")
-    failures += plant["differs_by"] == 0
+        def cold() -> dict[str, Any]:
+            nonlocal failures
+            without = run("cold control")
+            home = folder / "cold-fleet"
+            home.mkdir()
+            # Without write-through, so that clearing the worker empties PageTide.
+            fleet = Fleet(home, pool=POOL, worker_flags=("--write-through=false",))
+            try:
+                report: dict[str, Any] = run("cold", fleet.router.grpc, worker=fleet.workers[0].grpc)
+            finally:
+                fleet.close()
+            compare("cold, every prompt by itself", load("cold control"), load("cold"), report["loaded"])
+            failures += any(report["loaded"])  # then it was not cold
+            share = sum(report["added"]) / (sum(report["seconds"]) - sum(report["added"]))
+            print(f"PageTide added {1000 * sum(report['added']) / len(prompts):.1f} ms to "
+                  f"{sum(report['seconds']) / len(prompts):.2f} s a cold prompt: {100 * share:.2f} % "
+                  f"({report['stored']} tokens stored, {report['dropped']} dropped)", flush=True)
+            return {"added_share": share, "seconds": sum(report["seconds"]),
+                    "control_seconds": sum(without["seconds"])}
+
+        def warm() -> dict[str, Any]:
+            nonlocal failures
+            run("control")
+            control, bases = load("control"), load("control", ".bases.npy")
+            in_a_process(dict(what="control", prompts=prompts, arguments=arguments,
+                              out=str(folder / "second.npy")))
+            compare("control against control", control, load("second"), [])
+            wanted = [reusable(p) for p in prompts]
+            fleet = Fleet(folder, pool=POOL)
+            try:
+                report = run("warm", fleet.router.grpc, write=True)
+                if report["refused"]:
+                    raise SystemExit(f"real_model: {report['refused']}")
+                compare("cold (texts that are stored)", bases, load("warm", ".bases.npy"), [])
+                compare("warm, the same process", control, load("warm"), report["loaded"])
+                reports = [report, run("another process", fleet.router.grpc, plant=True)]
+                compare("warm, another process", control, load("another process"), reports[1]["loaded"])
+                for program in (*fleet.workers, fleet.router, fleet.store):
+                    assert program.terminate() == 0
+            finally:
+                fleet.close()
+            fleet = Fleet(folder, pool=POOL)
+            try:
+                reports.append(run("restart", fleet.router.grpc))
+                compare("warm, after a restart of all", control, load("restart"), reports[2]["loaded"])
+            finally:
+                fleet.close()
+            for report in reports:
+                if report["loaded"] != wanted:
+                    failures += 1
+                    print(f"reused {report['loaded']}, expected {wanted}: {set(report['reasons'])}")
+            plant = reports[1]["plant"]
+            print(f"one wrong byte in each of {plant['loaded'] // PAGE} pages: logits differ by {plant['differs_by']:.3g}")
+            failures += plant["differs_by"] == 0
+            planted: dict[str, Any] = plant
+            return planted
+
+        outcome: dict[str, Any] = {}
+        if options.phase in ("cold", "all"):
+            outcome["cold"] = cold()
+        if options.phase in ("warm", "all"):
+            outcome["planted"] = warm()
     if options.json:
         options.json.write_text(json.dumps(
-            {"arguments": arguments, "results": results, "planted": plant}, indent=1))
+            {"arguments": arguments, "results": results, **outcome}, indent=1))
     print("OK" if failures == 0 else f"{failures} FAILED")
     return int(failures > 0)
 

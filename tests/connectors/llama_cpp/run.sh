@@ -2,11 +2,12 @@
 # Runs the llama.cpp connector's tests and measurements with a real llama.cpp (and a real model), against the
 # programs of a build. Not part of the CI: the first run builds llama.cpp and fetches the model.
 #
-#   tests/connectors/llama_cpp/run.sh [--build DIR] [test|real|ttft] [arguments]
+#   tests/connectors/llama_cpp/run.sh [--build DIR] [test|real|ttft|scenes] [arguments]
 #     test   pytest with tiny models of random weights: all KV types, sliding windows, bad input, killed
 #            workers, the wrapper's cache interface, its OpenAI-compatible server (default)
 #     real   logits of prompts with the real model: cold, warm, another process, restart, against a control
 #     ttft   time to first token, cold and warm, against the baselines
+#     scenes chat, retrieval and agent prompts: a table and a plot (deploy/quickstart.sh --engine llama.cpp)
 set -euo pipefail
 cd "$(dirname "$0")/../../.."
 
@@ -22,6 +23,8 @@ eval "$settings"
 export PAGETIDE_LLAMA_MODEL=${PAGETIDE_LLAMA_MODEL:-}
 # Programs of another build may be named by PAGETIDE_BIN.
 export PAGETIDE_BIN=${PAGETIDE_BIN:-$PWD/$build/bin}
+# A build makes it where the system's Python has grpcio and protobuf.
+[ -d "$build/python/pagetide/sync" ] || "$PAGETIDE_LLAMA_PYTHON" clients/python/generate.py "$build/python" --package
 export PYTHONPATH=$PWD/$build/python:$PWD/connectors/llama_cpp/src:$PWD/tests/clients/python
 export PYTHONDONTWRITEBYTECODE=1
 here=tests/connectors/llama_cpp
@@ -29,6 +32,7 @@ case "$what" in
   test) exec "$PAGETIDE_LLAMA_PYTHON" -m pytest -q -p no:cacheprovider "$here"/{connector,window,bad_input,kill,cache,export,server}_test.py \
     "$@" ;;
   real) exec "$PAGETIDE_LLAMA_PYTHON" "$here/real_model.py" "$@" ;;
+  scenes) exec "$PAGETIDE_LLAMA_PYTHON" "$here/scenes.py" "$@" ;;
   ttft) exec "$PAGETIDE_LLAMA_PYTHON" "$here/ttft.py" "$@" ;;
   *) echo "run.sh: unknown command '$what'" >&2; exit 2 ;;
 esac
