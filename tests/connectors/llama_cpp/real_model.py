@@ -6,8 +6,9 @@ everything, against a control without PageTide (the same split into batches, the
                                            [--kv f16|q8_0] [--json FILE]
 
 Cold: every prompt by itself, with a PageTide that is emptied in front of it. Warm: the texts that the prompts
-begin with are stored, then every prompt is asked in an emptied context. Prompts are licence texts of the system with questions behind them, chat turns, and edits in the middle. Ends
-with a page in which one byte is wrong: it must show. Exit code 1 when anything differs that must not.
+begin with are stored, then every prompt is asked in an emptied context. Prompts are licence texts of the
+system with questions behind them, chat turns, and edits in the middle. Ends with a page in which one byte is
+wrong: it must show. Exit code 1 when anything differs that must not.
 """
 
 from __future__ import annotations
@@ -309,7 +310,8 @@ def main() -> int:
                     failures += 1
                     print(f"reused {report['loaded']}, expected {wanted}: {set(report['reasons'])}")
             plant = reports[1]["plant"]
-            print(f"one wrong byte in each of {plant['loaded'] // PAGE} pages: logits differ by {plant['differs_by']:.3g}")
+            print(f"one wrong byte in each of {plant['loaded'] // PAGE} pages: logits differ by "
+                  f"{plant['differs_by']:.3g}")
             failures += plant["differs_by"] == 0
             planted: dict[str, Any] = plant
             return planted

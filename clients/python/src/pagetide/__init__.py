@@ -9,7 +9,8 @@
                 append.write_rows(0, layer, pagetide.RowKind.K, 0, k_rows)
                 append.commit()
 
-pagetide.aio has the same for asyncio (pagetide.sync is made from it). Messages and stubs of every service are in pagetide.v1.
+pagetide.aio has the same for asyncio (pagetide.sync is made from it). Messages and stubs of every service are
+in pagetide.v1.
 """
 
 from pagetide._messages import RowsPart
