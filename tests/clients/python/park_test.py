@@ -17,8 +17,10 @@ from fleet import Fleet
 import pagetide
 from pagetide import aio
 
-# A worker's lease of the store: a dead one's sequences can be had so much later.
-LEASE = ("--store-lease-ms=500",)
+# A worker's lease of the store: a dead one's place and sequences can be had so much later. The second is for the
+# test in which a worker that is alive must not be late with its renewal.
+SHORT_LEASE = ("--store-lease-ms=1000",)
+SAFE_LEASE = ("--store-lease-ms=3000",)
 
 
 @pytest.fixture
@@ -35,7 +37,7 @@ def check_rows(sequence: pagetide.Sequence, tokens: np.ndarray) -> None:
 
 def test_a_parked_sequence_is_resumed_under_its_id_anywhere(folder: pathlib.Path) -> None:
     tokens = tokens_of(70, 1)
-    fleet = Fleet(folder, workers=2, worker_flags=LEASE)
+    fleet = Fleet(folder, workers=2, worker_flags=SHORT_LEASE)
     try:
         with pagetide.Client(router=fleet.router.grpc) as client:
             model = client.register_model(spec())
@@ -59,7 +61,7 @@ def test_a_parked_sequence_is_resumed_under_its_id_anywhere(folder: pathlib.Path
             program.kill()
     finally:
         fleet.close()
-    fleet = Fleet(folder, worker_flags=LEASE)
+    fleet = Fleet(folder, worker_flags=SHORT_LEASE)
     try:
         with pagetide.Client(router=fleet.router.grpc) as client:
             with client.resume(sequence_id) as resumed:
@@ -77,7 +79,7 @@ def test_a_parked_sequence_is_resumed_under_its_id_anywhere(folder: pathlib.Path
 
 def test_a_sequence_of_a_dead_worker_is_taken_over_as_it_was_parked(folder: pathlib.Path) -> None:
     tokens = tokens_of(60, 2)
-    fleet = Fleet(folder, workers=2, worker_flags=LEASE)
+    fleet = Fleet(folder, workers=2, worker_flags=SAFE_LEASE)
     try:
         with pagetide.Client(router=fleet.router.grpc) as client:
             model = client.register_model(spec())
