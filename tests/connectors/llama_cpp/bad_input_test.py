@@ -219,6 +219,27 @@ def test_a_state_that_llama_cpp_does_not_take_whole_is_not_gone_on_from(
     connector.detach()
 
 
+@pytest.mark.parametrize("where", ["stage", "cut"])
+def test_a_machine_without_memory_goes_on_without_pagetide(
+        where: str, models: dict[str, pathlib.Path], fleet: Fleet, stored: tuple[list[int], str]) -> None:
+    prompt, _ = stored
+    llama = open_engine(models["llama"], **BASE)
+    connector = pt.attach(llama, router=fleet.router.grpc)
+    context = connector._context
+    assert context is not None
+
+    def no_memory(*arguments: Any) -> Any:
+        raise MemoryError("as numpy says it")
+
+    setattr(context, where, no_memory)
+    asked = prompt if where == "stage" else prompt_of(600, 72)
+    expected = control_logits(open_engine(models["llama"], **BASE), None, asked, 0)
+    assert np.array_equal(first_logits(llama, asked), expected)
+    assert connector.counters["failures"] == 1 and connector.counters["loaded_tokens"] == 0
+    assert connector.flush() and connector.stored_tokens == 0
+    connector.detach()
+
+
 def test_a_model_that_is_no_file_of_ours_is_refused(models: dict[str, pathlib.Path], folder: pathlib.Path,
                                                     fleet: Fleet) -> None:
     cut = folder / "cut.gguf"

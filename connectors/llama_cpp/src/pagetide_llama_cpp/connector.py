@@ -208,6 +208,10 @@ class Connector:
         except Refused as refused:
             report.reason, report.limit = str(refused), "refused"
             self.counters["refused"] += 1
+        except Exception as error:  # noqa: BLE001  # no memory, or our bug; the engine must not end by it
+            _log.exception("prepare %d tokens", len(tokens))
+            report.reason, report.limit = f"{type(error).__name__}: {error}", "failed"
+            self._failed(report.reason)
         known = max(report.live_tokens, report.loaded_tokens)
         self.counters.update(
             prompts=1, prompt_tokens=len(tokens), loaded_tokens=report.loaded_tokens,
@@ -221,7 +225,12 @@ class Connector:
     def keep(self) -> None:
         """Hands pages that have filled since prepare() to the store thread. eval() calls it."""
         began = time.monotonic()
-        self._hand_over()
+        try:
+            self._hand_over()
+        except Exception as error:  # noqa: BLE001  # as in prepare()
+            self._sequence = None
+            _log.exception("hand pages over")
+            self._failed(f"hand pages over: {type(error).__name__}: {error}")
         if self.last is not None:
             self.last.cut_seconds += time.monotonic() - began
 
