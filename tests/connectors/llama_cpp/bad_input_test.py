@@ -4,6 +4,7 @@ and gguf."""
 
 from __future__ import annotations
 
+import logging
 import pathlib
 from typing import Any, Callable
 
@@ -61,8 +62,10 @@ def open_other(models: dict[str, pathlib.Path], folder: pathlib.Path, patch: pyt
 @pytest.mark.parametrize("what", OTHERS)
 def test_another_identity_finds_nothing(what: str, models: dict[str, pathlib.Path], folder: pathlib.Path,
                                         fleet: Fleet, stored: tuple[list[int], str],
-                                        monkeypatch: pytest.MonkeyPatch) -> None:
+                                        monkeypatch: pytest.MonkeyPatch,
+                                        caplog: pytest.LogCaptureFixture) -> None:
     prompt, digest = stored
+    caplog.set_level(logging.INFO, "pagetide.llama_cpp")
     llama = open_other(models, folder, monkeypatch, **OTHERS[what])
     expected = control_logits(llama, None, prompt, 0)
     connector = pt.attach(llama, router=fleet.router.grpc)
@@ -70,7 +73,8 @@ def test_another_identity_finds_nothing(what: str, models: dict[str, pathlib.Pat
     assert np.array_equal(first_logits(llama, prompt), expected)
     assert connector.last is not None and connector._model is not None
     assert (connector.last.offered_tokens, connector.last.loaded_tokens) == (0, 0)
-    assert connector.last.limit == "never_stored" and connector.last.reason
+    assert connector.last.limit == "never_stored"
+    assert connector.last.reason and connector.last.reason in caplog.text
     assert connector.counters["limit_never_stored"] == 1
     assert connector._model.digest != digest
     connector.detach()
