@@ -3,7 +3,7 @@
 everything, against a control without PageTide (the same split into batches, the same threads, swa_full).
 
     tests/connectors/llama_cpp/run.sh real [--prompts N] [--phase cold|warm|all] [--flash-attn]
-                                           [--kv f16|q8_0] [--json FILE]
+                                           [--kv f16|q8_0] [--threads N] [--json FILE]
 
 Cold: every prompt by itself, with a PageTide that is emptied in front of it. Warm: the texts that the prompts
 begin with are stored, then every prompt is asked in an emptied context. Prompts are licence texts of the
@@ -217,12 +217,14 @@ def main() -> int:
     parser.add_argument("--phase", choices=["cold", "warm", "all"], default="all")
     parser.add_argument("--flash-attn", action="store_true")
     parser.add_argument("--kv", choices=["f16", "q8_0"], default="f16")
+    parser.add_argument("--threads", type=int, default=2, help="of the engine and its control (default 2)")
     parser.add_argument("--json", type=pathlib.Path)
     options = parser.parse_args()
     if options.child:
         child()
         return 0
-    arguments: dict[str, Any] = {"flash_attn": options.flash_attn}
+    arguments: dict[str, Any] = {"flash_attn": options.flash_attn, "n_threads": options.threads,
+                                 "n_threads_batch": options.threads}
     if options.kv == "q8_0":
         arguments["type_k"] = 8
         if options.flash_attn:  # quantised V needs it

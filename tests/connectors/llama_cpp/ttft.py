@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Time to first token with a real model, cold and warm, against what llama.cpp can do by itself.
 
-    tests/connectors/llama_cpp/run.sh ttft [--tokens 256,512,…] [--repeat N] [--flash-attn] [--json FILE]
+    tests/connectors/llama_cpp/run.sh ttft [--tokens 256,512,…] [--repeat N] [--flash-attn] [--threads N] [--json FILE]
 
 One run, one machine, the same prompts: a prefix of so many tokens and 16 more. Warm figures are medians.
   cold            a fresh context computes the whole prompt, without PageTide and with it (which stores it)
@@ -171,6 +171,7 @@ def main() -> int:
     parser.add_argument("--tokens", default="256,512,1024,2048,4096")
     parser.add_argument("--repeat", type=int, default=5)
     parser.add_argument("--flash-attn", action="store_true")
+    parser.add_argument("--threads", type=int, default=2, help="of the engine (default 2)")
     parser.add_argument("--json", type=pathlib.Path)
     options = parser.parse_args()
     lengths = [int(n) for n in options.tokens.split(",")]
@@ -179,7 +180,8 @@ def main() -> int:
         fleet = Fleet(folder, pool="1GiB")
         results = []
         try:
-            bench = Bench({"flash_attn": options.flash_attn}, max(lengths) + 256, options.repeat, folder)
+            bench = Bench({"flash_attn": options.flash_attn, "n_threads": options.threads,
+                           "n_threads_batch": options.threads}, max(lengths) + 256, options.repeat, folder)
             columns = ["cold", "cold with PageTide", "added to cold", "warm", "live", "sequence state",
                        "state file", "LlamaRAMCache", "own cost", "ask", "load", "PageTideCache", "its set"]
             print("seconds     " + "  ".join(f"{c:>{max(len(c), 8)}}" for c in columns), flush=True)
