@@ -2,7 +2,7 @@
 """Chat, retrieval and agent prompts with a real model: time to first token without PageTide and with it, in one
 process, in another one, after a restart of everything, and on another worker. A table and a plot.
 
-    tests/connectors/llama_cpp/run.sh scenes [--plot FILE.svg] [--json FILE] [--scenes chat,rag,agent]
+    tests/connectors/llama_cpp/run.sh scenes [--plot FILE.svg] [--json FILE] [--scenes chat,rag,agent] [--threads N]
 
 Words are those of licences on this machine and of this repository's own pages. How the prompts grow is taken from
 public traces: a conversation of Mooncake's (FAST25), and an agent's session of kv-cache-tester with a tenth of its
@@ -108,9 +108,9 @@ def ask(llama: Any, connector: Any, prompt: list[int]) -> dict[str, Any]:
 
 
 def child() -> None:
-    """A process with an engine: {router, scenes, passes} on stdin, what each pass found on stdout."""
+    """A process with an engine: {router, scenes, passes, threads} on stdin, what each pass found on stdout."""
     order = json.load(sys.stdin)
-    llama = open_engine(MODEL, n_ctx=N_CTX)
+    llama = open_engine(MODEL, n_ctx=N_CTX, n_threads=order["threads"], n_threads_batch=order["threads"])
     connector = pt.attach(llama, router=order["router"]) if order["router"] else None
     if connector is not None and connector.refused_because:
         raise SystemExit(f"scenes: {connector.refused_because}")
@@ -125,11 +125,13 @@ def child() -> None:
     print(json.dumps({"passes": passes, "workers": connector.last.worker_id if connector else ""}))
 
 
-def in_a_process(what: str, router: str, scenes: dict[str, Any], passes: int = 1) -> list[dict[str, Any]]:
+def in_a_process(what: str, router: str, scenes: dict[str, Any], threads: int,
+                 passes: int = 1) -> list[dict[str, Any]]:
     print(f"  {what} …", file=sys.stderr, flush=True)
     done = subprocess.run(
         [sys.executable, __file__, "--child"], stdout=subprocess.PIPE, text=True, timeout=3600, check=False,
-        input=json.dumps({"router": router, "scenes": scenes, "passes": passes}))
+        input=json.dumps({"router": router, "scenes": scenes, "passes": passes,
+                          "threads": threads}))
     if done.returncode != 0:
         raise SystemExit(f"scenes: the process for {what} ended with {done.returncode}")
     report = json.loads(done.stdout.splitlines()[-1])
@@ -137,14 +139,15 @@ def in_a_process(what: str, router: str, scenes: dict[str, Any], passes: int = 1
     return found
 
 
-def measure(scenes: dict[str, Any], folder: pathlib.Path) -> dict[str, dict[str, Any]]:
+def measure(scenes: dict[str, Any], threads: int, folder: pathlib.Path) -> dict[str, dict[str, Any]]:
     """Condition → scene → what each prompt took."""
     runs: dict[str, dict[str, Any]] = {}
-    runs["without PageTide"], = in_a_process("without PageTide", "", scenes)
+    runs["without PageTide"], = in_a_process("without PageTide", "", scenes, threads)
     fleet = Fleet(folder, pool=POOL)
     try:
-        runs["first time"], runs["again"] = in_a_process("one process, twice", fleet.router.grpc, scenes, 2)
-        runs["another process"], = in_a_process("another process", fleet.router.grpc, scenes)
+        runs["first time"], runs["again"] = in_a_process("one process, twice", fleet.router.grpc, scenes,
+                                                        threads, 2)
+        runs["another process"], = in_a_process("another process", fleet.router.grpc, scenes, threads)
         for program in (*fleet.workers, fleet.router, fleet.store):
             code = program.terminate()
             if code != 0:
@@ -153,10 +156,10 @@ def measure(scenes: dict[str, Any], folder: pathlib.Path) -> dict[str, dict[str,
         fleet.close()
     fleet = Fleet(folder, pool=POOL)
     try:
-        runs["after a restart"], = in_a_process("after a restart of everything", fleet.router.grpc, scenes)
+        runs["after a restart"], = in_a_process("after a restart of everything", fleet.router.grpc, scenes, threads)
         other = fleet.start_worker("w1")
         fleet.workers[0].terminate()
-        runs["another worker"], = in_a_process("another worker", fleet.router.grpc, scenes)
+        runs["another worker"], = in_a_process("another worker", fleet.router.grpc, scenes, threads)
         fleet.workers = [other]
     finally:
         fleet.close()
@@ -188,6 +191,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--scenes", default="chat,rag,agent")
+    parser.add_argument("--threads", type=int, default=2, help="of the engine (default 2)")
     parser.add_argument("--plot", type=pathlib.Path)
     parser.add_argument("--json", type=pathlib.Path)
     options = parser.parse_args()
@@ -202,7 +206,8 @@ def main() -> int:
     if unknown:
         parser.error(f"no scenes {sorted(unknown)}: there are {sorted(written)}")
     with tempfile.TemporaryDirectory(prefix="pt-scenes-") as folder:
-        runs = measure({name: written[name] for name in names}, pathlib.Path(folder))
+        runs = measure({name: written[name] for name in names}, options.threads,
+                       pathlib.Path(folder))
     rows, wrong = table(runs)
     print(f"{'scene':6} {'':17} {'prompts':>7} {'tokens':>7} {'reused':>7} {'first tokens, s':>16} {'faster':>7} "
           f"{'same answers':>13}")
