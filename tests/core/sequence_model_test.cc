@@ -130,7 +130,8 @@ class ModelRun {
     for (int op = 0; op < kNumOps; ++op) {
       EXPECT_GE(counts_[op] * 50, steps_) << kOpNames[op];
     }
-    EXPECT_GE(refusals_ * 5, edits_) << refusals_ << " of " << edits_ << " edits";
+    EXPECT_GE(refusals_ * 5, steps_)
+        << refusals_ << " of " << steps_ << " steps, " << edits_ << " edits";
     EXPECT_GE(shared_steps_ * 10, steps_ * 3);
     EXPECT_GT(world_.spills(), 0u);
     EXPECT_GT(world_.restores(), 0u);
@@ -214,7 +215,7 @@ class ModelRun {
           }
           range = {0, -1};
         }
-        const bool overlap = OneIn(3);
+        const bool overlap = OneIn(6);
         Say(s, " to ", to, " ", Text(range), overlap ? " overlapping" : "");
         got = editor.CopyRange(s, to, range, overlap);
         refusal = naive_.Copy(s, to, range.begin, range.end, overlap, &expected);
@@ -234,10 +235,10 @@ class ModelRun {
       case kShift: {
         const PositionRange range = AnyRange(s);
         int64_t delta = static_cast<int64_t>(Random(60)) - 30;
-        if (OneIn(10)) delta = static_cast<int64_t>(rng_());
+        if (OneIn(5)) delta = static_cast<int64_t>(rng_());
         if (OneIn(10)) delta = kMaxPosition - static_cast<int64_t>(Random(40));
         const OnShared on_shared = static_cast<OnShared>(Random(3));
-        const bool overlap = OneIn(3);
+        const bool overlap = OneIn(6);
         constexpr const char* kOnSharedNames[] = {"copy", "move all", "reject"};
         Say(s, " ", Text(range), " by ", delta, ", ", kOnSharedNames[static_cast<int>(on_shared)],
             overlap ? ", overlapping" : "");
@@ -248,7 +249,7 @@ class ModelRun {
       case kDivide: {
         const PositionRange range = AnyRange(s);
         const int64_t divisor = OneIn(6) ? -static_cast<int64_t>(Random(5)) : 1 + Random(4);
-        const bool overlap = OneIn(2);
+        const bool overlap = OneIn(5);
         Say(s, " ", Text(range), " by ", divisor, overlap ? ", overlapping" : "");
         got = editor.DividePositions(s, range, divisor, overlap);
         refusal = naive_.Divide(s, range.begin, range.end, divisor, overlap, &expected);
