@@ -55,10 +55,11 @@ if(PAGETIDE_FUZZ)
   add_link_options(-fsanitize=address,undefined -fno-sanitize=vptr)
 endif()
 
-# pagetide_generated(TARGET): code that protoc wrote is not ours to warn about, to tune or to instrument. -O1 halves its compile
-# time, and sanitizers, which have nothing to find in it that they would not find at its callers, triple it.
+# pagetide_generated(TARGET): code that protoc wrote is not ours to warn about, to tune or to instrument. -O1 halves its
+# compile time, -O0 (Debug) does so again; sanitizers, which would find nothing in it that they do not find at its
+# callers, triple it.
 function(pagetide_generated target)
-  target_compile_options(${target} PRIVATE -w -O1)
+  target_compile_options(${target} PRIVATE -w "$<$<NOT:$<CONFIG:Debug>>:-O1>")
   if(PAGETIDE_SANITIZE)
     target_compile_options(${target} PRIVATE -fno-sanitize=all)
   endif()
