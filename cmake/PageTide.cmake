@@ -55,6 +55,13 @@ if(PAGETIDE_FUZZ)
   add_link_options(-fsanitize=address,undefined -fno-sanitize=vptr)
 endif()
 
+# Tests are optimised less than what they test: a fifth less time to compile, with sanitizers a third less than that.
+if(PAGETIDE_SANITIZE)
+  set(PAGETIDE_TEST_OPTIONS "$<$<CONFIG:RelWithDebInfo>:-O0>")
+else()
+  set(PAGETIDE_TEST_OPTIONS "$<$<CONFIG:RelWithDebInfo>:-O1>")
+endif()
+
 # pagetide_generated(TARGET): code that protoc wrote is not ours to warn about, to tune or to instrument. -O1 halves its
 # compile time, -O0 (Debug) does so again; sanitizers, which would find nothing in it that they do not find at its
 # callers, triple it.
@@ -138,8 +145,7 @@ function(pagetide_test name)
   add_executable(${name} ${ARG_SRCS})
   target_include_directories(${name} PRIVATE "${PROJECT_SOURCE_DIR}")
   target_link_libraries(${name} PRIVATE ${ARG_LIBS} GTest::gmock GTest::gtest GTest::gtest_main)
-  # Less than what they test: a fifth less time to compile.
-  target_compile_options(${name} PRIVATE "$<$<CONFIG:RelWithDebInfo>:-O1>")
+  target_compile_options(${name} PRIVATE ${PAGETIDE_TEST_OPTIONS})
   target_compile_definitions(${name} PRIVATE PAGETIDE_SOURCE_DIR="${PROJECT_SOURCE_DIR}"
                                              PAGETIDE_BINARY_DIR="${CMAKE_BINARY_DIR}")
   set_target_properties(${name} PROPERTIES RUNTIME_OUTPUT_DIRECTORY "${CMAKE_BINARY_DIR}/tests")

@@ -60,7 +60,7 @@ function(pagetide_precompile)
     # What pagetide_test() gives to every test, and nothing else has.
     set(own_options)
     if(tests)
-      set(own_options "$<$<CONFIG:RelWithDebInfo>:-O1>")
+      set(own_options "${PAGETIDE_TEST_OPTIONS}")
     endif()
     if(NOT type MATCHES "STATIC_LIBRARY|EXECUTABLE" OR NOT "${options}" STREQUAL "${own_options}")
       continue()
