@@ -12,6 +12,7 @@
 #include "absl/time/time.h"
 #include "base/status_macros.h"
 #include "clients/cpp/client.h"
+#include "clients/cpp/serving_workers.h"
 
 namespace pagetide {
 namespace {
@@ -42,10 +43,7 @@ absl::Status AwaitWorkers(const std::string& router_address, int num_workers) {
   const absl::Time give_up = absl::Now() + kPatience;
   for (;;) {
     PT_ASSIGN_OR_RETURN(const std::vector<v1::WorkerInfo> workers, client->ListWorkers());
-    int serving = 0;
-    for (const v1::WorkerInfo& worker : workers) {
-      serving += worker.role() != "store" && worker.state() == "serving" ? 1 : 0;
-    }
+    const int serving = static_cast<int>(ServingWorkers(workers).size());
     if (serving >= num_workers) return absl::OkStatus();
     if (absl::Now() >= give_up) {
       return absl::DeadlineExceededError(

@@ -9,6 +9,7 @@
 #include "absl/time/clock.h"
 #include "base/status_macros.h"
 #include "clients/cpp/client.h"
+#include "clients/cpp/serving_workers.h"
 #include "replay/live_run.h"
 #include "replay/trace_slice.h"
 
@@ -25,14 +26,6 @@ absl::Status CheckRange(absl::string_view field, Number value, Number min, Numbe
   if (value >= min && value <= max) return absl::OkStatus();
   return absl::InvalidArgumentError(
       absl::StrCat("replay live: ", field, " ", value, " is not in [", min, ", ", max, "]"));
-}
-
-std::vector<v1::WorkerInfo> ServingWorkers(const std::vector<v1::WorkerInfo>& all) {
-  std::vector<v1::WorkerInfo> serving;
-  for (const v1::WorkerInfo& worker : all) {
-    if (worker.role() != "store" && worker.state() == "serving") serving.push_back(worker);
-  }
-  return serving;
 }
 
 absl::StatusOr<LiveCounters> ReadCounters(

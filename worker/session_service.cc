@@ -5,6 +5,7 @@
 
 #include "absl/strings/str_cat.h"
 #include "base/status_macros.h"
+#include "rpc/model_codec.h"
 #include "rpc/status_mapping.h"
 
 namespace pagetide {
@@ -37,18 +38,6 @@ v1::SaveSessionResponse ToProto(const std::string& name, const SaveAnswer& answe
   return proto;
 }
 
-v1::Tier TierToProto(Tier tier) {
-  switch (tier) {
-    case Tier::kDevice:
-      return v1::TIER_DEVICE;
-    case Tier::kHost:
-      return v1::TIER_HOST;
-    case Tier::kStore:
-      return v1::TIER_STORE;
-  }
-  return v1::TIER_UNSPECIFIED;
-}
-
 v1::CheckpointInfo ToProto(const CheckpointInfo& info) {
   v1::CheckpointInfo proto;
   proto.set_checkpoint_id(info.id);
@@ -56,7 +45,7 @@ v1::CheckpointInfo ToProto(const CheckpointInfo& info) {
   proto.set_pages(info.num_pages);
   *proto.mutable_created_at() = TimestampToProto(info.created_at);
   proto.set_scope(static_cast<v1::CheckpointScope>(info.scope));
-  proto.set_tier(TierToProto(info.tier));
+  proto.set_tier(pagetide::ToProto(info.tier));
   proto.set_copied_bytes(info.copied_bytes);
   if (info.expires_at) *proto.mutable_expires_at() = TimestampToProto(*info.expires_at);
   proto.set_automatic(info.is_automatic);

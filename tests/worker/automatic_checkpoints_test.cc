@@ -1,19 +1,10 @@
 // Automatic checkpoints: when a commit leaves one, and which of them goes first.
 #include <gtest/gtest.h>
 
-#include "tests/worker/session_fixture.h"
+#include "tests/worker/checkpoint_fixture.h"
 
 namespace pagetide {
 namespace {
-
-constexpr uint32_t kWindow = 24;
-
-SequenceHandle Handle(const SequenceInfo& info) {
-  return {info.id, info.epoch, std::nullopt};
-}
-MonotonicTime Soon() {
-  return HostUnderTest::Soon();
-}
 
 TEST(AutomaticCheckpointsTest, AutomaticOnesComeEverySoManyPages) {
   HostUnderTest t(

@@ -9,24 +9,12 @@
 #include <utility>
 
 #include "kvstore/decorating_page_store.h"
-#include "tests/worker/session_fixture.h"
+#include "tests/worker/checkpoint_fixture.h"
 
 namespace pagetide {
 namespace {
 
 using ::testing::HasSubstr;
-
-constexpr uint32_t kWindow = 24;
-
-SequenceHandle Handle(const SequenceInfo& info) {
-  return {info.id, info.epoch, std::nullopt};
-}
-MonotonicTime Soon() {
-  return HostUnderTest::Soon();
-}
-uint64_t Manifests(HostUnderTest& t) {
-  return t.store->GetStats(Soon())->manifests;
-}
 
 // Calls `before_manifest` once, when pages are there and their manifest is not.
 class InterruptedStore final : public DecoratingPageStore {

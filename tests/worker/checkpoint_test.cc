@@ -4,14 +4,10 @@
 
 #include <random>
 
-#include "tests/worker/session_fixture.h"
+#include "tests/worker/checkpoint_fixture.h"
 
 namespace pagetide {
 namespace {
-
-SequenceHandle Handle(const SequenceInfo& info) {
-  return {info.id, info.epoch, std::nullopt};
-}
 
 TEST(CheckpointTest, ComesBackAfterRewindAndOtherAppends) {
   for (int num_groups : {1, 2}) {

@@ -6,24 +6,13 @@
 #include <tuple>
 
 #include "tests/support/timing.h"
-#include "tests/worker/session_fixture.h"
+#include "tests/worker/checkpoint_fixture.h"
 
 namespace pagetide {
 namespace {
 
 using ::testing::HasSubstr;
 
-constexpr uint32_t kWindow = 24;
-
-SequenceHandle Handle(const SequenceInfo& info) {
-  return {info.id, info.epoch, std::nullopt};
-}
-MonotonicTime Soon() {
-  return HostUnderTest::Soon();
-}
-uint64_t Manifests(HostUnderTest& t) {
-  return t.store->GetStats(Soon())->manifests;
-}
 uint64_t FreeFrames(HostUnderTest& t) {
   uint64_t free = 0;
   for (const PoolUsage& pool : t.host->Usage()) free += pool.free_frames;
