@@ -33,6 +33,7 @@
 #include "core/keys.h"
 #include "core/model.h"
 #include "core/page_store.h"
+#include "core/reused_chunks.h"
 #include "core/sequence_editor.h"
 #include "core/sequence_id.h"
 #include "core/session_state.h"
@@ -95,6 +96,7 @@ struct PrefixReuse {
   uint64_t device_tokens = 0;
   uint64_t host_tokens = 0;
   uint64_t store_tokens = 0;
+  uint64_t chunk_tokens = 0;  // of reused_tokens, behind all others: approximate, see ReusedChunk
   ReuseLimit limit = ReuseLimit::kWholePrompt;
   uint32_t limiting_group = 0;
   std::string explanation;
@@ -314,6 +316,7 @@ struct HostCounters {
   uint64_t store_errors = 0;
   uint64_t rows_copied = 0;
   uint64_t tokens_reused = 0;
+  uint64_t chunk_tokens_reused = 0;  // of them, in chunks
   uint64_t tokens_appended = 0;
   uint64_t pages_created = 0;
   uint64_t pages_filled = 0;
@@ -330,8 +333,8 @@ struct HostCounters {
   uint64_t rows_removed = 0;   // by edits
   uint64_t rows_moved = 0;     // by edits: rows that got another position
   uint64_t rows_compacted = 0;
-  uint64_t sequences_expired = 0;  // closed because no call was made on them
-  uint64_t pages_reclaimed = 0;    // references to pages behind a window that sequences gave up
+  uint64_t sequences_expired = 0;    // closed because no call was made on them
+  uint64_t pages_reclaimed = 0;      // references to pages behind a window that sequences gave up
   uint64_t checkpoints_created = 0;  // automatic ones included
   uint64_t checkpoints_restored = 0;
 };
@@ -447,8 +450,8 @@ class ModelHost {
     double spill_low_watermark = 0.75;
     absl::Duration store_timeout = absl::Seconds(10);
     absl::Duration lookup_timeout = absl::Milliseconds(200);
-    // How long spilling pauses after the store refused. A page that it goes on refusing waits for up
-    // to 16 times as long.
+    // How long spilling pauses after the store refused. A page that it goes on refusing waits for
+    // up to 16 times as long.
     absl::Duration store_backoff = absl::Seconds(1);
     uint64_t max_open_sequences = 100000;
     // A sequence on which no call was made for so long, and that has no pending write, is closed:
@@ -659,19 +662,35 @@ class ModelHost {
                                                   std::span<const ManifestPageRef> pages,
                                                   std::optional<uint64_t> length) = 0;
 
+  // As OpenSaved of the tokens in front of the first chunk, with the chunks' rows behind them where
+  // the prompt has their tokens. canonical_length ends in front of the chunks: they, and what is
+  // appended, get no keys. `chunks`: of FindChunks over this state, at least one; positions of the
+  // state are implicit. FAILED_PRECONDITION as the edits that it takes (CANNOT_SHIFT, CANNOT_CUT,
+  // ROWS_RECLAIMED): then no sequence was opened.
+  virtual absl::StatusOr<OpenResult> OpenSavedChunks(const Tenant& tenant,
+                                                     const SessionState& state,
+                                                     std::span<const ManifestPageRef> pages,
+                                                     std::span<const ReusedChunk> chunks) = 0;
+  // What OpenSavedChunks would find where, or its refusal, without opening.
+  virtual absl::StatusOr<PrefixReuse> LookupSavedChunks(const Tenant& tenant,
+                                                        const SessionState& state,
+                                                        std::span<const ManifestPageRef> pages,
+                                                        std::span<const ReusedChunk> chunks) = 0;
+
   // --- checkpoints ---
   // The sequence as it is; ends with it. At most 32 a sequence: an automatic one gives way, a void
-  // one first, then the oldest; RESOURCE_EXHAUSTED (TOO_MANY_CHECKPOINTS) without one. kHost: waits for pages that are not
-  // resident; RESOURCE_EXHAUSTED (CHECKPOINT_MEMORY). kStore: durable when it answers;
-  // FAILED_PRECONDITION (NO_STORE, STALE_EPOCH), INVALID_ARGUMENT (ttl), the store's errors.
+  // one first, then the oldest; RESOURCE_EXHAUSTED (TOO_MANY_CHECKPOINTS) without one. kHost: waits
+  // for pages that are not resident; RESOURCE_EXHAUSTED (CHECKPOINT_MEMORY). kStore: durable when
+  // it answers; FAILED_PRECONDITION (NO_STORE, STALE_EPOCH), INVALID_ARGUMENT (ttl), the store's
+  // errors.
   virtual absl::StatusOr<CheckpointInfo> CreateCheckpoint(const Tenant& tenant,
                                                           const SequenceHandle& sequence,
                                                           const CheckpointOptions& options,
                                                           MonotonicTime deadline) = 0;
   // NOT_FOUND (CHECKPOINT_NOT_FOUND), FAILED_PRECONDITION (CHECKPOINT_VOID, CHECKPOINT_EXPIRED).
   // The checkpoint stays. If one of its pages was lost since, the sequence becomes the valid prefix
-  // of it. A copy in host memory waits for frames: RESOURCE_EXHAUSTED (POOL_EXHAUSTED); of one whose
-  // pages the store does not have all must fit: INVALID_ARGUMENT (POOL_TOO_SMALL).
+  // of it. A copy in host memory waits for frames: RESOURCE_EXHAUSTED (POOL_EXHAUSTED); of one
+  // whose pages the store does not have all must fit: INVALID_ARGUMENT (POOL_TOO_SMALL).
   virtual absl::StatusOr<SequenceInfo> RestoreCheckpoint(const Tenant& tenant,
                                                          const SequenceHandle& sequence,
                                                          uint64_t checkpoint_id,

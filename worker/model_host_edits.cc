@@ -44,7 +44,7 @@ absl::StatusOr<EditResult> ModelHostImpl::EditLocked(const Tenant& tenant,
     named.push_back(std::move(sequence));
   }
   const EditableSequences sequences(sequences_, tenant.name);
-  SequenceEditor editor({page_tokens(), traits_, options_.max_sequence_tokens}, &sequences);
+  SequenceEditor editor(EditorOptions(), &sequences);
   EditResult result;
   for (size_t i = 0; i < edits.size(); ++i) {
     absl::StatusOr<EditOutcome> outcome = editor.Apply(edits[i]);

@@ -103,6 +103,12 @@ class ModelHostImpl final : public ModelHost {
   absl::StatusOr<PrefixReuse> LookupSaved(const Tenant&, const SessionState&,
                                           std::span<const ManifestPageRef>,
                                           std::optional<uint64_t>) override;
+  absl::StatusOr<OpenResult> OpenSavedChunks(const Tenant&, const SessionState&,
+                                             std::span<const ManifestPageRef>,
+                                             std::span<const ReusedChunk>) override;
+  absl::StatusOr<PrefixReuse> LookupSavedChunks(const Tenant&, const SessionState&,
+                                                std::span<const ManifestPageRef>,
+                                                std::span<const ReusedChunk>) override;
   absl::StatusOr<CheckpointInfo> CreateCheckpoint(const Tenant&, const SequenceHandle&,
                                                   const CheckpointOptions&, MonotonicTime) override;
   absl::StatusOr<SequenceInfo> RestoreCheckpoint(const Tenant&, const SequenceHandle&, uint64_t,
@@ -493,6 +499,23 @@ class ModelHostImpl final : public ModelHost {
       const SessionState& state, uint64_t length, const std::vector<PrefixKey>& keys,
       absl::FunctionRef<Page&(uint32_t group, const PageTable& table, const SavedExtent& extent)>
           page_of) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
+  // The first `length` rows, or, with chunks (then no length is given), those of OpenSavedChunks.
+  absl::StatusOr<OpenResult> OpenSavedRows(const Tenant& tenant, const SessionState& state,
+                                           std::span<const ManifestPageRef> pages,
+                                           std::optional<uint64_t> length,
+                                           std::span<const ReusedChunk> chunks,
+                                           const std::optional<SequenceIdentity>& identity);
+
+  // --- chunks of it (model_host_chunks.cc) ---
+  // OK when `chunks` are what OpenSavedChunks asks for.
+  static absl::Status CheckChunks(const SessionState& state, std::span<const ReusedChunk> chunks);
+  SequenceEditor::Options EditorOptions() const;
+  // Of rows that nobody else sees yet only those of TakeChunks stay; when it refuses, none.
+  absl::Status KeepChunks(Sequence& sequence, std::span<const ReusedChunk> chunks)
+      ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
+  // Without the tiers.
+  PrefixReuse ChunkReuse(std::span<const ReusedChunk> chunks) const;
+
   // Its end takes the lock.
   absl::StatusOr<std::unique_ptr<StateSnapshot>> TakeSnapshot(const Tenant& tenant,
                                                               const Sequence& sequence,

@@ -696,7 +696,15 @@ absl::StatusOr<PrefixReuse> ModelHostImpl::LookupSaved(const Tenant& tenant,
 
 absl::StatusOr<OpenResult> ModelHostImpl::OpenSaved(
     const Tenant& tenant, const SessionState& state, std::span<const ManifestPageRef> pages,
-    std::optional<uint64_t> wanted, const std::optional<SequenceIdentity>& identity) {
+    std::optional<uint64_t> length, const std::optional<SequenceIdentity>& identity) {
+  return OpenSavedRows(tenant, state, pages, length, {}, identity);
+}
+
+absl::StatusOr<OpenResult> ModelHostImpl::OpenSavedRows(
+    const Tenant& tenant, const SessionState& state, std::span<const ManifestPageRef> pages,
+    std::optional<uint64_t> wanted, std::span<const ReusedChunk> chunks,
+    const std::optional<SequenceIdentity>& identity) {
+  if (!chunks.empty()) wanted = chunks.back().session_end();
   PT_ASSIGN_OR_RETURN(const uint64_t length, CheckSaved(state, wanted));
   auto sequence = std::make_shared<Sequence>();
   sequence->tenant = tenant.name;
@@ -726,10 +734,12 @@ absl::StatusOr<OpenResult> ModelHostImpl::OpenSaved(
           mu_.AssertHeld();
           return AdoptSavedPage(g, *sequence, table, state, extent, pages[extent.page], keys);
         });
+    if (!chunks.empty()) PT_RETURN_IF_ERROR(KeepChunks(*sequence, chunks));
     AddSequence(sequence, identity);
-    counters_.tokens_reused += length;
     PrefixReuse& reuse = result.reuse;
-    reuse = SavedReuse(state, length);
+    reuse = chunks.empty() ? SavedReuse(state, length) : ChunkReuse(chunks);
+    counters_.tokens_reused += reuse.reused_tokens;
+    counters_.chunk_tokens_reused += reuse.chunk_tokens;
     for (const Extent& extent : sequence->tables.front().extents()) {
       const bool is_here = pages_.Get(extent.page).is_readable();
       (is_here ? reuse.device_tokens : reuse.store_tokens) += extent.count;

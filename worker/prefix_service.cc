@@ -13,6 +13,16 @@ namespace {
 
 constexpr absl::Duration kMaxClaimTime = absl::Seconds(60);
 
+void ChunksToProto(std::span<const ReusedChunk> chunks,
+                   google::protobuf::RepeatedPtrField<v1::ReusedChunk>* proto) {
+  for (const ReusedChunk& chunk : chunks) {
+    v1::ReusedChunk& c = *proto->Add();
+    c.set_session_begin(chunk.session_begin);
+    c.set_prompt_begin(chunk.prompt_begin);
+    c.set_count(chunk.count);
+  }
+}
+
 }  // namespace
 
 grpc::Status PrefixServiceImpl::LookupPrefix(grpc::ServerContext* context,
@@ -51,7 +61,8 @@ grpc::Status PrefixServiceImpl::PlanPrompt(grpc::ServerContext* context,
     const std::vector<std::string> sessions(request->sessions().begin(), request->sessions().end());
     const PromptRequest prompt{.tokens = TokensOf(request->tokens()),
                                .inputs = inputs,
-                               .options = {.allow_full_reuse = request->allow_full_reuse()}};
+                               .options = {.allow_full_reuse = request->allow_full_reuse()},
+                               .min_chunk_tokens = request->min_chunk_tokens()};
     PT_ASSIGN_OR_RETURN(const PromptPlan plan,
                         planner_->Plan(call.tenant, host, prompt, sessions, call.deadline));
     v1::PromptPlan& proto = *response->mutable_plan();
@@ -59,12 +70,17 @@ grpc::Status PrefixServiceImpl::PlanPrompt(grpc::ServerContext* context,
     proto.set_session(plan.session);
     proto.set_session_version(plan.session_version);
     proto.set_compute_tokens(plan.reuse.prompt_tokens - plan.reuse.reused_tokens);
+    ChunksToProto(plan.chunks, proto.mutable_chunks());
+    proto.set_approximate(!plan.chunks.empty());
+    if (proto.approximate()) proto.set_min_chunk_tokens(request->min_chunk_tokens());
     for (const PlanCandidate& candidate : plan.candidates) {
       v1::PlanPromptResponse::Candidate& c = *response->add_candidates();
       c.set_session(candidate.session);
       c.set_version(candidate.version);
       c.set_usable_tokens(candidate.usable_tokens);
       c.set_why_not_more(candidate.why_not_more);
+      ChunksToProto(candidate.chunks, c.mutable_chunks());
+      c.set_compute_tokens(candidate.compute_tokens);
     }
     return absl::OkStatus();
   };

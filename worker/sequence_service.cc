@@ -75,8 +75,10 @@ grpc::Status SequenceServiceImpl::OpenSequence(grpc::ServerContext* context,
                         worker_->HostOfModel(request->model_digest(), call.deadline));
     const PromptOptions options{.allow_full_reuse = request->allow_full_reuse(),
                                 .no_reuse = request->no_reuse()};
-    const PromptRequest prompt{
-        .tokens = TokensOf(request->tokens()), .inputs = inputs, .options = options};
+    const PromptRequest prompt{.tokens = TokensOf(request->tokens()),
+                               .inputs = inputs,
+                               .options = options,
+                               .min_chunk_tokens = request->plan().min_chunk_tokens()};
     PT_ASSIGN_OR_RETURN(const OpenResult result,
                         planner_->Open(call.tenant, host, prompt, request->plan().session(),
                                        request->plan().session_version(), call.deadline));

@@ -181,6 +181,7 @@ v1::PrefixReuse ReuseToProto(const PrefixReuse& reuse) {
   proto.set_limit(static_cast<v1::ReuseLimit>(reuse.limit));
   proto.set_limiting_group(reuse.limiting_group);
   proto.set_explanation(reuse.explanation);
+  proto.set_chunk_tokens(reuse.chunk_tokens);
   return proto;
 }
 

@@ -37,6 +37,8 @@ constexpr CounterName kCounters[] = {
      "Rows copied on partial reuse and on fork"},
     {&HostCounters::tokens_reused, "pagetide_worker_tokens_reused_total",
      "Prompt tokens that needed no prefill"},
+    {&HostCounters::chunk_tokens_reused, "pagetide_worker_chunk_tokens_reused_total",
+     "Prompt tokens that needed no prefill because a saved session had them at another position"},
     {&HostCounters::tokens_appended, "pagetide_worker_tokens_appended_total",
      "Tokens committed by appends and steps"},
     {&HostCounters::pages_created, "pagetide_worker_pages_created_total", "Pages newly allocated"},

@@ -108,6 +108,7 @@ absl::StatusOr<std::unique_ptr<Sequence>> Client::OpenOn(std::shared_ptr<WorkerC
     plan.set_model_digest(request.model_digest());
     *plan.mutable_tokens() = request.tokens();
     plan.set_allow_full_reuse(options.allow_full_reuse);
+    plan.set_min_chunk_tokens(options.min_chunk_tokens);
     for (const std::string& name : options.sessions) plan.add_sessions(name);
     PT_ASSIGN_OR_RETURN(v1::PlanPromptResponse planned,
                         CallUnary(worker->call_options(), worker->prefixes(),

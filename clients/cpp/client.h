@@ -59,6 +59,9 @@ struct OpenOptions {
   std::vector<std::string> exclude_worker_ids;
   // Sessions that may serve as the prompt's beginning, besides what is found by keys (at most 16).
   std::vector<std::string> sessions;
+  // > 0: also runs of at least so many tokens of a session that stand elsewhere in the prompt.
+  // Approximate: see PrefixService.PlanPrompt.
+  uint32_t min_chunk_tokens = 0;
 };
 
 struct LoadOptions {

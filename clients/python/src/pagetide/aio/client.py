@@ -176,14 +176,18 @@ class Client:
         return reuse
 
     async def plan(self, model: Model, tokens: m.Tokens, sessions: Seq[str] = (),
-                   allow_full_reuse: bool = False) -> prefix_pb2.PlanPromptResponse:
+                   allow_full_reuse: bool = False,
+                   min_chunk_tokens: int = 0) -> prefix_pb2.PlanPromptResponse:
         """What an open of a prompt would reuse: pages found by their keys, or the best of `sessions` (at
-        most 16 names), each with the reason why not more. No effect; open(plan=response.plan) does it."""
+        most 16 names), each with the reason why not more. No effect; open(plan=response.plan) does it.
+
+        min_chunk_tokens: above 0 also runs of at least so many tokens of a session that stand elsewhere in
+        the prompt, their K turned to it. Approximate, and never found by other prompts."""
         worker = await self._place(model, tokens)
         response: prefix_pb2.PlanPromptResponse = await unary(
             self._options, worker.prefixes.PlanPrompt, prefix_pb2.PlanPromptRequest(
                 model_digest=model.digest, tokens=m.token_list(tokens), sessions=sessions,
-                allow_full_reuse=allow_full_reuse))
+                allow_full_reuse=allow_full_reuse, min_chunk_tokens=min_chunk_tokens))
         return response
 
     async def open(self, model: Model, tokens: m.Tokens, *, allow_full_reuse: bool = False,
