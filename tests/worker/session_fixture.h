@@ -24,6 +24,7 @@ class SessionWorker {
     uint32_t num_frames = 16;
     bool write_through = true;
     Clock* lease_clock = Clock::Real();
+    std::shared_ptr<const Model> model;  // null: TestModel
   };
   SessionWorker(PageStore* store, const Setup& setup)
       : lease_({.name = absl::StrCat("worker/", setup.id), .incarnation = setup.incarnation}, store,
@@ -32,7 +33,8 @@ class SessionWorker {
     Worker::Options options;
     options.id = setup.id;
     options.incarnation = setup.incarnation;
-    const auto model = TestModel(setup.page_tokens, setup.num_groups);
+    const auto model =
+        setup.model != nullptr ? setup.model : TestModel(setup.page_tokens, setup.num_groups);
     options.model_pool_bytes = setup.num_frames * model->geometry().bytes_per_page_of_tokens();
     options.pool_bytes = 2 * options.model_pool_bytes;
     options.deployment_secret = "secret";
@@ -49,6 +51,7 @@ class SessionWorker {
                                                                   .num_groups = setup.num_groups,
                                                                   .num_frames = setup.num_frames,
                                                                   .store = store,
+                                                                  .model = model,
                                                                   .existing = host});
     lease_.Step();
     sessions = std::make_unique<Sessions>(worker_.get(), store, &fence_);
