@@ -212,6 +212,25 @@ def test_a_prefill_takes_over_what_another_committed(client: pagetide.Client,
         assert np.array_equal(late.read_block(0, 0, 2 * PAGE), block_of(model, tokens, 0, 2 * PAGE))
 
 
+def test_a_plan_takes_chunks_of_a_session_if_asked(client: pagetide.Client, model: pagetide.Model) -> None:
+    tokens = tokens_of(100, 71)
+    v = rows(model, block_of(model, tokens, 0, 100), pagetide.RowKind.V)
+    with filled(client, model, tokens) as sequence:
+        sequence.save("with-a-middle")
+    prompt = np.concatenate([np.delete(tokens, np.s_[30:55]), tokens_of(4, 72)])
+    assert not client.plan(model, prompt, ["with-a-middle"]).plan.chunks
+    plan = client.plan(model, prompt, ["with-a-middle"], min_chunk_tokens=8).plan
+    assert plan.approximate and plan.compute_tokens == 4
+    assert [(c.session_begin, c.prompt_begin, c.count) for c in plan.chunks] == [(55, 30, 45)]
+    with client.open(model, prompt, plan=plan) as opened:
+        assert (opened.length, opened.state.canonical_length) == (75, 30)
+        opened.wait_ready()
+        got = rows(model, opened.read_block(0, 0, 75), pagetide.RowKind.V)
+        assert np.array_equal(got, np.delete(v, np.s_[30:55], axis=1))
+    with pytest.raises(pagetide.InvalidArgument, match="min_chunk_tokens is 80"):
+        client.plan(model, prompt, ["with-a-middle"], min_chunk_tokens=80)
+
+
 def test_asyncio_has_the_same_calls(fleet: Fleet, model: pagetide.Model) -> None:
     async def scene() -> None:
         tokens = tokens_of(40, 61)
