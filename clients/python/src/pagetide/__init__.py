@@ -13,6 +13,7 @@ pagetide.aio has the same for asyncio (pagetide.sync is made from it). Messages 
 in pagetide.v1.
 """
 
+from pagetide._attention import Attention
 from pagetide._messages import RowsPart
 from pagetide.errors import (Aborted, AlreadyExists, Cancelled, DataLoss, DeadlineExceeded,
                              FailedPrecondition, Internal, InvalidArgument, NotFound, PageTideError,
@@ -23,16 +24,18 @@ from pagetide.local_plane import LocalPlane
 from pagetide.model import Group, Model, RowKind, row_bytes
 from pagetide.options import Retention
 from pagetide.retry import CallOptions, RetryPolicy
+from pagetide.sync.appends import PendingAppend
 from pagetide.sync.calls import WorkerConnection
 from pagetide.sync.client import Client
 from pagetide.sync.files import Export
 from pagetide.sync.sequence import Sequence
-from pagetide.sync.writes import PendingAppend, PendingStep
+from pagetide.sync.steps import BatchStep, PendingStep
 
 __all__ = [
-    "Aborted", "AlreadyExists", "CallOptions", "Cancelled", "Client", "DataLoss", "DeadlineExceeded", "Export",
-    "FailedPrecondition", "Group", "Internal", "InvalidArgument", "LocalPlane", "Model", "NotFound",
-    "PageLease", "PageTideError", "PendingAppend", "PendingStep", "PermissionDenied",
-    "ResourceExhausted", "Retention", "RetryPolicy", "RowKind", "RowsPart", "Sequence", "SequenceMoved",
-    "Unauthenticated", "Unavailable", "Unimplemented", "WorkerConnection", "row_bytes"
+    "Aborted", "AlreadyExists", "Attention", "BatchStep", "CallOptions", "Cancelled", "Client",
+    "DataLoss", "DeadlineExceeded", "Export", "FailedPrecondition", "Group", "Internal",
+    "InvalidArgument", "LocalPlane", "Model", "NotFound", "PageLease", "PageTideError",
+    "PendingAppend", "PendingStep", "PermissionDenied", "ResourceExhausted", "Retention",
+    "RetryPolicy", "RowKind", "RowsPart", "Sequence", "SequenceMoved", "Unauthenticated",
+    "Unavailable", "Unimplemented", "WorkerConnection", "row_bytes"
 ]

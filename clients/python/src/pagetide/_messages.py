@@ -10,7 +10,7 @@ from typing import Any, Iterable, Iterator, Mapping, Optional, Sequence as Seq, 
 import numpy as np
 import numpy.typing as npt
 
-from pagetide.errors import DataLoss, Internal, PageTideError, Unavailable, make_error
+from pagetide.errors import DataLoss, Internal, Unavailable
 from pagetide.model import Group, Model, RowKind
 from pagetide.v1 import prefix_pb2, router_pb2, sequence_pb2, session_pb2, types_pb2
 
@@ -201,10 +201,6 @@ class Block:
                            "did not come")
 
 
-def step_error(result: sequence_pb2.CommitStepResponse.Result) -> PageTideError:
-    return make_error(result.code, result.message, result.reason)
-
-
 class SequenceBase:
     """State of an open sequence as of the last answer."""
 
@@ -274,26 +270,6 @@ class SequenceBase:
     def _close_request(self) -> sequence_pb2.CloseSequenceRequest:
         return sequence_pb2.CloseSequenceRequest(sequence_id=self.id, epoch=self.state.epoch)
 
-    def _reserve_request(self, num_tokens: int, local_client_id: int, pin_prefix: bool,
-                         parents: Seq[int]) -> sequence_pb2.ReserveSlotsRequest:
-        item = sequence_pb2.ReserveSlotsRequest.Item(
-            sequence=self.ref(), num_tokens=num_tokens, parents=parents)
-        return sequence_pb2.ReserveSlotsRequest(
-            request_id=new_request_id(), items=[item], local_client_id=local_client_id,
-            pin_prefix=pin_prefix)
-
-    def _commit_request(self, reservation_id: int, tokens: Tokens,
-                        rows: Seq[sequence_pb2.RowPart], in_staging: bool,
-                        indices: Seq[int]) -> sequence_pb2.CommitStepRequest:
-        item = sequence_pb2.CommitStepRequest.Item(
-            sequence=self.ref(), reservation_id=reservation_id, tokens=token_list(tokens),
-            rows=rows, rows_in_staging=in_staging, indices=indices)
-        return sequence_pb2.CommitStepRequest(request_id=new_request_id(), items=[item])
-
-    def _abort_request(self, reservation_id: int) -> sequence_pb2.AbortReservationRequest:
-        return sequence_pb2.AbortReservationRequest(
-            sequence_id=self.id, epoch=self.state.epoch, reservation_id=reservation_id)
-
     def _save_request(self, name: str, metadata: Optional[Mapping[str, str]],
                       expected_version: Optional[int], durability: types_pb2.Durability,
                       keep_tokens: Optional[int], compact: bool) -> session_pb2.SaveSessionRequest:
@@ -305,65 +281,3 @@ class SequenceBase:
         if keep_tokens is not None:
             request.keep_tokens = keep_tokens
         return request
-
-    def _committed(self, response: sequence_pb2.CommitStepResponse) -> None:
-        if len(response.results) != 1:
-            raise Internal(f"commit step of {self.id}: {len(response.results)} results, expected 1")
-        result = response.results[0]
-        if result.code != 0:
-            raise step_error(result)
-        self.state.revision = result.revision
-        self.state.length = result.length
-
-
-class StepBase:
-    """Rows of a reservation: in the shared region, or kept until the commit sends them."""
-
-    def __init__(self, sequence: SequenceBase, slot: sequence_pb2.ReserveSlotsResponse.Slot,
-                 region: Optional[Bytes]) -> None:
-        self._slot = slot
-        self._base = sequence
-        self._region = region
-        self._unsent: list[sequence_pb2.RowPart] = []
-        self._is_open = True
-        expected = sequence.model.staged_bytes(slot.num_tokens)
-        if region is not None and region.size != expected:
-            raise Internal(f"reserve slots of {sequence.id}: staging of {region.size} bytes, "
-                           f"expected {expected}")
-
-    @property
-    def first_position(self) -> int:
-        return self._slot.first_position
-
-    @property
-    def num_tokens(self) -> int:
-        return self._slot.num_tokens
-
-    @property
-    def is_local(self) -> bool:
-        return self._region is not None
-
-    @property
-    def region(self) -> Optional[Bytes]:
-        """The rows in shared memory, [group][layer][K: num_tokens rows][V: num_tokens rows]; None when
-        the worker is on another host. Writing here is write_rows without a copy."""
-        return self._region
-
-    def write_rows(self, group: int, layer: int, k_rows: Rows, v_rows: Rows = b"") -> None:
-        """The rows of all reserved tokens in one layer: [num_tokens, row_bytes] each."""
-        model, n = self._base.model, self.num_tokens
-        own = model.groups[group]
-        k, v = as_bytes(k_rows), as_bytes(v_rows)
-        if k.size != n * own.k_row_bytes or v.size != n * own.v_row_bytes:
-            raise ValueError(f"write rows of {n} tokens: {k.size} K and {v.size} V bytes, expected "
-                             f"{n * own.k_row_bytes} and {n * own.v_row_bytes}")
-        for kind, rows in ((RowKind.K, k), (RowKind.V, v)):
-            if rows.size == 0:
-                continue
-            if self._region is not None:
-                at = model.staged_offset(n, group, layer, kind)
-                self._region[at:at + rows.size] = rows
-            else:
-                self._unsent.append(sequence_pb2.RowPart(
-                    group=group, layer=layer, kind=kind.value, first_token=0, num_tokens=n,
-                    data=rows.tobytes()))

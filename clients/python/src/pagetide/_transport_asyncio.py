@@ -58,6 +58,10 @@ class RequestStream:
             return False
         return True
 
+    async def wait_until_served(self) -> None:
+        """Returns when the other side answers the first message, or the call has ended."""
+        await self._call.initial_metadata()
+
     async def finish(self) -> Any:
         """The answer, after all messages."""
         try:

@@ -74,6 +74,10 @@ class RequestStream:
                 continue
         return False
 
+    def wait_until_served(self) -> None:
+        """Returns when the other side answers the first message, or the call has ended."""
+        self._call.initial_metadata()
+
     def finish(self) -> Any:
         """The answer, after all messages."""
         self.write(self._END)

@@ -79,6 +79,10 @@ class LocalPlane:
                 sock.close()
 
     @property
+    def staging_bytes(self) -> int:
+        return self._staging.size
+
+    @property
     def has_pool(self) -> bool:
         return self._pool is not None
 

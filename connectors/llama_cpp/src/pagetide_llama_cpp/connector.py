@@ -27,6 +27,9 @@ from pagetide_llama_cpp.state import Bytes, StateError
 from pagetide_llama_cpp.store_thread import StoreThread
 
 _log = logging.getLogger("pagetide.llama_cpp")
+# Pages of a load are held for so long, however busy the machine. One that a dead engine leaves behind costs the
+# worker frames until then.
+_LEASE_SECONDS = 10.0
 _LIMITS = {value: name[len("REUSE_LIMIT_"):].lower() for name, value in types_pb2.ReuseLimit.items()}
 
 
@@ -285,7 +288,7 @@ class Connector:
         context.clear()
         report.live_tokens = 0
         try:
-            pages = _PageReader(sequence, self._options.timeout)
+            pages = _PageReader(sequence)
             for begin in range(0, length, context.part_tokens):
                 end = min(begin + context.part_tokens, length)
                 blocks, source_tokens = pages.read(begin, end)
@@ -338,9 +341,9 @@ class Connector:
 class _PageReader:
     """Rows of a sequence: frames in place where the worker is on this host, copies by RPC otherwise."""
 
-    def __init__(self, sequence: pagetide.Sequence, seconds: float) -> None:
+    def __init__(self, sequence: pagetide.Sequence) -> None:
         self._sequence = sequence
-        self._lease = sequence.lease_pages(min(seconds, 30.0))
+        self._lease = sequence.lease_pages(_LEASE_SECONDS)
 
     def read(self, begin: int, end: int) -> tuple[list[Bytes], int]:
         """A block a layer group with the rows [begin, end), and the rows that each block has room for."""

@@ -5,10 +5,11 @@ These modules are the source of both clients: pagetide.sync is made from them by
 which drops `async` and `await`. What is different between the two is in pagetide._transport_*.
 """
 
+from pagetide.aio.appends import PendingAppend
 from pagetide.aio.calls import WorkerConnection
 from pagetide.aio.client import Client
 from pagetide.aio.files import Export
 from pagetide.aio.sequence import Sequence
-from pagetide.aio.writes import PendingAppend, PendingStep
+from pagetide.aio.steps import BatchStep, PendingStep
 
-__all__ = ["Client", "Export", "PendingAppend", "PendingStep", "Sequence", "WorkerConnection"]
+__all__ = ["BatchStep", "Client", "Export", "PendingAppend", "PendingStep", "Sequence", "WorkerConnection"]

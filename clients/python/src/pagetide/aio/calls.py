@@ -10,12 +10,13 @@ import grpc
 
 from pagetide import _messages as m
 from pagetide import _transport_asyncio as transport
+from pagetide._attention import Attention, attention_of
 from pagetide.errors import PageTideError, SequenceMoved, from_rpc_error
 from pagetide.local_plane import LocalPlane
 from pagetide.model import Model
 from pagetide.retry import CallOptions, RetryLoop
 from pagetide.v1 import (admin_pb2, admin_pb2_grpc, prefix_pb2_grpc, sequence_edit_pb2_grpc,
-                         sequence_pb2_grpc, session_pb2_grpc, types_pb2)
+                         sequence_pb2, sequence_pb2_grpc, session_pb2_grpc, types_pb2)
 
 if TYPE_CHECKING:
     from pagetide.aio.client import Client
@@ -142,3 +143,6 @@ class SequenceCalls(m.SequenceBase):
     async def _call(self, service: str, method: str, request: Any) -> Any:
         return await self._follow(
             lambda worker: unary(worker.options, getattr(getattr(worker, service), method), request))
+
+    async def _attend(self, request: sequence_pb2.AttendRequest) -> Attention:
+        return attention_of(self.model, request, await self._call("sequences", "Attend", request))

@@ -14,6 +14,7 @@ from pagetide import _transport_asyncio as transport
 from pagetide.aio.calls import WorkerConnection, unary, unary_once
 from pagetide.aio.files import import_file
 from pagetide.aio.sequence import Sequence
+from pagetide.aio.steps import BatchStep, begin_batch_step
 from pagetide.errors import FailedPrecondition, NotFound, PageTideError, Unavailable
 from pagetide.model import Model
 from pagetide.retry import CallOptions, RetryPolicy
@@ -344,6 +345,12 @@ class Client:
                 return
 
     # --- several sequences of one worker and model at once ---
+
+    async def begin_batch_step(self, sequences: Seq[Sequence], num_tokens: int,
+                               pin_prefix: bool = False) -> BatchStep:
+        """Reserves the slots of the next num_tokens (1 to 1024) tokens of each, all or none: one decode step
+        of a batch. ValueError for sequences of different workers or models."""
+        return await begin_batch_step(sequences, num_tokens, pin_prefix)
 
     async def reorder(self, sequences: Seq[Sequence], order: Seq[int],
                       allow_repeats: bool = False) -> None:

@@ -8,13 +8,16 @@ from types import TracebackType
 from typing import Any, AsyncIterator, Mapping, Optional, Sequence as Seq
 
 import grpc
+import numpy.typing as npt
 
 from pagetide import _messages as m
 from pagetide import _transport_asyncio as transport
+from pagetide._attention import Attention, attend_request
+from pagetide.aio.appends import PendingAppend
 from pagetide.aio.calls import WorkerConnection, call_with_retry
 from pagetide.aio.edits import SequenceEdits
 from pagetide.aio.files import Export, begin_export
-from pagetide.aio.writes import PendingAppend, PendingStep
+from pagetide.aio.steps import PendingStep, begin_step
 from pagetide.errors import (Aborted, Internal, NotFound, PageTideError, SequenceMoved, Unavailable,
                              from_rpc_error)
 from pagetide.lease import PageLease
@@ -83,25 +86,17 @@ class Sequence(SequenceEdits):
         """Reserves the slots of the next num_tokens (1 to 1024) tokens; the rows go through memory
         shared with the worker where it is on this host. parents: a draft tree, for each token the index of
         the one before it, -1: the last committed one; none: one after another."""
-        plane = await self.worker.plane(self.model)
+        return await begin_step(self, num_tokens, pin_prefix, parents)
 
-        async def reserve() -> Any:
-            return await self._call("sequences", "ReserveSlots", self._reserve_request(
-                num_tokens, 0 if plane is None else plane.client_id, pin_prefix, parents))
-
-        try:
-            response = await reserve()
-        except NotFound as error:
-            if plane is None or error.reason == "SEQUENCE_NOT_FOUND":
-                raise
-            self.worker.drop_plane(self.model)
-            plane = None
-            response = await reserve()
-        if len(response.slots) != 1:
-            raise Internal(f"reserve slots of {self.id}: {len(response.slots)} slots, expected 1")
-        slot = response.slots[0]
-        region = None if plane is None else plane.region(slot.staging_offset, slot.staging_bytes)
-        return PendingStep(self, slot, region)
+    async def attend(self, group: int, layer: int, queries: npt.NDArray[Any], first_position: int,
+                     scale: float = 0.0) -> Attention:
+        """Attention over the committed rows of one layer (index within the group), computed by the worker.
+        queries: [num_queries, query_heads, k_dim], at consecutive positions from first_position on; one at
+        position p sees keys at positions <= p. scale 0: 1 / sqrt(k_dim). FailedPrecondition
+        (CANNOT_ATTEND) for packed, opaque and recurrent groups; InvalidArgument when the answer's floats
+        would exceed 4 MiB."""
+        return await self._attend(attend_request(
+            self.model, self.id, self.state.epoch, group, layer, queries, first_position, scale))
 
     async def read_rows(self, group: int, begin: int = 0, end: int = 0,
                         layers: Seq[int] = ()) -> AsyncIterator[m.RowsPart]:

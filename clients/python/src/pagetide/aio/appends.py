@@ -1,21 +1,19 @@
-"""Writes to a sequence: an append of many tokens, a step of few."""
+"""An append of many tokens to a sequence."""
 
 from __future__ import annotations
 
-import logging
 from types import TracebackType
-from typing import Optional, Sequence as Seq
+from typing import Any, Optional
 
-import grpc
+import numpy.typing as npt
 
 from pagetide import _messages as m
 from pagetide import _transport_asyncio as transport
+from pagetide._attention import Attention, attend_request
 from pagetide.aio.calls import SequenceCalls
-from pagetide.errors import Aborted, FailedPrecondition, from_rpc_error
+from pagetide.errors import Aborted, FailedPrecondition, PageTideError
 from pagetide.model import RowKind
 from pagetide.v1 import sequence_pb2
-
-_log = logging.getLogger("pagetide")
 
 
 class PendingAppend:
@@ -29,6 +27,7 @@ class PendingAppend:
         self._stream = transport.RequestStream(
             sequence.worker.sequences.AppendTokens, sequence.worker.options.timeout)
         self._is_finished = False
+        self._is_known = False  # the worker has the append's header
 
     async def __aenter__(self) -> "PendingAppend":
         return self
@@ -64,6 +63,29 @@ class PendingAppend:
         for layer, kind, rows in m.split_block(own, num_tokens, block):
             await self.write_rows(group, layer, kind, 0, rows)
 
+    async def attend(self, group: int, layer: int, queries: npt.NDArray[Any], first_position: int,
+                     scale: float = 0.0) -> Attention:
+        """As Sequence.attend, over the committed rows and those written here; waits until those of this
+        layer have arrived. FailedPrecondition (PREFIX_NOT_PINNED) without begin_append's pin_prefix."""
+        self._check_open()
+        sequence = self._sequence
+        if not self._is_known:
+            # This call travels on another stream, and would overtake the header.
+            await self._stream.wait_until_served()
+            self._is_known = True
+        request = attend_request(sequence.model, sequence.id, sequence.state.epoch, group, layer, queries,
+                                 first_position, scale)
+        request.append_id = self.append_id
+        try:
+            return await sequence._attend(request)  # noqa: SLF001
+        except PageTideError as error:
+            if error.reason != "APPEND_NOT_FOUND":
+                raise
+            # The worker has ended the append; the stream's status says why.
+            self._is_finished = True
+            await self._stream.finish()
+            raise
+
     async def commit(self) -> sequence_pb2.AppendTokensResponse:
         """All rows of all layers were written."""
         self._check_open()
@@ -77,42 +99,3 @@ class PendingAppend:
         if not self._is_finished:
             self._is_finished = True
             self._stream.cancel()
-
-
-class PendingStep(m.StepBase):
-    """Reserved slots. Leaving its `async with` block without commit() gives them back."""
-
-    def __init__(self, sequence: SequenceCalls, slot: sequence_pb2.ReserveSlotsResponse.Slot,
-                 region: Optional[m.Bytes]) -> None:
-        super().__init__(sequence, slot, region)
-        self._sequence = sequence
-
-    async def __aenter__(self) -> "PendingStep":
-        return self
-
-    async def __aexit__(self, kind: Optional[type[BaseException]], error: Optional[BaseException],
-                        trace: Optional[TracebackType]) -> None:
-        await self.abort()
-
-    async def commit(self, tokens: m.Tokens, indices: Seq[int] = ()) -> None:
-        """Fewer tokens than reserved: the rest is dropped. indices: which reserved slots the tokens take,
-        ascending, one for each (speculative decoding); none: the first ones."""
-        if not self._is_open:
-            raise FailedPrecondition(f"step of {self._sequence.id} is over")
-        request = self._sequence._commit_request(  # noqa: SLF001
-            self._slot.reservation_id, tokens, self._unsent, self.is_local, indices)
-        response = await self._sequence._call("sequences", "CommitStep", request)  # noqa: SLF001
-        self._sequence._committed(response)  # noqa: SLF001
-        self._is_open = False
-
-    async def abort(self) -> None:
-        """Gives the slots back. Best effort: a reservation ends by itself."""
-        if not self._is_open:
-            return
-        self._is_open = False
-        request = self._sequence._abort_request(self._slot.reservation_id)  # noqa: SLF001
-        try:
-            await self._sequence.worker.sequences.AbortReservation(request, timeout=m.CLOSE_TIMEOUT)
-        except grpc.RpcError as rpc_error:
-            _log.info("abort reservation %d: %s", self._slot.reservation_id,
-                      from_rpc_error(rpc_error))
