@@ -261,7 +261,7 @@ class ModelHostImpl final : public ModelHost {
     bool is_partial_tail = false;  // of another sequence: copied now or never
   };
   // The longest prefix, in pages of tokens up to `max_pages`, of which every group knows what the
-  // next token can attend to; and the group that made it shorter than the full-attention groups do.
+  // next token can attend to; and the group that lacks the page behind it, which another one has.
   struct UsablePages {
     uint64_t num_pages = 0;
     std::optional<uint32_t> limiting_group;

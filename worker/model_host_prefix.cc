@@ -39,6 +39,12 @@ bool HasInputIn(std::span<const PositionedInput> inputs, uint64_t begin, uint64_
   return false;
 }
 
+// A page that one layer group lacks and another one has.
+struct PageLack {
+  uint64_t page = 0;
+  uint32_t group = 0;
+};
+
 }  // namespace
 
 bool ModelHostImpl::IsKnown(uint32_t group, const PrefixKey& key) {
@@ -56,6 +62,17 @@ ModelHostImpl::UsablePages ModelHostImpl::FindUsablePages(const std::vector<Pref
     uint64_t p = 0;
     while (p < longest && IsKnown(g, keys[p])) ++p;
     longest = p;
+  }
+  if (longest < max_pages) {
+    bool is_known = false;
+    for (uint32_t g = num_groups(); g-- > 0;) {
+      if (IsKnown(g, keys[longest])) {
+        is_known = true;
+      } else if (!traits_[g].forgets()) {
+        usable.limiting_group = g;
+      }
+    }
+    if (!is_known) usable.limiting_group.reset();  // that page is nobody's
   }
   // A group that forgets needs the last of them, a state group the very last, and what a ring
   // keeps. A page that it lacks is needed for every length from there to here: the next that may do
@@ -100,6 +117,7 @@ absl::StatusOr<ModelHostImpl::Match> ModelHostImpl::MatchPrompt(
 
   // The store is asked once, for all pages from the first that is not known here.
   ReuseLimit cause = ReuseLimit::kNeverStored;
+  std::optional<PageLack> stored_lack;
   uint64_t unknown = max_pages;
   for (uint64_t p = 0; p < unknown; ++p) {
     for (uint32_t g = 0; g < num_groups(); ++g) {
@@ -128,15 +146,19 @@ absl::StatusOr<ModelHostImpl::Match> ModelHostImpl::MatchPrompt(
       for (uint64_t p = unknown; p < max_pages && is_run; ++p) {
         const std::span<const LookupResult> page_results(&(*found)[(p - unknown) * num_groups()],
                                                          num_groups());
-        for (uint32_t g = 0; g < num_groups(); ++g) {
+        bool is_known = false;
+        for (uint32_t g = num_groups(); g-- > 0;) {
           const LookupResult& result = page_results[g];
-          if (result.present && result.body_bytes == Geometry(g).stored_page_bytes()) continue;
-          if (traits_[g].forgets() || IsKnown(g, keys[p])) {
-            continue;
+          if ((result.present && result.body_bytes == Geometry(g).stored_page_bytes()) ||
+              IsKnown(g, keys[p])) {
+            is_known = true;
+          } else if (!traits_[g].forgets()) {
+            if (result.quarantined) cause = ReuseLimit::kQuarantined;
+            is_run = false;
+            stored_lack = {p, g};
           }
-          if (result.quarantined) cause = ReuseLimit::kQuarantined;
-          is_run = false;
         }
+        if (!is_known) stored_lack.reset();
         if (!is_run) break;
         auto page_tokens_copy = std::make_shared<const std::vector<uint32_t>>(
             tokens.begin() + p * page_size, tokens.begin() + (p + 1) * page_size);
@@ -166,6 +188,9 @@ absl::StatusOr<ModelHostImpl::Match> ModelHostImpl::MatchPrompt(
   PrefixReuse& reuse = match.reuse;
   reuse.prompt_tokens = tokens.size();
   UsablePages usable = FindUsablePages(keys, max_pages);
+  if (stored_lack && stored_lack->page == usable.num_pages && !usable.limiting_group) {
+    usable.limiting_group = stored_lack->group;
+  }
   TouchKnownPages(keys, usable.num_pages);
   const auto is_stored_only = [&](uint64_t p, uint64_t num_pages) {
     for (uint32_t g = 0; g < num_groups(); ++g) {

@@ -144,6 +144,48 @@ TEST(LayerGroupsTest, OpaquePagesEndWherePagesDo) {
   t.host->Quiesce();
 }
 
+TEST(LayerGroupsTest, TheGroupThatLacksAPageIsNamed) {
+  MemoryPageStore store;
+  const std::vector<uint32_t> tokens = Tokens(0, 64);
+  std::vector<PageKey> keys;  // of the second group
+  {
+    HostUnderTest writer({.num_groups = 2, .num_frames = 32, .store = &store});
+    auto info = writer.OpenAndFill(tokens);
+    ASSERT_TRUE(info.ok()) << info.status();
+    writer.host->Quiesce();
+    const auto table = writer.host->GetBlockTable(writer.tenant, info->id);
+    for (const BlockTableEntry& entry : table->entries) {
+      if (entry.group == 1) keys.push_back(*entry.key);
+    }
+  }
+  ASSERT_EQ(keys.size(), 4u);
+  ASSERT_EQ(*store.DeletePages({&keys[2], 1}, HostUnderTest::Soon()), 1u);
+  const auto expect_limited = [&](HostUnderTest& t, uint64_t reused) {
+    const PrefixReuse reuse = *t.host->LookupPrefix(t.tenant, tokens, {}, {});
+    EXPECT_EQ(reuse.reused_tokens, reused);
+    EXPECT_EQ(reuse.limit, ReuseLimit::kGroup) << reuse.explanation;
+    EXPECT_EQ(reuse.limiting_group, 1u);
+  };
+  // As the store says it, and as the worker knows it from then on.
+  HostUnderTest t({.num_groups = 2, .num_frames = 32, .store = &store, .incarnation = 8});
+  expect_limited(t, 32);
+  expect_limited(t, 32);
+  HostUnderTest local({.num_groups = 2, .num_frames = 32, .no_store = true});
+  auto info = local.OpenAndFill(tokens);
+  ASSERT_TRUE(info.ok()) << info.status();
+  ASSERT_EQ(local.host->LookupPrefix(local.tenant, tokens, {}, {})->reused_tokens, 63u);
+  // What nobody has is no group's fault.
+  std::vector<uint32_t> longer = tokens;
+  longer.resize(96, 5);
+  const PrefixReuse never = *local.host->LookupPrefix(local.tenant, longer, {}, {});
+  EXPECT_EQ(never.reused_tokens, 64u);
+  EXPECT_EQ(never.limit, ReuseLimit::kNeverStored);
+  // Without its first page the second group has nothing.
+  ASSERT_EQ(*store.DeletePages({&keys[0], 1}, HostUnderTest::Soon()), 1u);
+  HostUnderTest last({.num_groups = 2, .num_frames = 32, .store = &store, .incarnation = 9});
+  expect_limited(last, 0);
+}
+
 TEST(LayerGroupsTest, APrefixIsAsLongAsThereIsAStateOfIt) {
   HostUnderTest t(Mixed(64, /*write_through=*/false));
   const std::vector<uint32_t> tokens = Tokens(0, 48);
