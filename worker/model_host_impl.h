@@ -387,13 +387,6 @@ class ModelHostImpl final : public ModelHost {
   bool EvictFor(uint32_t group, uint32_t count, absl::FunctionRef<bool(const Page&)> may_evict)
       ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
   bool CanSpill() const ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
-  void StartSpills(const std::vector<PageId>& pages, Durability level)
-      ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
-  void StartRestores(const std::vector<PageId>& pages) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
-  void RunSpills(const std::vector<SpillItem>& items, Durability level) ABSL_LOCKS_EXCLUDED(mu_);
-  void RunRestores(const std::vector<RestoreItem>& items) ABSL_LOCKS_EXCLUDED(mu_);
-  // Flush, then one job less. The last thing a job does.
-  void FinishJob() ABSL_LOCKS_EXCLUDED(mu_);
   // Restores in prefix order into frames that are free or clean now; never waits.
   uint64_t Prefetch(Sequence& sequence) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
   // Bytes of a page in host memory: the frame itself or a copy in `buffer`.
@@ -403,6 +396,15 @@ class ModelHostImpl final : public ModelHost {
   absl::Status CopyRuns(uint32_t group, FrameId from, FrameId to,
                         std::span<const TailPlan::SlotRun> runs);
   absl::Status ZeroIfNeeded(uint32_t group, const FramePool::Grant& grant);
+
+  // --- transfers to the store and back (model_host_transfers.cc) ---
+  void StartSpills(const std::vector<PageId>& pages, Durability level)
+      ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
+  void StartRestores(const std::vector<PageId>& pages) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
+  void RunSpills(const std::vector<SpillItem>& items, Durability level) ABSL_LOCKS_EXCLUDED(mu_);
+  void RunRestores(const std::vector<RestoreItem>& items) ABSL_LOCKS_EXCLUDED(mu_);
+  // Flush, then one job less. The last thing a job does.
+  void FinishJob() ABSL_LOCKS_EXCLUDED(mu_);
 
   // --- refused puts, and write-through that is late (model_host_write_through.cc) ---
   // After a put that was refused all spills pause, for the store may be down. Unless it takes other
@@ -476,7 +478,7 @@ class ModelHostImpl final : public ModelHost {
               uint32_t known_before, MonotonicTime give_up) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
   uint32_t NumGroupsThatKnow(const PrefixKey& key) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
 
-  // --- saved state (model_host_sessions.cc) ---
+  // --- saved state on its way in (model_host_sessions.cc) ---
   // The length to open; the refusals of OpenSaved.
   absl::StatusOr<uint64_t> CheckSaved(const SessionState& state,
                                       std::optional<uint64_t> length) const;
@@ -516,6 +518,7 @@ class ModelHostImpl final : public ModelHost {
   // Without the tiers.
   PrefixReuse ChunkReuse(std::span<const ReusedChunk> chunks) const;
 
+  // --- saved state on its way out (model_host_snapshots.cc) ---
   // Its end takes the lock.
   absl::StatusOr<std::unique_ptr<StateSnapshot>> TakeSnapshot(const Tenant& tenant,
                                                               const Sequence& sequence,
