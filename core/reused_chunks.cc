@@ -83,7 +83,8 @@ std::vector<ReusedChunk> FindChunks(const TokensAndInputs& session, const Tokens
   const std::vector<uint64_t> saved = numbers.SymbolsOf(session);
   const std::vector<uint64_t> wanted = numbers.SymbolsOf(prompt);
   uint64_t from = begin, to = begin;
-  while (from < saved.size() && min_tokens <= wanted.size() - to) {
+  while (from < saved.size() && min_tokens <= wanted.size() - to &&
+         chunks.size() < kMaxReusedChunks) {
     // Each search reads at most the chunk that it finds, the tokens in front of it and min_tokens
     // of the prompt, which are no more than the chunk; the last one finds none.
     from = Find(saved, from, std::span(wanted).subspan(to, min_tokens));
@@ -106,18 +107,11 @@ absl::StatusOr<SequenceRows> TakeChunks(const SequenceEditor::Options& options,
   const OnlySequence sequences(&rows);
   constexpr uint64_t kIt = OnlySequence::kNumber;
   SequenceEditor editor(options, &sequences);
-  // First, so that a group that gave rows up is asked for them at one length only.
-  const int64_t end = static_cast<int64_t>(chunks.back().session_end());
-  PT_RETURN_IF_ERROR(editor.RemoveRange(kIt, {end, -1}).status());
+  std::vector<SequenceEditor::KeptRun> runs = {{0, chunks.front().prompt_begin, 0}};
   for (const ReusedChunk& chunk : chunks) {
-    const int64_t from = static_cast<int64_t>(chunk.session_begin);
-    const int64_t to = static_cast<int64_t>(chunk.prompt_begin);
-    PT_RETURN_IF_ERROR(editor.RemoveRange(kIt, {to, from}).status());
-    PT_RETURN_IF_ERROR(editor
-                           .ShiftPositions(kIt, {from, from + static_cast<int64_t>(chunk.count)},
-                                           to - from, OnShared::kCopy, /*allow_overlap=*/false)
-                           .status());
+    runs.push_back({chunk.session_begin, chunk.session_end(), chunk.prompt_begin});
   }
+  PT_RETURN_IF_ERROR(editor.KeepRuns(kIt, runs).status());
   return editor.Rows(kIt);
 }
 

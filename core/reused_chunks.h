@@ -28,6 +28,9 @@ struct ReusedChunk {
 };
 uint64_t ChunkTokens(std::span<const ReusedChunk> chunks);
 
+// Of one prompt: what plans carry and sequences of many pieces cost is bounded.
+inline constexpr size_t kMaxReusedChunks = 256;
+
 // Tokens with the other inputs (images) that are bound to them. `inputs` ascend.
 struct TokensAndInputs {
   std::span<const uint32_t> tokens;
@@ -36,13 +39,12 @@ struct TokensAndInputs {
 
 // Walks the session from `begin`, the length of what it shares with the prompt: where at least
 // `min_tokens` (not 0) of its tokens are the prompt's next, they are a chunk, as long as they are
-// equal; otherwise one token on. This is what llama.cpp's server does with --cache-reuse. Takes
-// time in the order of both lengths, whatever repeats in them.
+// equal; otherwise one token on. This is what llama.cpp's server does with --cache-reuse. At most
+// kMaxReusedChunks. Takes time in the order of both lengths, whatever repeats in them.
 std::vector<ReusedChunk> FindChunks(const TokensAndInputs& session, const TokensAndInputs& prompt,
                                     uint64_t begin, uint64_t min_tokens);
 
-// The rows in front of the first chunk, and the chunks' at the positions of the prompt: for each
-// chunk one removal of what lies between and one shift, and the end cut off, all or none. Positions
+// The rows in front of the first chunk, and the chunks' at the positions of the prompt. Positions
 // of `rows` are implicit. FAILED_PRECONDITION as SequenceEditor (CANNOT_CUT, CANNOT_SHIFT,
 // ROWS_RECLAIMED). Takes no references.
 absl::StatusOr<SequenceRows> TakeChunks(const SequenceEditor::Options& options,

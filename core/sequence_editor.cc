@@ -153,6 +153,32 @@ absl::StatusOr<EditOutcome> SequenceEditor::RemoveRange(uint64_t sequence, Posit
   return outcome;
 }
 
+absl::StatusOr<EditOutcome> SequenceEditor::KeepRuns(uint64_t sequence,
+                                                     std::span<const KeptRun> runs) {
+  const SequenceRows& rows = Rows(sequence);
+  PT_CHECK(rows.positions.empty());
+  EditOutcome outcome;
+  std::vector<RowPiece> pieces;
+  uint64_t row = 0;
+  for (const KeptRun& run : runs) {
+    PT_CHECK(row <= run.begin && run.begin <= run.end && run.end <= rows.num_rows());
+    PT_CHECK(run.position <= run.begin);
+    PT_RETURN_IF_ERROR(CheckCut(rows, row, run.begin));
+    const int64_t delta = static_cast<int64_t>(run.position) - static_cast<int64_t>(run.begin);
+    if (delta != 0 && run.begin < run.end) {
+      PT_RETURN_IF_ERROR(CheckShift());
+      outcome.moved_rows += run.end - run.begin;
+    }
+    outcome.removed_rows += run.begin - row;
+    pieces.push_back({&rows, run.begin, run.end, delta});
+    row = run.end;
+  }
+  PT_RETURN_IF_ERROR(CheckCut(rows, row, rows.num_rows()));
+  outcome.removed_rows += rows.num_rows() - row;
+  if (!IsNothing(outcome)) PT_RETURN_IF_ERROR(Put(sequence, pieces));
+  return outcome;
+}
+
 absl::StatusOr<EditOutcome> SequenceEditor::CopyRange(uint64_t from, uint64_t to,
                                                       PositionRange range, bool allow_overlap) {
   if (from == to) {

@@ -139,6 +139,15 @@ class SequenceEditor {
   absl::StatusOr<EditOutcome> DividePositions(uint64_t sequence, PositionRange range,
                                               int64_t divisor, bool allow_overlap);
   absl::StatusOr<EditOutcome> ShiftWindow(uint64_t sequence, const WindowShift& window);
+  // Of all rows only these stay: rows [begin, end) at positions from `position` on, where they
+  // stand or in front of it. Rows and positions ascend from run to run; positions of the sequence
+  // are implicit. As one removal a gap and one shift a run, in time linear in rows and runs.
+  struct KeptRun {
+    uint64_t begin = 0;
+    uint64_t end = 0;
+    uint64_t position = 0;
+  };
+  absl::StatusOr<EditOutcome> KeepRuns(uint64_t sequence, std::span<const KeptRun> runs);
   // Cuts to the first `rows` rows.
   absl::StatusOr<EditOutcome> Rewind(uint64_t sequence, int64_t rows);
   absl::StatusOr<EditOutcome> Clear(uint64_t sequence);

@@ -49,38 +49,9 @@ PrefixReuse ModelHostImpl::ChunkReuse(std::span<const ReusedChunk> chunks) const
   return reuse;
 }
 
-absl::Status ModelHostImpl::KeepChunks(Sequence& sequence, std::span<const ReusedChunk> chunks) {
-  absl::StatusOr<SequenceRows> kept = TakeChunks(EditorOptions(), sequence, chunks);
-  SequenceRows next;
-  next.tables.resize(num_groups());
-  if (kept.ok()) {
-    next = *std::move(kept);
-    next.DropMasked(traits_);  // its references are not taken yet
-  }
-  const absl::Status status = kept.status();
-  std::vector<RowsChange> changes;
-  changes.push_back({&sequence, std::move(next)});
-  AdoptRows(std::move(changes), pages_);
-  if (status.ok()) SyncTails(sequence, sequence.root, page_tokens(), pages_);
-  return status;
-}
-
-absl::StatusOr<OpenResult> ModelHostImpl::OpenSavedChunks(const Tenant& tenant,
-                                                          const SessionState& state,
-                                                          std::span<const ManifestPageRef> pages,
-                                                          std::span<const ReusedChunk> chunks) {
-  PT_RETURN_IF_ERROR(CheckChunks(state, chunks));
-  return OpenSavedRows(tenant, state, pages, std::nullopt, chunks, std::nullopt);
-}
-
-absl::StatusOr<PrefixReuse> ModelHostImpl::LookupSavedChunks(const Tenant& tenant,
-                                                             const SessionState& state,
-                                                             std::span<const ManifestPageRef> pages,
-                                                             std::span<const ReusedChunk> chunks) {
-  PT_RETURN_IF_ERROR(CheckChunks(state, chunks));
+absl::StatusOr<SequenceRows> ModelHostImpl::LayOutChunks(
+    const SessionState& state, std::span<const ReusedChunk> chunks) const {
   PT_ASSIGN_OR_RETURN(const uint64_t length, CheckSaved(state, chunks.back().session_end()));
-  // The rows as OpenSaved would lay them out, each page under its index in the manifest's list,
-  // from 1 on.
   SequenceRows rows;
   rows.tokens.assign(state.tokens.begin(), state.tokens.begin() + length);
   if (state.canonical_length < length) rows.canonical_limit = state.canonical_length;
@@ -96,7 +67,43 @@ absl::StatusOr<PrefixReuse> ModelHostImpl::LookupSavedChunks(const Tenant& tenan
                              .shift = extent.shift});
     }
   }
-  PT_ASSIGN_OR_RETURN(const SequenceRows kept, TakeChunks(EditorOptions(), rows, chunks));
+  PT_ASSIGN_OR_RETURN(SequenceRows kept, TakeChunks(EditorOptions(), rows, chunks));
+  kept.DropMasked(traits_);
+  return kept;
+}
+
+absl::Status ModelHostImpl::KeepChunks(Sequence& sequence, std::span<const ReusedChunk> chunks) {
+  absl::StatusOr<SequenceRows> kept = TakeChunks(EditorOptions(), sequence, chunks);
+  const absl::Status status = kept.status();
+  SequenceRows next;
+  next.tables.resize(num_groups());
+  if (status.ok()) {
+    next = *std::move(kept);
+    next.DropMasked(traits_);  // its references are not taken yet
+  }
+  std::vector<RowsChange> changes;
+  changes.push_back({&sequence, std::move(next)});
+  AdoptRows(std::move(changes), pages_);
+  if (status.ok()) SyncTails(sequence, sequence.root, page_tokens(), pages_);
+  return status;
+}
+
+absl::StatusOr<OpenResult> ModelHostImpl::OpenSavedChunks(const Tenant& tenant,
+                                                          const SessionState& state,
+                                                          std::span<const ManifestPageRef> pages,
+                                                          std::span<const ReusedChunk> chunks) {
+  PT_RETURN_IF_ERROR(CheckChunks(state, chunks));
+  // What would be refused is refused before a page of it is touched.
+  PT_RETURN_IF_ERROR(LayOutChunks(state, chunks).status());
+  return OpenSavedRows(tenant, state, pages, std::nullopt, chunks, std::nullopt);
+}
+
+absl::StatusOr<PrefixReuse> ModelHostImpl::LookupSavedChunks(const Tenant& tenant,
+                                                             const SessionState& state,
+                                                             std::span<const ManifestPageRef> pages,
+                                                             std::span<const ReusedChunk> chunks) {
+  PT_RETURN_IF_ERROR(CheckChunks(state, chunks));
+  PT_ASSIGN_OR_RETURN(const SequenceRows kept, LayOutChunks(state, chunks));
   const std::vector<PrefixKey> keys = PrefixKeysOf(
       RootPrefixKey(tenant.salt, model_->identity(), page_tokens()),
       std::span(state.tokens).first(state.canonical_length), page_tokens(), state.inputs);

@@ -512,6 +512,10 @@ class ModelHostImpl final : public ModelHost {
   // OK when `chunks` are what OpenSavedChunks asks for.
   static absl::Status CheckChunks(const SessionState& state, std::span<const ReusedChunk> chunks);
   SequenceEditor::Options EditorOptions() const;
+  // The rows of OpenSavedChunks, each page under its index in the manifest's list, from 1 on; or
+  // the refusal.
+  absl::StatusOr<SequenceRows> LayOutChunks(const SessionState& state,
+                                            std::span<const ReusedChunk> chunks) const;
   // Of rows that nobody else sees yet only those of TakeChunks stay; when it refuses, none.
   absl::Status KeepChunks(Sequence& sequence, std::span<const ReusedChunk> chunks)
       ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);

@@ -254,6 +254,7 @@ absl::StatusOr<OpenResult> ModelHostImpl::OpenSavedRows(
           mu_.AssertHeld();
           return AdoptSavedPage(g, *sequence, table, state, extent, pages[extent.page], keys);
         });
+    // OpenSavedChunks has asked: nothing is refused here.
     if (!chunks.empty()) PT_RETURN_IF_ERROR(KeepChunks(*sequence, chunks));
     AddSequence(sequence, identity);
     PrefixReuse& reuse = result.reuse;

@@ -71,19 +71,18 @@ Chunks ChunksOf(const SessionState& state, const PromptRequest& prompt, const Us
   chunks.list = FindChunks({std::span(state.tokens).first(known), state.inputs},
                            {prompt.tokens.first(LimitOf(prompt)), prompt.inputs}, prefix.tokens,
                            prompt.min_chunk_tokens);
-  chunks.why = chunks.list.empty()
-                   ? absl::StrCat("; none of its tokens behind them are the prompt's next ",
-                                  prompt.min_chunk_tokens)
-                   : absl::StrCat("; ", ChunkTokens(chunks.list), " more in ", chunks.list.size(),
-                                  " chunks at other positions, approximate");
+  if (!chunks.list.empty()) {
+    const bool is_most = chunks.list.size() == kMaxReusedChunks;
+    chunks.why = absl::StrCat("; ", ChunkTokens(chunks.list), " more in ", chunks.list.size(),
+                              is_most ? " chunks (no plan has more)" : " chunks", ", approximate");
+  } else if (LimitOf(prompt) < prefix.tokens + prompt.min_chunk_tokens) {
+    chunks.why = absl::StrCat("; the prompt goes on for less than a chunk of ",
+                              prompt.min_chunk_tokens, " tokens");
+  } else {
+    chunks.why = absl::StrCat("; none of its tokens behind them are the prompt's next ",
+                              prompt.min_chunk_tokens);
+  }
   return chunks;
-}
-
-absl::Status CheckMinChunk(const PromptRequest& prompt) {
-  if (prompt.min_chunk_tokens <= prompt.tokens.size()) return absl::OkStatus();
-  return absl::InvalidArgumentError(absl::StrCat("min_chunk_tokens is ", prompt.min_chunk_tokens,
-                                                 ", the prompt has ", prompt.tokens.size(),
-                                                 " tokens"));
 }
 
 // The saved rows cannot be cut to what the prompt shares with them.
@@ -142,9 +141,7 @@ absl::StatusOr<PlanCandidate> PromptPlanner::Consider(const Tenant& tenant, Mode
   const Usable usable = UsableOf(session->state, prompt);
   candidate.usable_tokens = usable.tokens;
   candidate.why_not_more = usable.why;
-  const bool is_better = usable.tokens > best->reuse.reused_tokens ||
-                         (usable.tokens == best->reuse.reused_tokens && !best->chunks.empty());
-  if (is_better) {
+  if (usable.tokens > 0) {
     absl::StatusOr<PrefixReuse> saved =
         host->LookupSaved(tenant, session->state, pages, usable.tokens);
     if (IsLacking(saved.status())) {
@@ -152,8 +149,12 @@ absl::StatusOr<PlanCandidate> PromptPlanner::Consider(const Tenant& tenant, Mode
       candidate.why_not_more = std::string(saved.status().message());
     } else {
       PT_RETURN_IF_ERROR(saved.status());
-      Describe(prompt, name, usable, &*saved);
-      adopt(*std::move(saved), {});
+      const bool is_better = usable.tokens > best->reuse.reused_tokens ||
+                             (usable.tokens == best->reuse.reused_tokens && !best->chunks.empty());
+      if (is_better) {
+        Describe(prompt, name, usable, &*saved);
+        adopt(*std::move(saved), {});
+      }
     }
   }
   candidate.compute_tokens -= candidate.usable_tokens;
@@ -188,7 +189,6 @@ absl::StatusOr<PromptPlan> PromptPlanner::Plan(const Tenant& tenant, ModelHost* 
     return absl::InvalidArgumentError(
         absl::StrCat("sessions has ", sessions.size(), " names, at most ", kMaxSessions));
   }
-  PT_RETURN_IF_ERROR(CheckMinChunk(prompt));
   PromptPlan plan;
   PT_ASSIGN_OR_RETURN(plan.reuse,
                       host->LookupPrefix(tenant, prompt.tokens, prompt.inputs, prompt.options));
@@ -209,7 +209,6 @@ absl::StatusOr<OpenResult> PromptPlanner::Open(const Tenant& tenant, ModelHost* 
                                                absl::string_view session_name,
                                                uint64_t session_version,
                                                MonotonicTime deadline) const {
-  PT_RETURN_IF_ERROR(CheckMinChunk(prompt));
   if (!session_name.empty() && !prompt.options.no_reuse) {
     std::vector<ManifestPageRef> pages;
     const absl::StatusOr<StoredSession> session =

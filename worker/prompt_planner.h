@@ -57,8 +57,7 @@ class PromptPlanner {
   // Pure: restores nothing. A session that cannot serve (unknown, another model or adapter) is a
   // candidate of 0 tokens that says why, one whose model refuses chunks has none and says why. The
   // plan that leaves the fewest tokens to compute wins, an exact one where both leave as many.
-  // INVALID_ARGUMENT: tokens, names, too many sessions, min_chunk_tokens above the prompt; the
-  // store's errors.
+  // INVALID_ARGUMENT: tokens, names, too many sessions; the store's errors.
   absl::StatusOr<PromptPlan> Plan(const Tenant& tenant, ModelHost* host,
                                   const PromptRequest& prompt,
                                   std::span<const std::string> sessions,

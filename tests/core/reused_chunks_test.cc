@@ -136,6 +136,17 @@ TEST(ReusedChunksTest, RepeatsCostNoMoreThanOtherTokens) {
               ElementsAre(ReusedChunk{300'000, 0, 100'000}));
 }
 
+TEST(ReusedChunksTest, AreBoundedInNumber) {
+  Ids session, prompt;
+  for (uint32_t i = 0; i < 2 * kMaxReusedChunks; ++i) {
+    session.insert(session.end(), {i, 1'000'000});
+    prompt.push_back(i);
+  }
+  const std::vector<ReusedChunk> chunks = Find(session, prompt, 1, 1);
+  EXPECT_EQ(chunks.size(), kMaxReusedChunks);
+  EXPECT_EQ(chunks.back(), (ReusedChunk{2 * kMaxReusedChunks, kMaxReusedChunks, 1}));
+}
+
 // 40 rows in pages of 16, of a group that turns.
 SequenceRows SomeRows() {
   SequenceRows rows;
@@ -165,6 +176,80 @@ TEST(ReusedChunksTest, RowsStandWhereThePromptHasThem) {
                                         {PageId(3), 0, 3, 21, -11}};
   EXPECT_TRUE(std::equal(expected.begin(), expected.end(), taken->tables[0].extents().begin(),
                          taken->tables[0].extents().end()));
+}
+
+// As one removal and one shift a chunk, of groups that forget rows, too.
+TEST(ReusedChunksTest, TakingIsWhatEditsOneByOneMakeOfTheRows) {
+  class One final : public SequenceEditor::Sequences {
+   public:
+    explicit One(const SequenceRows* rows) : rows_(rows) {}
+    const SequenceRows* Find(uint64_t) const override { return rows_; }
+    void ForEach(absl::FunctionRef<void(uint64_t, const SequenceRows&)> fn) const override {
+      fn(1, *rows_);
+    }
+
+   private:
+    const SequenceRows* const rows_;
+  };
+  std::mt19937_64 random(20261122);
+  uint64_t num_taken = 0, num_refused = 0;
+  for (int i = 0; i < 2000; ++i) {
+    const uint64_t window = random() % 3 == 0 ? 8 + random() % 24 : 0;
+    const SequenceEditor::Options options{
+        .page_tokens = 16, .groups = {{.window_tokens = static_cast<int64_t>(window)}}};
+    SequenceRows rows = SomeRows();
+    if (window > 0 && random() % 2 == 0) rows.DropMasked(options.groups);
+    std::vector<ReusedChunk> chunks;
+    uint64_t from = random() % 10, to = from;
+    while (from < 40 && chunks.size() < 4) {
+      from += random() % 8;
+      const uint64_t count =
+          std::min<uint64_t>(1 + random() % 9, 40 - std::min<uint64_t>(from, 40));
+      if (count == 0) break;
+      chunks.push_back({from, to, count});
+      from += count;
+      to += count;
+    }
+    if (chunks.empty()) continue;
+    const One sequences(&rows);
+    SequenceEditor editor(options, &sequences);
+    const auto by_edits = [&]() -> absl::Status {
+      const auto ended =
+          editor.RemoveRange(1, {static_cast<int64_t>(chunks.back().session_end()), -1});
+      if (!ended.ok()) return ended.status();
+      for (const ReusedChunk& chunk : chunks) {
+        const int64_t at = static_cast<int64_t>(chunk.session_begin);
+        const int64_t wanted = static_cast<int64_t>(chunk.prompt_begin);
+        const auto removed = editor.RemoveRange(1, {wanted, at});
+        if (!removed.ok()) return removed.status();
+        const auto shifted =
+            editor.ShiftPositions(1, {at, at + static_cast<int64_t>(chunk.count)}, wanted - at,
+                                  OnShared::kCopy, /*allow_overlap=*/false);
+        if (!shifted.ok()) return shifted.status();
+      }
+      return absl::OkStatus();
+    };
+    const absl::Status edited = by_edits();
+    const auto taken = TakeChunks(options, rows, chunks);
+    // The edits may ask for rows on their way that the end does not need; never the other way
+    // round.
+    if (!taken.ok()) {
+      EXPECT_EQ(GetReason(taken.status()), error_reason::kRowsReclaimed);
+      EXPECT_FALSE(edited.ok()) << i;
+      ++num_refused;
+      continue;
+    }
+    if (!edited.ok()) continue;
+    ++num_taken;
+    const SequenceRows& expected = editor.Rows(1);
+    EXPECT_EQ(taken->tokens, expected.tokens);
+    EXPECT_EQ(taken->positions, expected.positions);
+    EXPECT_EQ(taken->canonical_rows(), expected.canonical_rows());
+    const auto a = taken->tables[0].extents(), b = expected.tables[0].extents();
+    EXPECT_TRUE(std::equal(a.begin(), a.end(), b.begin(), b.end())) << i;
+  }
+  EXPECT_GT(num_taken, 1000u);
+  EXPECT_GT(num_refused, 50u);
 }
 
 TEST(ReusedChunksTest, WhatCannotMoveOrBeCutIsRefused) {

@@ -156,11 +156,18 @@ TEST_F(PromptChunksTest, NoneUnlessAskedForAndNoneThatAreTooShort) {
   ASSERT_TRUE(plan.ok()) << plan.status();
   EXPECT_THAT(plan->chunks, ElementsAre(ReusedChunk{70, 40, 50}));
 
-  const absl::Status above = Plan(worker, prompt, {"s"}, 96).status();
-  EXPECT_TRUE(absl::IsInvalidArgument(above)) << above;
-  EXPECT_THAT(std::string(above.message()), HasSubstr("min_chunk_tokens is 96, the prompt has 95"));
-  EXPECT_TRUE(absl::IsInvalidArgument(Open(worker, prompt, *plan, 96).status()));
-  EXPECT_TRUE(worker.host()->List(worker.tenant(), 0, 10).empty());
+  // A setting that is above what a short prompt has.
+  plan = Plan(worker, prompt, {"s"}, std::numeric_limits<uint32_t>::max());
+  ASSERT_TRUE(plan.ok()) << plan.status();
+  EXPECT_THAT(plan->chunks, IsEmpty());
+  EXPECT_THAT(plan->candidates[1].why_not_more,
+              HasSubstr("the prompt goes on for less than a chunk of 4294967295 tokens"));
+  plan->session = "s";
+  plan->session_version = plan->candidates[1].version;
+  auto opened = Open(worker, prompt, *plan, 96);
+  ASSERT_TRUE(opened.ok()) << opened.status();
+  EXPECT_EQ(opened->info.length, 40u);
+  EXPECT_EQ(opened->info.canonical_length, 40u);
 }
 
 TEST_F(PromptChunksTest, RowsOfOneChunkAreTheSessionsTurned) {
@@ -223,12 +230,18 @@ TEST_F(PromptChunksTest, NothingBehindThePrefixIsFoundByAnotherPrompt) {
     auto found = each->host()->LookupPrefix(each->tenant(), prompt, {}, {});
     ASSERT_TRUE(found.ok()) << found.status();
     EXPECT_LE(found->reused_tokens, 40u);
-    PrefixReuse reuse;
-    auto computed = each->engine->OpenAndFill(prompt, &reuse);
-    ASSERT_TRUE(computed.ok()) << computed.status();
-    EXPECT_LE(reuse.reused_tokens, 40u);
-    EXPECT_EQ(*each->engine->WrongRows(computed->id, prompt), 0u);
   }
+  // Who computes it has the pages of it from then on, with the rows that belong to it.
+  PrefixReuse reuse;
+  auto computed = worker.engine->OpenAndFill(prompt, &reuse);
+  ASSERT_TRUE(computed.ok()) << computed.status();
+  EXPECT_LE(reuse.reused_tokens, 40u);
+  EXPECT_EQ(*worker.engine->WrongRows(computed->id, prompt), 0u);
+  worker.host()->Quiesce();
+  auto again = other.engine->OpenAndFill(prompt, &reuse);
+  ASSERT_TRUE(again.ok()) << again.status();
+  EXPECT_GE(reuse.reused_tokens, 128u);
+  EXPECT_EQ(*other.engine->WrongRows(again->id, prompt), 0u);
 }
 
 TEST_F(PromptChunksTest, SeveralChunksAndOneTokenLeft) {
@@ -356,6 +369,8 @@ TEST_F(PromptChunksTest, AWindowServesWhatItStillHolds) {
   auto plan = Plan(worker, prompt, {"s"}, 16);
   ASSERT_TRUE(plan.ok()) << plan.status();
   EXPECT_THAT(plan->chunks, ElementsAre(ReusedChunk{70, 40, 74}));
+  EXPECT_EQ(plan->candidates[1].usable_tokens, 0u);  // the window holds nothing there
+  EXPECT_EQ(plan->candidates[1].compute_tokens, 5u);
   auto opened = Open(worker, prompt, *plan, 16);
   ASSERT_TRUE(opened.ok()) << opened.status();
   EXPECT_EQ(opened->info.length, 114u);
@@ -365,10 +380,27 @@ TEST_F(PromptChunksTest, AWindowServesWhatItStillHolds) {
   ASSERT_TRUE(plan.ok()) << plan.status();
   EXPECT_THAT(plan->chunks, IsEmpty());
   EXPECT_THAT(plan->candidates[1].why_not_more, HasSubstr("gave up row"));
+  EXPECT_EQ(plan->candidates[1].compute_tokens, prompt.size());
   plan->session = "s";
   plan->session_version = plan->candidates[1].version;
   EXPECT_EQ(GetReason(Open(worker, prompt, *plan, 16).status()), "ROWS_RECLAIMED");
   EXPECT_EQ(worker.host()->List(worker.tenant(), 0, 10).size(), 1u);
+}
+
+TEST_F(PromptChunksTest, PlanAndOpenCountTheSameRowsOfAWindow) {
+  model_ = TestModel(/*page_tokens=*/16, /*num_groups=*/1, /*batch_invariant=*/false,
+                     /*window_tokens=*/24);
+  Save(Concat({kSystem, kFirst, kSecond, kThird}), "s");
+  SessionWorker worker(&store_, {.num_frames = 64, .model = model_});
+  const std::vector<uint32_t> prompt = Concat({kSystem, kSecond, kThird, kNew});
+  auto plan = Plan(worker, prompt, {"s"}, 16);
+  ASSERT_TRUE(plan.ok()) << plan.status();
+  ASSERT_THAT(plan->chunks, Not(IsEmpty()));
+  auto opened = Open(worker, prompt, *plan, 16);
+  ASSERT_TRUE(opened.ok()) << opened.status();
+  EXPECT_GT(opened->reuse.store_tokens, 0u);
+  EXPECT_EQ(opened->reuse.store_tokens, plan->reuse.store_tokens);
+  EXPECT_EQ(opened->reuse.device_tokens, plan->reuse.device_tokens);
 }
 
 TEST_F(PromptChunksTest, APlanThatNoLongerHoldsOpensByKeys) {

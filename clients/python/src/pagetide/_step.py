@@ -23,8 +23,10 @@ class StepBase:
     """One sequence's part of a step: its rows, in the shared region or kept until they are sent."""
 
     def __init__(self, sequence: m.SequenceBase, slot: sequence_pb2.ReserveSlotsResponse.Slot,
-                 region: Optional[m.Bytes]) -> None:
+                 region: Optional[m.Bytes], is_tree: bool = False) -> None:
         self._slot = slot
+        self._is_tree = is_tree
+        self._end_position = slot.first_position  # behind what is committed
         self._base = sequence
         self._region = region
         self._unsent: list[sequence_pb2.RowPart] = []
@@ -100,9 +102,13 @@ class StepBase:
     def _commit_item(self, tokens: m.Tokens,
                      indices: Seq[int] = ()) -> sequence_pb2.CommitStepRequest.Item:
         self._check_open()
+        taken = m.token_list(tokens)
+        # Rows keep the positions that were reserved for them; a path of a tree has one a token.
+        by_index = bool(indices) and not self._is_tree
+        self._end_position = self._slot.first_position + (indices[-1] + 1 if by_index else len(taken))
         return sequence_pb2.CommitStepRequest.Item(
             sequence=self._base.ref(), reservation_id=self._slot.reservation_id,
-            tokens=m.token_list(tokens), rows=self._unsent, rows_in_staging=self.is_local,
+            tokens=taken, rows=self._unsent, rows_in_staging=self.is_local,
             indices=indices)
 
     def _committed(self, result: sequence_pb2.CommitStepResponse.Result) -> Optional[PageTideError]:
@@ -112,8 +118,8 @@ class StepBase:
         self._is_open = False
         state = self._base.state
         state.revision = result.revision
-        state.end_position += result.length - state.length
         state.length = result.length
+        state.end_position = self._end_position
         return None
 
     def _end(self) -> Optional[sequence_pb2.AbortReservationRequest]:

@@ -65,8 +65,9 @@ class Sequence(SequenceEdits):
             return await call_with_retry(worker.options, attempt)
 
         last = await self._follow(watch)
-        self.state.length = last.length
         self.shortened_because = last.shortened_because
+        if last.length != self.state.length:
+            await self.refresh()
         return self.length
 
     async def refresh(self) -> None:

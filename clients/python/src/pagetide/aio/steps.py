@@ -13,7 +13,8 @@ from pagetide import _messages as m
 from pagetide._attention import Attention
 from pagetide._step import StepBase, check_one_result, reserve_item
 from pagetide.aio.calls import SequenceCalls
-from pagetide.errors import Internal, NotFound, PageTideError, from_rpc_error
+from pagetide.errors import (DeadlineExceeded, Internal, NotFound, PageTideError, Unavailable,
+                             from_rpc_error)
 from pagetide.v1 import sequence_pb2
 
 _log = logging.getLogger("pagetide")
@@ -25,8 +26,8 @@ class PendingStep(StepBase):
     """Reserved slots. Leaving its `async with` block without commit() gives them back."""
 
     def __init__(self, sequence: SequenceCalls, slot: sequence_pb2.ReserveSlotsResponse.Slot,
-                 region: Optional[m.Bytes]) -> None:
-        super().__init__(sequence, slot, region)
+                 region: Optional[m.Bytes], is_tree: bool) -> None:
+        super().__init__(sequence, slot, region, is_tree)
         self._sequence = sequence
 
     async def __aenter__(self) -> "PendingStep":
@@ -137,7 +138,7 @@ async def _give_back(steps: Seq[tuple[SequenceCalls, StepBase]]) -> None:
         except grpc.RpcError as rpc_error:
             error = from_rpc_error(rpc_error)
             _log.info("abort reservation %d: %s", request.reservation_id, error)
-            if not isinstance(error, NotFound):
+            if isinstance(error, (DeadlineExceeded, Unavailable)):
                 return  # the others would wait as long in vain
 
 
@@ -174,7 +175,7 @@ async def _reserve(sequences: Seq[SequenceCalls],
 async def begin_step(sequence: SequenceCalls, num_tokens: int, pin_prefix: bool,
                      parents: Seq[int]) -> PendingStep:
     slots = await _reserve([sequence], [reserve_item(sequence, num_tokens, parents)], pin_prefix)
-    return PendingStep(sequence, *slots[0])
+    return PendingStep(sequence, *slots[0], is_tree=len(parents) > 0)
 
 
 async def begin_batch_step(sequences: Seq[SequenceCalls], num_tokens: int,
