@@ -9,7 +9,7 @@ from typing import Iterator
 
 import numpy as np
 import pytest
-from client_test import LAYERS, block_of, spec, tokens_of
+from client_test import LAYERS, block_of, client, spec, tokens_of  # noqa: F401 (client: a fixture)
 from fleet import Fleet
 
 import pagetide
@@ -25,12 +25,6 @@ def fleet() -> Iterator[Fleet]:
         fleet = Fleet(pathlib.Path(folder), workers=2, model_pool="8MiB")
         yield fleet
         fleet.close()
-
-
-@pytest.fixture(params=[True, False], ids=["local", "rpc"])
-def client(fleet: Fleet, request: pytest.FixtureRequest) -> Iterator[pagetide.Client]:
-    with pagetide.Client(router=fleet.router.grpc, use_local_plane=request.param) as client:
-        yield client
 
 
 class Layers:
