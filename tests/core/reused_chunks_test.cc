@@ -194,11 +194,14 @@ TEST(ReusedChunksTest, TakingIsWhatEditsOneByOneMakeOfTheRows) {
   std::mt19937_64 random(20261122);
   uint64_t num_taken = 0, num_refused = 0;
   for (int i = 0; i < 2000; ++i) {
-    const uint64_t window = random() % 3 == 0 ? 8 + random() % 24 : 0;
-    const SequenceEditor::Options options{
-        .page_tokens = 16, .groups = {{.window_tokens = static_cast<int64_t>(window)}}};
+    GroupTraits traits;
+    if (random() % 3 == 0) {
+      traits.window = LayerGroupSpec::WindowType::kStandard;
+      traits.window_tokens = static_cast<uint32_t>(8 + random() % 24);
+    }
+    const SequenceEditor::Options options{.page_tokens = 16, .groups = {traits}};
     SequenceRows rows = SomeRows();
-    if (window > 0 && random() % 2 == 0) rows.DropMasked(options.groups);
+    if (traits.forgets() && random() % 2 == 0) rows.DropMasked(options.groups);
     std::vector<ReusedChunk> chunks;
     uint64_t from = random() % 10, to = from;
     while (from < 40 && chunks.size() < 4) {
