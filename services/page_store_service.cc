@@ -53,7 +53,8 @@ PageStoreServiceImpl::PageStoreServiceImpl(PageStore* store, const Clock* clock,
       options_(options),
       incarnation_(static_cast<uint64_t>(absl::ToUnixNanos(clock->WallNow()))),
       executor_(
-          {.name = "store", .num_threads = options.num_threads, .max_queue = options.max_queue}) {}
+          {.name = "store", .num_threads = options.num_threads, .max_queue = options.max_queue}),
+      lease_executor_({.name = "lease", .num_threads = 2, .max_queue = options.max_queue}) {}
 
 PageStoreServiceImpl::~PageStoreServiceImpl() {
   EndStreams();
@@ -68,11 +69,12 @@ MonotonicTime PageStoreServiceImpl::DeadlineOf(const grpc::CallbackServerContext
 }
 
 template <typename Call>
-grpc::ServerUnaryReactor* PageStoreServiceImpl::Run(grpc::CallbackServerContext* context,
-                                                    Call call) {
+grpc::ServerUnaryReactor* PageStoreServiceImpl::RunOn(ThreadPoolExecutor& executor,
+                                                      grpc::CallbackServerContext* context,
+                                                      Call call) {
   grpc::ServerUnaryReactor* const reactor = context->DefaultReactor();
   const absl::Status scheduled =
-      executor_.Schedule([reactor, deadline = DeadlineOf(*context), call = std::move(call)] {
+      executor.Schedule([reactor, deadline = DeadlineOf(*context), call = std::move(call)] {
         reactor->Finish(ToGrpcStatus(call(deadline)));
       });
   if (!scheduled.ok()) {
@@ -308,7 +310,7 @@ grpc::ServerUnaryReactor* PageStoreServiceImpl::AcquireLease(grpc::CallbackServe
 grpc::ServerUnaryReactor* PageStoreServiceImpl::RenewLease(grpc::CallbackServerContext* context,
                                                            const v1::RenewLeaseRequest* request,
                                                            v1::RenewLeaseResponse* response) {
-  return Run(context, [=, this](MonotonicTime deadline) -> absl::Status {
+  return RunOn(lease_executor_, context, [=, this](MonotonicTime deadline) -> absl::Status {
     PT_ASSIGN_OR_RETURN(const absl::Duration ttl, DecodeDuration("ttl", request->ttl()));
     return store_->RenewLease({request->name(), request->incarnation(), request->epoch()}, ttl,
                               deadline);

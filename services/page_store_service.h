@@ -10,6 +10,7 @@
 
 #include <atomic>
 #include <memory>
+#include <utility>
 
 #include "base/clock.h"
 #include "base/executor.h"
@@ -26,6 +27,10 @@ struct PageStoreServiceOptions {
   size_t max_queue = 1024;
   // Page bytes that one stream may have in memory.
   uint64_t max_stream_bytes = uint64_t{8} << 20;
+  // Bytes of pages, and of what describes them, that all PutPages streams together may have in
+  // memory; beyond them RESOURCE_EXHAUSTED. One page, which is taken whole, may be larger than a
+  // stream's share.
+  uint64_t max_put_bytes = uint64_t{1} << 30;
   // Pages a PutPages or GetPages stream.
   size_t max_stream_pages = 4096;
   // Keys a LookupPages or DeletePages call.
@@ -112,9 +117,15 @@ class PageStoreServiceImpl final : public v1::PageStoreService::WithRawCallbackM
   class WatchStream;
 
   MonotonicTime DeadlineOf(const grpc::CallbackServerContext& context) const;
-  // Runs `call` (MonotonicTime → absl::Status) on a worker thread and finishes the reactor with it.
+  // Runs `call` (MonotonicTime → absl::Status) on a thread of `executor` and finishes the reactor
+  // with it.
   template <typename Call>
-  grpc::ServerUnaryReactor* Run(grpc::CallbackServerContext* context, Call call);
+  grpc::ServerUnaryReactor* RunOn(ThreadPoolExecutor& executor,
+                                  grpc::CallbackServerContext* context, Call call);
+  template <typename Call>
+  grpc::ServerUnaryReactor* Run(grpc::CallbackServerContext* context, Call call) {
+    return RunOn(executor_, context, std::move(call));
+  }
 
   PageStore* const store_;
   const Clock* const clock_;
@@ -123,9 +134,13 @@ class PageStoreServiceImpl final : public v1::PageStoreService::WithRawCallbackM
   const uint64_t incarnation_;
   std::atomic<bool> ending_{false};  // relaxed: polled
   std::atomic<int> num_watchers_{0};
+  std::atomic<uint64_t> put_bytes_{0};  // relaxed: of all PutPages streams
   // Last: their threads end before the rest goes.
   ThreadGroup watch_threads_{"store-watch"};
   ThreadPoolExecutor executor_;
+  // Renewals of leases, which touch no disk: a disk that keeps all other threads waiting must not
+  // cost every worker its lease.
+  ThreadPoolExecutor lease_executor_;
 };
 
 }  // namespace pagetide

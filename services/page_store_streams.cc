@@ -56,7 +56,18 @@ class PageStoreServiceImpl::PutStream final : public grpc::ServerReadReactor<grp
     PageRecordMeta meta;
     std::vector<uint32_t> tokens;
     std::vector<std::byte> body;  // grows with what arrives, never ahead of it
+    uint64_t num_bytes() const {
+      return sizeof(*this) + tokens.size() * sizeof(uint32_t) + body.size();
+    }
   };
+
+  ~PutStream() override { Hold(0); }
+
+  // What this stream has in memory is `bytes` now.
+  void Hold(uint64_t bytes) {
+    service_.put_bytes_.fetch_add(bytes - buffered_bytes_, std::memory_order_relaxed);
+    buffered_bytes_ = bytes;
+  }
 
   template <typename Task>
   void RunTask(Task task) {
@@ -87,8 +98,14 @@ class PageStoreServiceImpl::PutStream final : public grpc::ServerReadReactor<grp
       Incoming page;
       PT_ASSIGN_OR_RETURN(page.meta, DecodePageHeader(request.header()));
       PT_RETURN_IF_ERROR(ValidatePageMeta(page.meta));
+      if (static_cast<uint64_t>(request.header().tokens_size()) > kMaxIndexedPageTokens) {
+        return absl::InvalidArgumentError(absl::StrCat(
+            "put pages: page ", num_pages_, ": tokens has ", request.header().tokens_size(),
+            " entries, at most ", kMaxIndexedPageTokens));
+      }
       page.tokens.assign(request.header().tokens().begin(), request.header().tokens().end());
       page.body.reserve(std::min(page.meta.body_bytes, 4 * kPagePartBytes));
+      Hold(buffered_bytes_ + page.num_bytes());
       pages_.push_back(std::move(page));
       ++num_pages_;
     } else if (pages_.empty()) {
@@ -108,7 +125,16 @@ class PageStoreServiceImpl::PutStream final : public grpc::ServerReadReactor<grp
       const auto piece = part.piece(i);
       page.body.insert(page.body.end(), piece.begin(), piece.end());
     }
-    buffered_bytes_ += part.size();
+    Hold(buffered_bytes_ + part.size());
+    const uint64_t held = service_.put_bytes_.load(std::memory_order_relaxed);
+    if (held > service_.options_.max_put_bytes) {
+      return WithRetryDelay(
+          WithReason(absl::ResourceExhaustedError(absl::StrCat(
+                         "put pages: ", held, " bytes are on their way to the store, at most ",
+                         service_.options_.max_put_bytes)),
+                     "PUT_MEMORY"),
+          absl::Milliseconds(100));
+    }
     return absl::OkStatus();
   }
 
@@ -132,7 +158,7 @@ class PageStoreServiceImpl::PutStream final : public grpc::ServerReadReactor<grp
       results_.push_back(std::move(result));
     }
     pages_.erase(pages_.begin(), pages_.begin() + static_cast<ptrdiff_t>(num_full));
-    buffered_bytes_ = pages_.empty() ? 0 : pages_.back().body.size();
+    Hold(pages_.empty() ? 0 : pages_.back().num_bytes());
   }
 
   void End() {
@@ -165,7 +191,7 @@ class PageStoreServiceImpl::PutStream final : public grpc::ServerReadReactor<grp
   bool has_level_ = false;
   std::vector<Incoming> pages_;  // full but not yet stored; the last one may be unfinished
   size_t num_pages_ = 0;
-  uint64_t buffered_bytes_ = 0;
+  uint64_t buffered_bytes_ = 0;  // of pages_; counted in the service's put_bytes_, too
   std::vector<PutPageResult> results_;
 };
 

@@ -296,6 +296,14 @@ void LocalPlane::DropExpired() {
   }
 }
 
+absl::Status LocalPlane::CheckClient(uint64_t client_id) const {
+  MutexLock lock(&mu_);
+  if (clients_.contains(client_id)) return absl::OkStatus();
+  return WithReason(absl::NotFoundError(absl::StrCat("local_client_id ", client_id,
+                                                     " is not connected to this worker")),
+                    "LOCAL_CLIENT_NOT_FOUND");
+}
+
 absl::StatusOr<uint64_t> LocalPlane::Stage(uint64_t client_id, uint64_t reservation_id,
                                            Reservation reservation) {
   MutexLock lock(&mu_);

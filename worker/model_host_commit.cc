@@ -309,7 +309,8 @@ absl::StatusOr<CommitResult> ModelHostImpl::CommitRows(const Tenant& tenant,
     result.pages_created = pending->pages_created;
     for (const std::vector<PageId>& left : pending->created) result.pages_created -= left.size();
     counters_.tokens_appended += n;
-    if (is_append && n >= kMinMeasuredTokens) {
+    // Who attends while it appends computes meanwhile; others only send what they have computed.
+    if (is_append && pending->pin_prefix && n >= kMinMeasuredTokens) {
       prefill_meter_.Add(n, clock_->MonotonicNow() - pending->began);
     }
     DropPending(*sequence);

@@ -392,15 +392,18 @@ absl::StatusOr<uint64_t> Parking::Advance(SequenceId id, const StoreRecord& reco
   return epoch;
 }
 
-absl::StatusOr<uint64_t> Parking::FenceOff(const std::string& ownership_key,
-                                           MonotonicTime deadline) {
+absl::StatusOr<uint64_t> Parking::FenceOff(const StoreLease& lease, MonotonicTime deadline) {
   const absl::StatusOr<StoreRecord> record =
-      store_->GetRecord(kOwnerRecordKind, ownership_key, deadline);
+      store_->GetRecord(kOwnerRecordKind, lease.name, deadline);
   if (absl::IsNotFound(record.status())) return 0;  // it never wrote anything durable
   PT_RETURN_IF_ERROR(record.status());
-  absl::StatusOr<uint64_t> advanced =
-      store_->CompareAndSetRecord(kOwnerRecordKind, ownership_key, record->version,
-                                  absl::StrCat("taken over by ", MyOwnerValue()), deadline);
+  if (LeaseEpochOf(record->value) > lease.epoch) {
+    return absl::AbortedError(
+        absl::StrCat("resume: ", lease.name, " came back while its sequence was taken over"));
+  }
+  absl::StatusOr<uint64_t> advanced = store_->CompareAndSetRecord(
+      kOwnerRecordKind, lease.name, record->version,
+      FenceValue(absl::StrCat("taken over by ", MyOwnerValue()), lease.epoch), deadline);
   // Another was faster: the epoch that the dead worker had is gone all the same.
   if (GetReason(advanced.status()) == error_reason::kVersionMismatch) return record->version + 1;
   return advanced;
@@ -433,7 +436,7 @@ absl::StatusOr<uint64_t> Parking::TakeOver(SequenceId id, const StoreRecord& rec
         options_.lease_ttl);
   }
   PT_RETURN_IF_ERROR(lease.status());
-  absl::StatusOr<uint64_t> epoch = FenceOff(owner->lease, deadline);
+  absl::StatusOr<uint64_t> epoch = FenceOff(*lease, deadline);
   if (epoch.ok()) epoch = Advance(id, record, deadline);
   // If it cannot be given back it ends by itself.
   store_->ReleaseLease(*lease, deadline).IgnoreError();

@@ -132,7 +132,7 @@ class Parking {
                                     MonotonicTime deadline);
   // Ends the epoch of a dead worker's record, so that what it had under way for sequences without
   // an owner of their own is refused too. Its lease is ours meanwhile. Returns the new epoch.
-  absl::StatusOr<uint64_t> FenceOff(const std::string& ownership_key, MonotonicTime deadline);
+  absl::StatusOr<uint64_t> FenceOff(const StoreLease& lease, MonotonicTime deadline);
   absl::StatusOr<uint64_t> Advance(SequenceId id, const StoreRecord& record,
                                    MonotonicTime deadline);
   // Both do nothing if what this worker owns of the sequence is another epoch by now.

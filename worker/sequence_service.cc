@@ -234,6 +234,14 @@ grpc::Status SequenceServiceImpl::GetBlockTable(grpc::ServerContext* context,
   const auto get = [&]() -> absl::Status {
     PT_ASSIGN_OR_RETURN(const uint32_t page_size,
                         ListSize(request->page_size(), kMaxTableExtents, kMaxTableExtents));
+    if (const uint64_t client = request->local_client_id(); client != 0) {
+      if (local_plane_ == nullptr) {
+        return WithReason(absl::NotFoundError(absl::StrCat(
+                              "local_client_id ", client, ": this worker has no local plane")),
+                          "LOCAL_CLIENT_NOT_FOUND");
+      }
+      PT_RETURN_IF_ERROR(local_plane_->CheckClient(client));
+    }
     PT_ASSIGN_OR_RETURN(const PinLeases::Table table,
                         TableOf(call, *request, page_size, response->mutable_lease_id()));
     // Of the answer before: the revision it was of, and the extents up to its end.

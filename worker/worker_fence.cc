@@ -2,6 +2,7 @@
 
 #include <utility>
 
+#include "absl/strings/numbers.h"
 #include "absl/strings/str_cat.h"
 #include "base/error_info.h"
 #include "base/log.h"
@@ -12,8 +13,23 @@ namespace {
 
 // Writers of one ownership record are few: one worker, and whoever takes its sequences over.
 constexpr int kMaxFenceTries = 8;
+constexpr char kLeaseMark[] = " lease ";
 
 }  // namespace
+
+std::string FenceValue(absl::string_view writer, uint64_t lease_epoch) {
+  return absl::StrCat(writer, kLeaseMark, lease_epoch);
+}
+
+uint64_t LeaseEpochOf(absl::string_view fence_value) {
+  const size_t at = fence_value.rfind(kLeaseMark);
+  uint64_t epoch = 0;
+  if (at == absl::string_view::npos ||
+      !absl::SimpleAtoi(fence_value.substr(at + sizeof(kLeaseMark) - 1), &epoch)) {
+    return 0;
+  }
+  return epoch;
+}
 
 WorkerFence::WorkerFence(absl::string_view worker_id, uint64_t incarnation, StoreLeaseKeeper* lease,
                          PageStore* store, const Clock* clock)
@@ -56,12 +72,14 @@ absl::StatusOr<WriteFence> WorkerFence::Get(MonotonicTime deadline) {
 absl::StatusOr<WriteFence> WorkerFence::Advance(uint64_t lease_epoch, MonotonicTime deadline) {
   // Names one lease of one life: whoever reads it back knows that the record is theirs already.
   const std::string mine =
-      absl::StrCat(absl::Hex(incarnation_, absl::kZeroPad16), " lease ", lease_epoch);
+      FenceValue(absl::StrCat(absl::Hex(incarnation_, absl::kZeroPad16)), lease_epoch);
   for (int attempt = 0; attempt < kMaxFenceTries; ++attempt) {
     const absl::StatusOr<StoreRecord> record =
         store_->GetRecord(kOwnerRecordKind, ownership_key_, deadline);
     if (!record.ok() && !absl::IsNotFound(record.status())) return record.status();
     if (record.ok() && record->value == mine) return WriteFence{ownership_key_, record->version};
+    // The lease may have gone to another since the caller looked.
+    if ((record.ok() && LeaseEpochOf(record->value) > lease_epoch) || !lease_->IsHeld()) break;
     const uint64_t version = record.ok() ? record->version : 0;
     const absl::StatusOr<uint64_t> epoch =
         store_->CompareAndSetRecord(kOwnerRecordKind, ownership_key_, version, mine, deadline);
@@ -70,7 +88,6 @@ absl::StatusOr<WriteFence> WorkerFence::Advance(uint64_t lease_epoch, MonotonicT
       return WriteFence{ownership_key_, *epoch};
     }
     if (GetReason(epoch.status()) != error_reason::kVersionMismatch) return epoch.status();
-    if (!lease_->IsHeld()) break;
   }
   return WithReason(absl::FailedPreconditionError(
                         absl::StrCat("write durably: ", ownership_key_, " was taken over")),

@@ -3,7 +3,9 @@
 // The store checks it with the write itself: the record {"owner", "worker/<id>"} must hold our
 // epoch as its version. We advance that record by compare-and-set once for each lease we are
 // granted, so that a life of the worker that lost its lease, to another incarnation or to whoever
-// took its sequences over, can write nothing any more, however late its write arrives.
+// took its sequences over, can write nothing any more, however late its write arrives. The record
+// says under which grant of the lease "worker/<id>" it was written, and gives way to later grants
+// only: whoever stalls between looking at its lease and writing the record takes nothing back.
 //
 // Thread-safe. Lease, store and clock outlive it.
 #ifndef PAGETIDE_WORKER_WORKER_FENCE_H_
@@ -24,6 +26,11 @@ namespace pagetide {
 
 // Kind of the records whose versions are epochs.
 inline constexpr char kOwnerRecordKind[] = "owner";
+
+// The value of a worker's ownership record: who wrote it, under which grant of the worker's lease.
+std::string FenceValue(absl::string_view writer, uint64_t lease_epoch);
+// The grant that a value names; 0: none.
+uint64_t LeaseEpochOf(absl::string_view fence_value);
 
 class WorkerFence {
  public:

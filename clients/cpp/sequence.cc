@@ -133,6 +133,8 @@ absl::StatusOr<std::unique_ptr<InPlaceRows>> Sequence::ReadInPlace(absl::Duratio
                       worker_->SharedPool(model_->digest().ToHex()));
   v1::GetBlockTableRequest request;
   request.set_sequence_id(state_.sequence_id());
+  // Of two hosts with the same socket path it tells which worker's pool was mapped.
+  request.set_local_client_id(memory->client_id());
   absl::Duration rest;
   request.mutable_lease()->set_seconds(absl::IDivDuration(lease, absl::Seconds(1), &rest));
   request.mutable_lease()->set_nanos(static_cast<int32_t>(absl::ToInt64Nanoseconds(rest)));
@@ -141,7 +143,13 @@ absl::StatusOr<std::unique_ptr<InPlaceRows>> Sequence::ReadInPlace(absl::Duratio
     return CallUnary(worker_->call_options(), worker_->sequences(), &Service::GetBlockTable,
                      request);
   };
-  PT_ASSIGN_OR_RETURN(v1::GetBlockTableResponse table, call());
+  absl::StatusOr<v1::GetBlockTableResponse> first = call();
+  if (GetReason(first.status()) == "LOCAL_CLIENT_NOT_FOUND") {
+    return absl::FailedPreconditionError(
+        absl::StrCat("read in place: ", first.status().message()));
+  }
+  PT_RETURN_IF_ERROR(first.status());
+  v1::GetBlockTableResponse table = *std::move(first);
   request.clear_lease();
   request.set_lease_id(table.lease_id());
   while (!table.next_page_token().empty()) {

@@ -2,7 +2,12 @@
 
 #include <gtest/gtest.h>
 
+#include <functional>
+#include <optional>
+#include <utility>
+
 #include "base/error_info.h"
+#include "kvstore/decorating_page_store.h"
 #include "kvstore/memory_page_store.h"
 
 namespace pagetide {
@@ -62,6 +67,42 @@ TEST_F(WorkerFenceTest, ALeaseRegainedIsANewPeriod) {
   EXPECT_GT(after->epoch, before.epoch);
   EXPECT_EQ(GetReason(Write(before)), error_reason::kStaleEpoch);
   EXPECT_TRUE(Write(*after).ok());
+}
+
+// Calls a hook once, in front of the first read of a record: a writer that stalls there.
+class StallingStore final : public DecoratingPageStore {
+ public:
+  explicit StallingStore(PageStore* inner) : DecoratingPageStore(inner) {}
+  absl::StatusOr<StoreRecord> GetRecord(absl::string_view kind, absl::string_view key,
+                                        MonotonicTime deadline) override {
+    if (stall) std::exchange(stall, nullptr)();
+    return DecoratingPageStore::GetRecord(kind, key, deadline);
+  }
+  std::function<void()> stall;
+};
+
+TEST_F(WorkerFenceTest, AStaleLifeThatStalledInItsFirstFenceTakesNothingBack) {
+  StallingStore stalling(&store_);
+  Life first(1, &stalling, &clock_);
+  first.lease.Step();
+  Life second(2, &store_, &clock_);
+  std::optional<WriteFence> live;
+  stalling.stall = [&] {
+    clock_.Advance(absl::Seconds(6));
+    second.lease.Step();
+    live = second.fence.Get(Soon()).value();
+  };
+  EXPECT_EQ(GetReason(first.fence.Get(Soon() + absl::Seconds(60)).status()),
+            error_reason::kStaleEpoch);
+  ASSERT_TRUE(live.has_value());
+  EXPECT_TRUE(Write(*live).ok());
+  EXPECT_EQ(second.fence.Get(Soon())->epoch, live->epoch);
+}
+
+TEST_F(WorkerFenceTest, ValuesNameTheGrantTheyWereWrittenUnder) {
+  EXPECT_EQ(LeaseEpochOf(FenceValue("taken over by worker/a lease 7", 12)), 12u);
+  EXPECT_EQ(LeaseEpochOf("taken over by worker/a"), 0u);
+  EXPECT_EQ(LeaseEpochOf(""), 0u);
 }
 
 TEST_F(WorkerFenceTest, RenewalsKeepThePeriod) {

@@ -9,7 +9,8 @@ from typing import Iterator
 
 import numpy as np
 import pytest
-from client_test import LAYERS, block_of, client, spec, tokens_of  # noqa: F401 (client: a fixture)
+from client_test import (LAYERS, append_all, block_of, client, spec,  # noqa: F401 (client: a fixture)
+                         tokens_of)
 from fleet import Fleet
 
 import pagetide
@@ -246,3 +247,24 @@ def test_asyncio(fleet: Fleet, local: bool) -> None:
                         assert await step.commit([[1], [2]]) == [None, None]
                     assert (sequence.length, fork.length) == (9, 9)
     asyncio.run(scene())
+
+
+def test_memory_of_another_worker_is_neither_read_nor_written(fleet: Fleet) -> None:
+    """As on a host whose worker has a socket of the same name as the assigned one, which is elsewhere."""
+    with pagetide.Client(router=fleet.router.grpc) as client:
+        model = client.register_model(spec())
+        mine, others = tokens_of(48, 90), tokens_of(48, 91)
+        with client.open(model, others, no_reuse=True, exclude_worker_ids=["w0"]) as there, \
+                client.open(model, mine, no_reuse=True, exclude_worker_ids=["w1"]) as here:
+            append_all(there, others)
+            here.worker._local_socket = str(fleet.folder / "w1.sock")
+            with here.begin_step(16) as step:
+                write_part(step, block_of(model, mine, 0, 16), model, 16)
+                assert not step.is_local
+                step.commit(mine[:16])
+            append_all(here, mine)
+            here.worker._planes_again_at.clear()
+            assert here.lease_pages() is None
+            here.worker._planes_again_at.clear()
+            assert np.array_equal(here.read_block(0, 0, 48), block_of(model, mine, 0, 48))
+            assert there.lease_pages() is not None

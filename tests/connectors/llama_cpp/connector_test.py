@@ -65,6 +65,64 @@ def test_logits_cold_and_warm_are_those_of_the_control(
         connector.detach()
 
 
+def test_rows_that_went_past_the_connector_are_neither_stored_nor_built_upon(
+        models: dict[str, pathlib.Path], fleet: Fleet) -> None:
+    """What the wrapper's handlers of images do: they decode by themselves and raise n_tokens, which leaves the
+    ids of an earlier prompt where the image's rows are."""
+    path = models["llama"]
+    text = prompt_of(700, 51)
+    llama = open_engine(path)
+    connector = pt.attach(llama, router=fleet.router.grpc)
+    first_logits(llama, text)
+    assert connector.flush() and connector.stored_tokens == 512
+    llama.reset()
+    llama.eval(text[:10])
+    llama._batch.set_batch(batch=prompt_of(256, 52), n_past=10, logits_all=False)
+    llama._ctx.decode(llama._batch)
+    llama.n_tokens += 256
+    assert np.array_equal(llama.input_ids[:266], text[:266])
+    first_logits(llama, text[:266] + prompt_of(300, 53)[1:])
+    assert connector.last is not None and connector.last.limit == "refused"
+    assert "256 rows of inputs that are not tokens" in connector.last.reason
+    assert connector.flush() and connector.stored_tokens == 512
+    # The same for a state that anybody may have saved.
+    first_logits(llama, prompt_of(300, 54))
+    assert connector.last.limit != "refused"
+    assert connector.flush() and connector.stored_tokens == 768
+    llama.load_state(llama.save_state())
+    first_logits(llama, [int(t) for t in llama.input_ids[:llama.n_tokens]] + prompt_of(300, 55)[1:])
+    assert connector.last.limit == "refused"
+    assert connector.flush() and connector.stored_tokens == 768
+    connector.detach()
+
+    control = open_engine(path)
+    fresh = open_engine(path)
+    warm = pt.attach(fresh, router=fleet.router.grpc)
+    asked = text[:600] + [5]
+    got = first_logits(fresh, asked)
+    assert warm.last is not None and warm.last.loaded_tokens == 512
+    assert np.array_equal(got, control_logits(control, text, asked, 512))
+    warm.detach()
+
+
+def test_a_load_ends_when_its_time_is_up(models: dict[str, pathlib.Path], fleet: Fleet) -> None:
+    path = models["llama"]
+    written = prompt_of(700, 61)
+    llama = open_engine(path)
+    connector = pt.attach(llama, router=fleet.router.grpc)
+    first_logits(llama, written)
+    assert connector.flush()
+    connector.detach()
+    second = open_engine(path)
+    warm = pt.attach(second, router=fleet.router.grpc, options=pt.Options(max_load_seconds=0.0))
+    got = first_logits(second, written)
+    assert warm.last is not None
+    assert (warm.last.loaded_tokens, warm.last.limit) == (256, "shortened")
+    assert "256 of 512 tokens were loaded" in warm.last.reason
+    assert np.array_equal(got, control_logits(open_engine(path), written, written, 256))
+    warm.detach()
+
+
 def test_a_wrong_page_changes_the_logits(models: dict[str, pathlib.Path], fleet: Fleet) -> None:
     """That the comparison of the test above can fail: one row of one page is another's."""
     path = models["llama"]

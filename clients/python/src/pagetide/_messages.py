@@ -257,15 +257,18 @@ class SequenceBase:
             request.length = length
         return request
 
-    def _lease_request(self, seconds: float) -> sequence_pb2.GetBlockTableRequest:
-        request = sequence_pb2.GetBlockTableRequest(sequence_id=self.id)
+    def _lease_request(self, seconds: float,
+                       local_client_id: int) -> sequence_pb2.GetBlockTableRequest:
+        request = sequence_pb2.GetBlockTableRequest(
+            sequence_id=self.id, local_client_id=local_client_id)
         request.lease.FromNanoseconds(int(seconds * 1e9))
         return request
 
-    def _next_lease_request(
-            self, table: sequence_pb2.GetBlockTableResponse) -> sequence_pb2.GetBlockTableRequest:
+    def _next_lease_request(self, table: sequence_pb2.GetBlockTableResponse,
+                            local_client_id: int) -> sequence_pb2.GetBlockTableRequest:
         return sequence_pb2.GetBlockTableRequest(
-            sequence_id=self.id, lease_id=table.lease_id, page_token=table.next_page_token)
+            sequence_id=self.id, lease_id=table.lease_id, page_token=table.next_page_token,
+            local_client_id=local_client_id)
 
     def _close_request(self) -> sequence_pb2.CloseSequenceRequest:
         return sequence_pb2.CloseSequenceRequest(sequence_id=self.id, epoch=self.state.epoch)

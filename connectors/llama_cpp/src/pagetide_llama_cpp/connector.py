@@ -17,6 +17,7 @@ from typing import Any, Callable, Generator, Iterator, Optional, Sequence
 import llama_cpp
 import llama_cpp.llama_cpp as lc
 import numpy as np
+import numpy.typing as npt
 
 import pagetide
 from pagetide.v1 import types_pb2
@@ -37,10 +38,12 @@ _LIMITS = {value: name[len("REUSE_LIMIT_"):].lower() for name, value in types_pb
 class Options:
     # Bounds each call to PageTide, and the wait for pages that the store has to bring, in seconds.
     timeout: float = 2.0
+    # Bounds the loading of one prompt, in seconds: what is whole by then is used, the rest is computed.
+    max_load_seconds: float = 10.0
     # After a failure PageTide is left alone for so long, so that one that is down or slow delays one prompt
     # and not every one.
     cool_down: float = 5.0
-    # Rows that wait to be stored; more are dropped.
+    # Rows that wait to be stored; more stay in the context until there is room, and are dropped with it.
     max_pending_bytes: int = 256 << 20
     # Read and write rows in memory shared with a worker on this host; False: by RPC always.
     use_local_plane: bool = True
@@ -134,6 +137,10 @@ class Connector:
         self._sequence: Optional[pagetide.Sequence] = None
         self._handed_over: list[int] = []
         self._prompt_tokens = 0
+        # The tokens that are known to have made the context's leading rows: they went through eval(), or were
+        # loaded. Inputs that are not tokens (images) and states that are put into the context go past us, and
+        # leave in input_ids what stood there before.
+        self._known = np.empty(0, np.intc)
         self._store = StoreThread(options.max_pending_bytes, self._failed)
         self._generate: Callable[..., Any] = llama.generate
         self._eval: Callable[..., Any] = llama.eval
@@ -141,20 +148,24 @@ class Connector:
             check_context(llama)
             self._context = LlamaContext(llama)
             self._spec = model_spec(llama, read_gguf(model_path), self._context.layout)
-        except (Refused, ValueError, OSError, KeyError) as error:
-            self.refused_because = f"{error}"
+        except Exception as error:  # noqa: BLE001  # another wrapper's version, no memory: the engine goes on
+            expected = isinstance(error, (Refused, ValueError, OSError, KeyError))
+            self.refused_because = f"{error}" if expected else f"{type(error).__name__}: {error}"
             self._context = None
-            _log.warning("no reuse for %s: %s", model_path, error)
+            _log.warning("no reuse for %s: %s", model_path, self.refused_because, exc_info=not expected)
+        self._load_state: Callable[..., Any] = llama.load_state
+        llama.eval = self._eval_and_note
+        llama.load_state = self._load_state_and_forget
         if is_wrapped:
             llama.generate = self._generate_with_reuse
-            llama.eval = self._eval_and_store
 
     def detach(self, flush_timeout: float = 10.0) -> None:
         """Stores what is on its way and gives the methods back."""
         self._store.flush(flush_timeout)
         self._store.stop(flush_timeout)
+        self._llama.eval, self._llama.load_state = self._eval, self._load_state
         if self._is_wrapped:
-            self._llama.generate, self._llama.eval = self._generate, self._eval
+            self._llama.generate = self._generate
         self._client.close()
 
     def flush(self, timeout: float = 10.0) -> bool:
@@ -189,19 +200,43 @@ class Connector:
             self.prepare(tokens)
         yield from self._generate(tokens, *args, **kwargs)
 
-    def _eval_and_store(self, tokens: Sequence[int]) -> None:
-        self._eval(tokens)
-        self.keep()
+    def _eval_and_note(self, tokens: Sequence[int]) -> None:
+        begin = self._llama.n_tokens
+        known = self._known_rows()
+        try:
+            self._eval(tokens)
+        finally:  # of an eval that failed some batches may have been decoded
+            # Behind rows that went past us nothing is known: what they attended to is not.
+            if known.size == begin:
+                known = self._llama.input_ids[:self._llama.n_tokens].copy()
+            self._known = known
+        if self._is_wrapped:
+            self.keep()
+
+    def _load_state_and_forget(self, *args: Any, **kwargs: Any) -> Any:
+        self._known = self._known[:0]  # rows of anybody's
+        return self._load_state(*args, **kwargs)
+
+    def _known_rows(self) -> npt.NDArray[np.intc]:
+        """The tokens of the context's leading rows, as far as they are known; the wrapper agrees."""
+        n = min(self._llama.n_tokens, self._known.size)
+        return self._known[:_common_prefix(self._llama.input_ids[:n], self._known[:n])]
 
     def prepare(self, tokens: list[int]) -> Report:
         """Brings the longest known prefix of a prompt into the context, unless the context holds as much
         already. generate() calls it."""
         report = Report(len(tokens))
         self.last = report
+        if self._sequence is not None:  # what never found room on the store thread
+            self._store.drop(max(self._known_rows().size // PAGE_TOKENS * PAGE_TOKENS -
+                                 len(self._handed_over), 0))
         self._sequence = None
-        held = self._llama.input_ids[:self._llama.n_tokens]
-        report.live_tokens = _common_prefix(held, tokens)
+        known = self._known_rows()
+        report.live_tokens = _common_prefix(known, tokens)
         try:
+            if known.size < self._llama.n_tokens:
+                raise Refused(f"the context holds {self._llama.n_tokens - known.size} rows of inputs that are "
+                              "not tokens, or of a state that was loaded")
             self._reuse(tokens, report)
         except pagetide.PageTideError as error:
             if error.reason == "MODEL_NOT_FOUND":
@@ -215,11 +250,11 @@ class Connector:
             _log.exception("prepare %d tokens", len(tokens))
             report.reason, report.limit = f"{type(error).__name__}: {error}", "failed"
             self._failed(report.reason)
-        known = max(report.live_tokens, report.loaded_tokens)
+        held = max(report.live_tokens, report.loaded_tokens)
         self.counters.update(
             prompts=1, prompt_tokens=len(tokens), loaded_tokens=report.loaded_tokens,
             live_tokens=0 if report.loaded_tokens else report.live_tokens,
-            computed_tokens=len(tokens) - min(known, len(tokens) - 1) if tokens else 0)
+            computed_tokens=len(tokens) - min(held, len(tokens) - 1) if tokens else 0)
         self.counters[f"limit_{report.limit}"] += 1
         _log.info("prompt of %d tokens: %d live, %d loaded, %d offered: %s", report.prompt_tokens,
                   report.live_tokens, report.loaded_tokens, report.offered_tokens, report.reason)
@@ -281,15 +316,23 @@ class Connector:
 
     def _load(self, sequence: pagetide.Sequence, tokens: list[int], length: int,
               report: Report) -> None:
-        """All of [0, length) or, when anything fails, an empty context and the reason."""
+        """All of [0, length), or what is whole of it when the time is up; when anything fails an empty context
+        and the reason."""
         context = self._context
         assert context is not None
         began = time.monotonic()
         context.clear()
+        self._known = self._known[:0]
         report.live_tokens = 0
         try:
             pages = _PageReader(sequence)
             for begin in range(0, length, context.part_tokens):
+                if begin and time.monotonic() - began > self._options.max_load_seconds:
+                    report.limit = "shortened"
+                    report.reason = (f"{begin} of {length} tokens were loaded in "
+                                     f"{self._options.max_load_seconds:.1f} s, the rest is computed")
+                    length = begin
+                    break
                 end = min(begin + context.part_tokens, length)
                 blocks, source_tokens = pages.read(begin, end)
                 state = context.stage(blocks, source_tokens, begin, end)
@@ -304,6 +347,7 @@ class Connector:
                 raise
             raise pagetide.Internal(f"load {length} tokens: {error}") from error
         context.claim(tokens, length)
+        self._known = np.asarray(tokens[:length], np.intc)
         report.loaded_tokens = length
         report.load_seconds = time.monotonic() - began
 
@@ -312,13 +356,12 @@ class Connector:
         sequence, context = self._sequence, self._context
         if sequence is None or context is None:
             return
-        held = self._llama.n_tokens
-        until = held if self._options.store_generated else min(held, self._prompt_tokens)
+        ids = self._known_rows()
+        until = ids.size if self._options.store_generated else min(ids.size, self._prompt_tokens)
         begin = len(self._handed_over)
         if until // PAGE_TOKENS * PAGE_TOKENS <= begin:
             return
-        ids = self._llama.input_ids
-        if not np.array_equal(ids[:begin], self._handed_over) or (ids[begin:until] < 0).any():
+        if not np.array_equal(ids[:begin], self._handed_over):
             self._sequence = None  # the context went another way than the sequence
             return
         while begin // PAGE_TOKENS < until // PAGE_TOKENS:
@@ -332,8 +375,7 @@ class Connector:
                 return
             part = [int(t) for t in ids[begin:end]]
             if not self._store.append(sequence, begin, part, blocks):
-                self._sequence = None  # a gap cannot be stored over
-                return
+                return  # too much is on its way: the rows stay in the context, and are cut out later
             self._handed_over.extend(part)
             begin = end
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import llama_cpp.llama_cpp as lc
 
+import pagetide
 from pagetide.v1 import model_pb2
 from pagetide_llama_cpp.gguf import GgufFile
 from pagetide_llama_cpp.state import StateLayout
@@ -38,6 +39,8 @@ def check_context(llama: Any) -> None:
         raise Refused("recurrent or hybrid model: its state cannot be cut into pages")
     if lc.llama_model_has_encoder(model):
         raise Refused("encoder model: its rows do not depend on preceding tokens alone")
+    if int(params.attention_type) == lc.LLAMA_ATTENTION_TYPE_NON_CAUSAL:
+        raise Refused("attention that is not causal: rows depend on later tokens")
     if params.embeddings:
         raise Refused("embedding context: no tokens are generated")
     if not params.kv_unified or params.n_seq_max < 2:
@@ -53,12 +56,19 @@ def check_context(llama: Any) -> None:
 def model_spec(llama: Any, gguf: GgufFile, layout: StateLayout) -> model_pb2.ModelSpec:
     """Refused for what is not known well enough to be named."""
     params = llama.context_params
+    if gguf.of_architecture("attention.causal", True) is False:
+        raise Refused(f"{gguf.architecture}: attention that is not causal")
     rotated = _rotated(gguf, params)
     groups = []
     for body, layers in zip(layout.bodies, _layers_of_bodies(llama, gguf, layout)):
+        heads, k_dim, v_dim = _heads(gguf)
         if body.k_type not in _DATA_TYPES or body.v_type not in _DATA_TYPES:
             raise Refused(f"KV types {body.k_type} and {body.v_type} of ggml are not known")
-        heads, k_dim, v_dim = _heads(gguf)
+        k_bytes = pagetide.row_bytes(_DATA_TYPES[body.k_type], heads, k_dim)
+        v_bytes = pagetide.row_bytes(_DATA_TYPES[body.v_type], heads, v_dim)
+        if (body.k_row_bytes, body.v_row_bytes) != (k_bytes, v_bytes):
+            raise Refused(f"rows of {body.k_row_bytes} and {body.v_row_bytes} bytes in the context, of "
+                          f"{k_bytes} and {v_bytes} by the file: layers differ")
         is_window = body is not layout.bodies[0]
         groups.append(model_pb2.LayerGroup(
             # Window layers keep all their rows under swa_full, so they page like full ones.
@@ -100,10 +110,9 @@ def numerics_text(llama: Any, gguf: GgufFile, rotated: tuple[bool, bool]) -> str
 
 def _rotated(gguf: GgufFile, params: Any) -> tuple[bool, bool]:
     """Whether K and V are stored in a Hadamard-rotated basis (llama-kv-cache.cpp, attn_rot_k and _v)."""
-    try:
-        disabled = int(os.environ.get("LLAMA_ATTN_ROT_DISABLE", "0")) != 0
-    except ValueError:
-        disabled = False  # as C's atoi reads it
+    # As C's atoi reads it.
+    digits = re.match(r"\s*[+-]?\d+", os.environ.get("LLAMA_ATTN_ROT_DISABLE", ""))
+    disabled = digits is not None and int(digits[0]) != 0
     _, k_dim, v_dim = _heads(gguf)
     return (not disabled and params.type_k not in _PLAIN_TYPES and k_dim % 64 == 0,
             not disabled and params.type_v not in _PLAIN_TYPES and v_dim % 64 == 0)

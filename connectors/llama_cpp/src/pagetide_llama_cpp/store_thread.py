@@ -19,7 +19,7 @@ Bytes = npt.NDArray[np.uint8]
 
 class StoreThread:
     """Takes rows of one sequence after another, in order, and appends them. Bounded: when more than
-    max_pending_bytes wait, new rows are dropped, and with them the rest of their sequence.
+    max_pending_bytes wait, no more are taken.
 
     A sequence that was handed over by begin() belongs to this thread, which closes it at the next begin()
     or at the end. Thread-safe."""
@@ -49,8 +49,8 @@ class StoreThread:
 
     def append(self, sequence: pagetide.Sequence, begin: int, tokens: list[int],
                blocks: list[Bytes]) -> bool:
-        """Rows of `tokens` from position `begin` on, a block a layer group. False when they were dropped:
-        then nothing of this sequence is to follow."""
+        """Rows of `tokens` from position `begin` on, a block a layer group. False when too much waits: they
+        are to come again, and nothing behind them before."""
         size = sum(block.nbytes for block in blocks)
 
         def job() -> None:
@@ -66,11 +66,12 @@ class StoreThread:
                 self._close_sequence()
                 self._on_failure(f"store {len(tokens)} tokens from {begin}: {error}")
 
-        if self._submit(job, size):
-            return True
+        return self._submit(job, size)
+
+    def drop(self, num_tokens: int) -> None:
+        """Counts tokens that never came again."""
         with self._changed:
-            self.dropped_tokens += len(tokens)
-        return False
+            self.dropped_tokens += num_tokens
 
     def _submit(self, job: Callable[[], None], size: int) -> bool:
         with self._changed:
@@ -135,6 +136,9 @@ class StoreThread:
 def _append(sequence: pagetide.Sequence, tokens: list[int], blocks: list[Bytes]) -> None:
     n = len(tokens)
     model = sequence.model
+    for group, block in zip(model.groups, blocks):
+        if block.size != n * group.token_bytes:
+            raise ValueError(f"{block.size} bytes for {n} tokens of {group.token_bytes} bytes")
     if n <= 1024:
         try:
             with sequence.begin_step(n) as step:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 from typing import TYPE_CHECKING, Any, Awaitable, Callable, Optional, TypeVar
 
 import grpc
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger("pagetide")
 T = TypeVar("T")
+# Between two attempts to share memory with a worker: each may take LOCAL_PLANE_TIMEOUT.
+_PLANE_RETRY_SECONDS = 30.0
 
 
 async def call_with_retry(options: CallOptions, attempt: Callable[[float], Awaitable[T]]) -> T:
@@ -73,17 +76,24 @@ class WorkerConnection:
         self.prefixes: Any = prefix_pb2_grpc.PrefixServiceStub(self._channel)
         self.admin: Any = admin_pb2_grpc.AdminServiceStub(self._channel)
         self._lock = threading.Lock()  # never held across a wait
-        # By model digest; None: it was asked for and cannot be had.
-        self._planes: dict[str, Optional[LocalPlane]] = {}
+        self._planes: dict[str, LocalPlane] = {}  # by model digest
+        self._planes_again_at: dict[str, float] = {}  # by model digest: not asked for before
 
     async def plane(self, model: Model) -> Optional[LocalPlane]:
-        """Shared memory for a model, connected on first use; None when the worker is not on this host
-        or has no local plane (asked once; a failure is remembered)."""
+        """Shared memory for a model, connected on first use and again after its worker ended; None when the
+        worker is not on this host or has no local plane (asked again after a while)."""
         if not self._local_socket:
             return None
         with self._lock:
-            if model.digest in self._planes:
-                return self._planes[model.digest]
+            known = self._planes.get(model.digest)
+            if known is not None and known.is_alive():
+                return known
+            if known is not None:  # the pool of a worker that is gone stays mapped no longer
+                del self._planes[model.digest]
+                known.close()
+            if time.monotonic() < self._planes_again_at.get(model.digest, 0.0):
+                return None
+            self._planes_again_at[model.digest] = time.monotonic() + _PLANE_RETRY_SECONDS
         plane: Optional[LocalPlane] = None
         try:
             plane = await transport.run_blocking(
@@ -91,16 +101,20 @@ class WorkerConnection:
                 model.digest)
         except PageTideError as error:
             _log.info("rows go by RPC: %s", error)
+        if plane is None:
+            return None
         with self._lock:  # of two first callers one plane stays
             kept = self._planes.setdefault(model.digest, plane)
-        if plane is not None and kept is not plane:
+        if kept is not plane:
             plane.close()
         return kept
 
     def drop_plane(self, model: Model) -> None:
-        """The worker no longer knows this client (it restarted): use RPC from now on."""
+        """The worker does not know this client (it restarted, or another worker has a socket of the same
+        name on this host): use RPC for a while."""
         with self._lock:
-            plane, self._planes[model.digest] = self._planes.get(model.digest), None
+            plane = self._planes.pop(model.digest, None)
+            self._planes_again_at[model.digest] = time.monotonic() + _PLANE_RETRY_SECONDS
         if plane is not None:
             plane.close()
 
@@ -114,8 +128,7 @@ class WorkerConnection:
         with self._lock:
             planes, self._planes = list(self._planes.values()), {}
         for plane in planes:
-            if plane is not None:
-                plane.close()
+            plane.close()
         await self._channel.close()
 
 

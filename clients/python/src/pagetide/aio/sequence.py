@@ -154,14 +154,18 @@ class Sequence(SequenceEdits):
             return None
         valid_until = time.monotonic() + seconds  # from before the worker's clock starts
         try:
-            table = await self._call("sequences", "GetBlockTable", self._lease_request(seconds))
+            # By its id the worker tells whether the memory that is mapped here is its own.
+            table = await self._call("sequences", "GetBlockTable",
+                                     self._lease_request(seconds, plane.client_id))
             while table.next_page_token:
                 more = await self._call("sequences", "GetBlockTable",
-                                        self._next_lease_request(table))
+                                        self._next_lease_request(table, plane.client_id))
                 table.extents.extend(more.extents)
                 table.next_page_token = more.next_page_token
         except PageTideError as error:
             _log.info("lease pages of %s: %s", self.id, error)
+            if error.reason == "LOCAL_CLIENT_NOT_FOUND":
+                self.worker.drop_plane(self.model)
             return None
         return PageLease(self.model, plane, table, valid_until)
 
