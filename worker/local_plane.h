@@ -72,7 +72,8 @@ class LocalPlane {
   // Frees the region. OK if there is none.
   void Release(uint64_t reservation_id);
 
-  // NOT_FOUND (LOCAL_CLIENT_NOT_FOUND) unless this worker welcomed the client and it is still there.
+  // NOT_FOUND (LOCAL_CLIENT_NOT_FOUND) unless this worker welcomed the client and it is still
+  // there.
   absl::Status CheckClient(uint64_t client_id) const;
 
   const std::string& socket_path() const { return options_.socket_path; }

@@ -236,8 +236,8 @@ grpc::Status SequenceServiceImpl::GetBlockTable(grpc::ServerContext* context,
                         ListSize(request->page_size(), kMaxTableExtents, kMaxTableExtents));
     if (const uint64_t client = request->local_client_id(); client != 0) {
       if (local_plane_ == nullptr) {
-        return WithReason(absl::NotFoundError(absl::StrCat(
-                              "local_client_id ", client, ": this worker has no local plane")),
+        return WithReason(absl::NotFoundError(absl::StrCat("local_client_id ", client,
+                                                           ": this worker has no local plane")),
                           "LOCAL_CLIENT_NOT_FOUND");
       }
       PT_RETURN_IF_ERROR(local_plane_->CheckClient(client));

@@ -145,8 +145,7 @@ absl::StatusOr<std::unique_ptr<InPlaceRows>> Sequence::ReadInPlace(absl::Duratio
   };
   absl::StatusOr<v1::GetBlockTableResponse> first = call();
   if (GetReason(first.status()) == "LOCAL_CLIENT_NOT_FOUND") {
-    return absl::FailedPreconditionError(
-        absl::StrCat("read in place: ", first.status().message()));
+    return absl::FailedPreconditionError(absl::StrCat("read in place: ", first.status().message()));
   }
   PT_RETURN_IF_ERROR(first.status());
   v1::GetBlockTableResponse table = *std::move(first);

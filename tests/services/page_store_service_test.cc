@@ -9,6 +9,7 @@
 #include "rpc/server.h"
 #include "tests/contract/page_store_contract.h"
 #include "tests/kvstore/store_test_util.h"
+#include "tests/support/timing.h"
 
 namespace pagetide {
 namespace {
@@ -16,7 +17,8 @@ namespace {
 // Serves `store` on a port of its own for as long as it lives.
 class ServedStore {
  public:
-  ServedStore(PageStore* store, const Clock* clock) : service_(store, clock) {
+  ServedStore(PageStore* store, const Clock* clock, PageStoreServiceOptions options = {})
+      : service_(store, clock, options) {
     auto server = RpcServer::Create({}, {&service_}, std::make_shared<PrometheusMetrics>());
     EXPECT_TRUE(server.ok()) << server.status();
     server_ = *std::move(server);
@@ -169,6 +171,67 @@ TEST_F(PageStoreServiceTest, RefusesMoreBytesThanTheHeaderSays) {
   EXPECT_EQ(status.error_code(), grpc::StatusCode::INVALID_ARGUMENT);
   EXPECT_THAT(status.error_message(), ::testing::HasSubstr("4096, received 4097"));
   EXPECT_EQ(NumPages(), 0u);
+}
+
+TEST_F(PageStoreServiceTest, RefusesMoreTokensThanAPageCanHave) {
+  v1::PutPagesRequest request = FirstOf(MakeTestPage(1), 4096);
+  for (uint64_t i = 0; i <= kMaxIndexedPageTokens; ++i) request.mutable_header()->add_tokens(1);
+  v1::PutPagesResponse response;
+  const grpc::Status status = PutWith({request}, &response);
+  EXPECT_EQ(status.error_code(), grpc::StatusCode::INVALID_ARGUMENT);
+  EXPECT_THAT(status.error_message(),
+              ::testing::HasSubstr("page 0: tokens has 4097 entries, at most 4096"));
+  EXPECT_EQ(NumPages(), 0u);
+}
+
+TEST(PutMemoryTest, StreamsTogetherHoldNoMoreThanTheyMay) {
+  MemoryPageStore store;
+  ServedStore served(&store, Clock::Real(), {.max_put_bytes = 3 << 20});
+  const auto stub = v1::PageStoreService::NewStub(served.channel());
+  const TestPage page = MakeTestPage(1, 4 << 20);
+  const auto part = [&](int i) {
+    v1::PutPagesRequest request;
+    if (i == 0) {
+      request.set_level(v1::DURABILITY_PROCESS);
+      v1::PageHeader* header = request.mutable_header();
+      header->set_page_key(page.meta.key.digest.ToBytes());
+      header->set_fingerprint(page.meta.fingerprint.ToBytes());
+      header->set_body_bytes(page.meta.body_bytes);
+      header->mutable_checksum()->set_low(page.meta.checksum.low);
+      header->mutable_checksum()->set_high(page.meta.checksum.high);
+    }
+    request.set_body(
+        std::string(reinterpret_cast<const char*>(page.body.data()) + (i << 20), 1 << 20));
+    return request;
+  };
+  const auto end = [&](int num_parts) {
+    grpc::ClientContext context;
+    v1::PutPagesResponse response;
+    const auto writer = stub->PutPages(&context, &response);
+    for (int i = 0; i < num_parts && writer->Write(part(i)); ++i) {
+    }
+    writer->WritesDone();
+    return writer->Finish();
+  };
+  // One page that is larger than all may hold.
+  const grpc::Status alone = end(4);
+  EXPECT_EQ(alone.error_code(), grpc::StatusCode::RESOURCE_EXHAUSTED);
+  EXPECT_THAT(alone.error_message(), ::testing::HasSubstr("at most 3145728"));
+  // Two halves: while one stays, the other is too much.
+  grpc::ClientContext context;
+  v1::PutPagesResponse response;
+  const auto half = stub->PutPages(&context, &response);
+  for (int i = 0; i < 2; ++i) ASSERT_TRUE(half->Write(part(i)));
+  EXPECT_TRUE(testing::Eventually(
+      [&] { return end(2).error_code() == grpc::StatusCode::RESOURCE_EXHAUSTED; }));
+  half->WritesDone();
+  EXPECT_EQ(half->Finish().error_code(), grpc::StatusCode::INVALID_ARGUMENT);  // it was cut
+  // What they held is free again.
+  const TestPage small = MakeTestPage(2, 1 << 20);
+  const PutPage put{small.meta, small.body};
+  const auto result = served.client()->PutPages({&put, 1}, Durability::kProcess,
+                                                Clock::Real()->MonotonicNow() + absl::Seconds(20));
+  EXPECT_TRUE(result[0].status.ok()) << result[0].status;
 }
 
 TEST_F(PageStoreServiceTest, NamesTheFieldOfABadHeader) {

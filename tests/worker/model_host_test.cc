@@ -551,6 +551,17 @@ TEST(ModelHostTest, APromptOfMorePagesThanAreRememberedIsFoundAndLeavesWhatOther
   t.host->Quiesce();
 }
 
+TEST(ModelHostTest, TheRateOfPrefillIsOfThoseWhoComputeWhileTheyAppend) {
+  HostUnderTest t({});
+  auto sent = t.OpenAndFill(Tokens(0, 64));  // computed before: how fast it comes says nothing
+  ASSERT_TRUE(sent.ok()) << sent.status();
+  EXPECT_EQ(t.host->Load().prefill_tokens_per_second, 0);
+  auto opened = t.host->Open(t.tenant, Tokens(1000, 64), {}, {});
+  ASSERT_TRUE(opened.ok()) << opened.status();
+  ASSERT_TRUE(t.Append(opened->info, Tokens(1000, 64), /*pin_prefix=*/true).ok());
+  EXPECT_GT(t.host->Load().prefill_tokens_per_second, 0);
+}
+
 TEST(ModelHostTest, AWatchOfALostPageWaitsForTheOpenWriteToEnd) {
   HostUnderTest t({});
   const std::vector<uint32_t> tokens = Tokens(0, 50);
