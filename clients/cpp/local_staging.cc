@@ -1,5 +1,6 @@
 #include "clients/cpp/local_staging.h"
 
+#include <fcntl.h>
 #include <poll.h>
 #include <sys/mman.h>
 #include <sys/socket.h>
@@ -112,6 +113,24 @@ absl::Status ReceiveWelcome(int fd, absl::Time deadline, absl::string_view path,
   return absl::OkStatus();
 }
 
+// Touching a mapping behind the end of its file is a SIGBUS: believe the file, not the message, and
+// only a file that nobody can make shorter.
+absl::Status CheckMemory(int fd, uint64_t num_bytes, absl::string_view what,
+                         absl::string_view path) {
+  struct stat info;
+  if (fstat(fd, &info) != 0) return SystemError(absl::StrCat("look at ", what, " of"), path);
+  if (num_bytes == 0 || static_cast<uint64_t>(info.st_size) < num_bytes) {
+    return absl::UnavailableError(absl::StrCat("local plane ", path, ": ", what, " of ",
+                                               info.st_size, " bytes, announced ", num_bytes));
+  }
+  const int seals = fcntl(fd, F_GET_SEALS);
+  if (seals < 0 || (seals & F_SEAL_SHRINK) == 0) {
+    return absl::UnavailableError(
+        absl::StrCat("local plane ", path, ": ", what, " is not sealed against shrinking"));
+  }
+  return absl::OkStatus();
+}
+
 }  // namespace
 
 absl::StatusOr<std::unique_ptr<LocalStaging>> LocalStaging::Connect(
@@ -130,6 +149,11 @@ absl::StatusOr<std::unique_ptr<LocalStaging>> LocalStaging::Connect(
   if (fd < 0) return SystemError("create socket for local plane", socket_path);
   Descriptors owned;  // the socket first, then what the welcome brings
   owned.Add(fd);
+  // Bounds connect, which waits while the queue of a worker that stands still is full, and send.
+  const timeval bound = absl::ToTimeval(timeout);
+  if (setsockopt(fd, SOL_SOCKET, SO_SNDTIMEO, &bound, sizeof(bound)) != 0) {
+    return SystemError("bound calls to local plane", socket_path);
+  }
   if (connect(fd, reinterpret_cast<const sockaddr*>(&address), sizeof(address)) != 0) {
     return SystemError("connect to local plane", socket_path);
   }
@@ -150,15 +174,7 @@ absl::StatusOr<std::unique_ptr<LocalStaging>> LocalStaging::Connect(
     return absl::UnavailableError(
         absl::StrCat("local plane ", socket_path, ": welcome without a staging descriptor"));
   }
-  struct stat info;
-  if (fstat(owned[1], &info) != 0) return SystemError("look at staging of", socket_path);
-  // Touching a mapping behind the end of its file is a SIGBUS: believe the file, not the message.
-  if (welcome.staging_bytes() == 0 ||
-      static_cast<uint64_t>(info.st_size) < welcome.staging_bytes()) {
-    return absl::UnavailableError(absl::StrCat("local plane ", socket_path, ": staging of ",
-                                               info.st_size, " bytes, announced ",
-                                               welcome.staging_bytes()));
-  }
+  PT_RETURN_IF_ERROR(CheckMemory(owned[1], welcome.staging_bytes(), "staging", socket_path));
   void* data =
       mmap(nullptr, welcome.staging_bytes(), PROT_READ | PROT_WRITE, MAP_SHARED, owned[1], 0);
   if (data == MAP_FAILED) return SystemError("map staging of", socket_path);
@@ -167,11 +183,7 @@ absl::StatusOr<std::unique_ptr<LocalStaging>> LocalStaging::Connect(
   owned.Release(0);  // the socket is the staging's now
   if (welcome.pools_size() > 0 && welcome.pools(0).has_fd() && owned.size() > 2) {
     const uint64_t bytes = welcome.pools(0).size_bytes();
-    if (fstat(owned[2], &info) != 0) return SystemError("look at pool of", socket_path);
-    if (bytes == 0 || static_cast<uint64_t>(info.st_size) < bytes) {
-      return absl::UnavailableError(absl::StrCat("local plane ", socket_path, ": pool of ",
-                                                 info.st_size, " bytes, announced ", bytes));
-    }
+    PT_RETURN_IF_ERROR(CheckMemory(owned[2], bytes, "pool", socket_path));
     void* pool = mmap(nullptr, bytes, PROT_READ, MAP_SHARED, owned[2], 0);
     if (pool == MAP_FAILED) return SystemError("map pool of", socket_path);
     staging->pool_ = static_cast<const std::byte*>(pool);

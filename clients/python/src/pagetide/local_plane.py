@@ -7,6 +7,7 @@ worker drops what was reserved in the staging buffer.
 
 from __future__ import annotations
 
+import fcntl
 import mmap
 import os
 import select
@@ -24,6 +25,7 @@ from pagetide.v1 import local_plane_pb2
 _VERSION = 1
 _MAX_WELCOME_BYTES = 64 << 10
 _MAX_DESCRIPTORS = 16
+_F_GET_SEALS, _F_SEAL_SHRINK = 1034, 2  # linux/fcntl.h; Python names them from 3.12 on
 Bytes = npt.NDArray[np.uint8]
 
 
@@ -139,6 +141,8 @@ def _map(fd: int, num_bytes: int, writable: bool, path: str) -> mmap.mmap:
     there = os.fstat(fd).st_size
     if num_bytes == 0 or there < num_bytes:
         raise Unavailable(f"local plane {path}: {there} bytes of memory, announced {num_bytes}")
+    if not fcntl.fcntl(fd, _F_GET_SEALS) & _F_SEAL_SHRINK:
+        raise Unavailable(f"local plane {path}: memory that is not sealed against shrinking")
     return mmap.mmap(fd, num_bytes, access=mmap.ACCESS_WRITE if writable else mmap.ACCESS_READ)
 
 

@@ -12,6 +12,7 @@ import contextlib
 import dataclasses
 import logging
 import time
+import weakref
 from typing import Any, Callable, Generator, Iterator, Optional, Sequence
 
 import llama_cpp
@@ -141,7 +142,13 @@ class Connector:
         # loaded. Inputs that are not tokens (images) and states that are put into the context go past us, and
         # leave in input_ids what stood there before.
         self._known = np.empty(0, np.intc)
-        self._store = StoreThread(options.max_pending_bytes, self._failed)
+        # The thread does not keep the engine alive.
+        store_failed = weakref.WeakMethod(self._store_failed)
+        self._store = StoreThread(options.max_pending_bytes,
+                                  lambda reason: (store_failed() or _ignore)(reason))
+        self._store_asleep_until = 0.0
+        # When the engine goes away, or the interpreter ends, without detach().
+        self._end = weakref.finalize(self, _end, self._store, self._client)
         self._generate: Callable[..., Any] = llama.generate
         self._eval: Callable[..., Any] = llama.eval
         try:
@@ -161,12 +168,11 @@ class Connector:
 
     def detach(self, flush_timeout: float = 10.0) -> None:
         """Stores what is on its way and gives the methods back."""
-        self._store.flush(flush_timeout)
-        self._store.stop(flush_timeout)
+        self._end.detach()
         self._llama.eval, self._llama.load_state = self._eval, self._load_state
         if self._is_wrapped:
             self._llama.generate = self._generate
-        self._client.close()
+        _end(self._store, self._client, flush_timeout)
 
     def flush(self, timeout: float = 10.0) -> bool:
         """Waits until what was handed over is stored (or has failed)."""
@@ -190,6 +196,12 @@ class Connector:
         self._asleep_until = time.monotonic() + self._options.cool_down
         _log.warning("%s; generation goes on without PageTide for %.0f s", reason,
                      self._options.cool_down)
+
+    def _store_failed(self, reason: str) -> None:
+        """What cannot be written may still be read."""
+        self.counters["failures"] += 1
+        self._store_asleep_until = time.monotonic() + self._options.cool_down
+        _log.warning("%s; nothing is stored for %.0f s", reason, self._options.cool_down)
 
     def _generate_with_reuse(self, tokens: Sequence[int], *args: Any,
                              **kwargs: Any) -> Generator[int, Optional[Sequence[int]], None]:
@@ -310,7 +322,8 @@ class Connector:
                 self._load(sequence, tokens, min(usable, len(tokens) - 1), report)
         else:
             report.ask_seconds = time.monotonic() - began
-        self._sequence = sequence if self._options.store else None
+        is_storing = self._options.store and time.monotonic() >= self._store_asleep_until
+        self._sequence = sequence if is_storing else None
         self._handed_over = tokens[:sequence.length]
         self._prompt_tokens = len(tokens)
 
@@ -404,6 +417,16 @@ class _PageReader:
     def check(self) -> None:
         if self._lease is not None and not self._lease.is_valid():
             raise pagetide.DeadlineExceeded("load pages: the lease ended before they were copied")
+
+
+def _end(store: StoreThread, client: pagetide.Client, flush_timeout: float = 5.0) -> None:
+    store.flush(flush_timeout)
+    store.stop(flush_timeout)
+    client.close()
+
+
+def _ignore(reason: str) -> None:
+    """Nobody is left to be told."""
 
 
 def _common_prefix(held: Any, tokens: list[int]) -> int:
