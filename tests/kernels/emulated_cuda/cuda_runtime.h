@@ -5,8 +5,9 @@
 // Blocks run one after another. The threads of a block run one after another too, until one waits
 // at a warp or block barrier or in a shuffle; then the next goes on. So a missing barrier shows as
 // a wrong result, and lanes that wait for ever abort the program and say so. Threads begin in
-// ascending order in every other launch and in descending order in the rest. One host thread at a
-// time.
+// ascending order in every other launch and in descending order in the rest. What is copied
+// asynchronously arrives when its thread waits for it and is not a number before. One host thread
+// at a time.
 #ifndef PAGETIDE_TESTS_KERNELS_EMULATED_CUDA_CUDA_RUNTIME_H_
 #define PAGETIDE_TESTS_KERNELS_EMULATED_CUDA_CUDA_RUNTIME_H_
 
@@ -49,6 +50,8 @@ struct CUstream_st;
 using cudaStream_t = CUstream_st*;
 enum cudaError_t { cudaSuccess = 0, cudaErrorInvalidValue = 1 };
 enum cudaMemcpyKind { cudaMemcpyHostToDevice, cudaMemcpyDeviceToHost };
+enum cudaDeviceAttr { cudaDevAttrMaxSharedMemoryPerBlockOptin };
+enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize };
 inline cudaError_t cudaGetLastError() {
   return cudaSuccess;
 }
@@ -57,6 +60,19 @@ inline const char* cudaGetErrorString(cudaError_t) {
 }
 inline cudaError_t cudaGetDeviceCount(int* count) {
   *count = 1;
+  return cudaSuccess;
+}
+inline cudaError_t cudaGetDevice(int* device) {
+  *device = 0;
+  return cudaSuccess;
+}
+// As of an H100.
+inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int) {
+  *value = 227 * 1024;
+  return cudaSuccess;
+}
+template <typename Kernel>
+cudaError_t cudaFuncSetAttribute(Kernel, cudaFuncAttribute, int) {
   return cudaSuccess;
 }
 inline cudaError_t cudaStreamCreate(cudaStream_t* stream) {
@@ -93,6 +109,14 @@ void BlockBarrier();
 // Waits for the lanes of `mask` in this warp; returns what lane `source` brought.
 uint32_t Exchange(unsigned mask, uint32_t value, int source);
 int Lane();
+
+// What device_matrix.cuh says of the functions of the same names; all lanes of a warp together.
+void CopyAsync16(void* to, const void* from, int num_bytes);
+void CommitCopies();
+void WaitForCopies(int num_pending);
+void LoadMatrices(bool transposed, uint32_t out[4], const void* row);
+void MultiplyAdd(float sum[4], const uint32_t a[4], uint32_t b0, uint32_t b1,
+                 float (*widen)(uint16_t));
 
 template <typename T>
 T Shuffle(unsigned mask, T value, int source) {
