@@ -87,7 +87,7 @@ class TensorMath {
                           (FirstRow() + (lane & 15)) * plan.weights_pitch * 2 + (lane >> 4) * 16;
     const char* v = v_tile + (lane & 15) * plan.v.pitch + (lane >> 4) * 16;
     const int pairs = plan.v.padded_dim / 16;
-#pragma unroll
+#pragma unroll 2
     for (int row = 0; row < kTileRows; row += 16) {
       uint32_t a[kRowTiles][4];
 #pragma unroll

@@ -120,10 +120,10 @@ __global__ void __launch_bounds__(Math::kThreads, Math::kBlocks)
                                 : (chunk + 1) * plan.chunk_rows;
   const int32_t seen_end = chunk_end < view.end ? chunk_end : view.end;
   const int32_t end_tile = (seen_end + Math::kTileRows - 1) / Math::kTileRows;
-  const int32_t first_in_window = view.begin / Math::kTileRows;
-  const int32_t kept_end = view.kept_end;
-  const auto tile_after = [=](int32_t tile) {
-    return tile < first_in_window && tile * Math::kTileRows >= kept_end ? first_in_window : tile;
+  const auto tile_after = [](int32_t tile) {
+    const int32_t first_in_window = view.begin / Math::kTileRows;
+    const bool is_hidden = tile < first_in_window && tile * Math::kTileRows >= view.kept_end;
+    return is_hidden ? first_in_window : tile;
   };
 
   Math math;

@@ -301,8 +301,9 @@ void MultiplyAdd(float sum[4], const uint32_t a[4], uint32_t b0, uint32_t b1,
   });
 }
 
-void RunGrid(dim3 grid, dim3 block, size_t dynamic_shared_bytes,
+void RunGrid(cudaStream_t stream, dim3 grid, dim3 block, size_t dynamic_shared_bytes,
              const std::function<void()>& thread) {
+  cudaStreamSynchronize(stream);
   descending = !descending;
   gridDim = grid;
   blockDim = block;
