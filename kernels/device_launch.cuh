@@ -26,8 +26,7 @@ int Launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_b
 #ifdef __CUDACC__
   kernel<<<grid, block, shared_bytes, stream>>>(arguments...);
 #else
-  static_cast<void>(stream);
-  emulated_cuda::RunGrid(grid, block, shared_bytes, [=] { kernel(arguments...); });
+  emulated_cuda::RunGrid(stream, grid, block, shared_bytes, [=] { kernel(arguments...); });
 #endif
   return cudaGetLastError();
 }

@@ -5,6 +5,7 @@
 #include <limits>
 #include <vector>
 
+#include "kernels/attention_mask.h"
 #include "kernels/simd.h"
 
 namespace pagetide::kernels {
@@ -18,36 +19,6 @@ constexpr float kMinusInfinity = -std::numeric_limits<float>::infinity();
 
 int PadToLanes(int n) {
   return (n + kLanes - 1) / kLanes * kLanes;
-}
-
-// Closed interval of key positions that a query at `p` sees.
-struct Visible {
-  int64_t first;
-  int64_t last;
-};
-
-Visible VisibleTo(const AttentionShape& shape, int64_t p) {
-  constexpr int64_t kLowest = std::numeric_limits<int64_t>::min();
-  switch (shape.mask) {
-    case AttentionMask::kCausal:
-      return {kLowest, p};
-    case AttentionMask::kWindowStandard:
-    case AttentionMask::kWindowRing:  // and what is kept: KeptBefore
-      return {p - shape.window + 1, p};
-    case AttentionMask::kWindowChunked: {
-      const int64_t remainder = ((p % shape.window) + shape.window) % shape.window;
-      return {p - remainder, p};
-    }
-    case AttentionMask::kWindowSymmetric:
-      return {p - shape.window / 2, p + shape.window / 2};
-  }
-  return {kLowest, p};
-}
-
-// Positions below it are seen by a query at `p`, whatever its window.
-int64_t KeptBefore(const AttentionShape& shape, int64_t p) {
-  constexpr int64_t kLowest = std::numeric_limits<int64_t>::min();
-  return shape.mask == AttentionMask::kWindowRing ? std::min(shape.keep, p + 1) : kLowest;
 }
 
 int64_t BlockStart(int64_t position) {
@@ -241,10 +212,10 @@ VisibleSlots SlotsOf(const AttentionShape& shape, int64_t p, int64_t start) {
   const auto slot = [start](int64_t position) {
     return static_cast<int>(std::clamp<int64_t>(position, start, start + kBlock) - start);
   };
-  const Visible visible = VisibleTo(shape, p);
+  const VisiblePositions visible = VisibleTo(shape, p);
   const int begin = slot(visible.first);
   const int end = slot(visible.last + 1);
-  const int kept = slot(KeptBefore(shape, p));
+  const int kept = slot(visible.kept);
   if (begin >= end) return {0, kept, kept, kept};
   if (kept >= begin) return {0, end, end, end};
   if (kept == 0) return {begin, end, end, end};
@@ -259,13 +230,12 @@ PAGETIDE_ALWAYS_INLINE void AttendTile(const AttentionArgs& args, int kv_head, i
   std::fill(s.sum.begin(), s.sum.end(), 0.0f);
 
   // Blocks that no query of the tile sees are not loaded.
-  Visible any = VisibleTo(shape, args.q_positions[first_query]);
-  int64_t kept = KeptBefore(shape, args.q_positions[first_query]);
+  VisiblePositions any = VisibleTo(shape, args.q_positions[first_query]);
   for (int64_t i = first_query + 1; i < end_query; ++i) {
-    const Visible one = VisibleTo(shape, args.q_positions[i]);
+    const VisiblePositions one = VisibleTo(shape, args.q_positions[i]);
     any.first = std::min(any.first, one.first);
     any.last = std::max(any.last, one.last);
-    kept = std::max(kept, KeptBefore(shape, args.q_positions[i]));
+    any.kept = std::max(any.kept, one.kept);
   }
 
   BlockCursor cursor(args);
@@ -274,7 +244,7 @@ PAGETIDE_ALWAYS_INLINE void AttendTile(const AttentionArgs& args, int kv_head, i
   const char* v_rows[kBlock];
   while (cursor.Next(&start, k_rows, v_rows)) {
     if (start > any.last) break;  // positions never decrease
-    if (start + kBlock - 1 < any.first && start >= kept) continue;
+    if (start + kBlock - 1 < any.first && start >= any.kept) continue;
     LoadBlock(shape, kv_head, k_rows, v_rows, s);
     for (int64_t i = first_query; i < end_query; ++i) {
       const VisibleSlots slots = SlotsOf(shape, args.q_positions[i], start);
@@ -322,10 +292,28 @@ void AttendBaseline(const AttentionArgs& args) {
   AttendAll(args);
 }
 
+AttentionSequence SequenceOf(const AttentionBatch& batch, int64_t index) {
+  if (batch.sequences != nullptr) return batch.sequences[index];
+  return {0, batch.all.num_runs, 0, batch.all.num_queries};
+}
+
+AttentionArgs ArgsOf(const AttentionBatch& batch, const AttentionSequence& sequence) {
+  AttentionArgs args = batch.all;
+  const AttentionShape& shape = args.shape;
+  const int64_t q_row = sequence.first_query * shape.num_q_heads;
+  args.runs += sequence.first_run;
+  args.num_runs = sequence.num_runs;
+  args.q += q_row * shape.k_dim;
+  args.q_positions += sequence.first_query;
+  args.num_queries = sequence.num_queries;
+  args.out += q_row * shape.v_dim;
+  if (args.lse != nullptr) args.lse += q_row;
+  return args;
+}
+
 }  // namespace
 
-const char* CheckAttentionArgs(const AttentionArgs& args) {
-  const AttentionShape& shape = args.shape;
+const char* CheckAttentionShape(const AttentionShape& shape) {
   if (shape.num_kv_heads < 1) return "num_kv_heads must be at least 1";
   if (shape.num_q_heads < 1 || shape.num_q_heads % shape.num_kv_heads != 0) {
     return "num_q_heads must be a positive multiple of num_kv_heads";
@@ -343,6 +331,11 @@ const char* CheckAttentionArgs(const AttentionArgs& args) {
   }
   if (shape.mask != AttentionMask::kCausal && shape.window < 1) return "window must be at least 1";
   if (shape.mask == AttentionMask::kWindowRing && shape.keep < 0) return "keep must be at least 0";
+  return nullptr;
+}
+
+const char* CheckAttentionArgs(const AttentionArgs& args) {
+  if (const char* wrong = CheckAttentionShape(args.shape)) return wrong;
   if (args.num_queries < 0 || args.num_runs < 0)
     return "num_queries and num_runs must not be negative";
   int64_t previous = std::numeric_limits<int64_t>::min();
@@ -358,11 +351,61 @@ const char* CheckAttentionArgs(const AttentionArgs& args) {
   return nullptr;
 }
 
+const char* CheckAttentionBatch(const AttentionBatch& batch) {
+  const AttentionShape& shape = batch.all.shape;
+  if (const char* wrong = CheckAttentionShape(shape)) return wrong;
+  if (batch.num_sequences < 0) return "num_sequences must not be negative";
+  if (batch.sequences == nullptr && batch.num_sequences != 1) {
+    return "sequences is null, num_sequences must be 1";
+  }
+  int64_t next_run = 0;
+  int64_t next_query = 0;
+  for (int64_t i = 0; i < batch.num_sequences; ++i) {
+    const AttentionSequence sequence = SequenceOf(batch, i);
+    if (sequence.first_run != next_run || sequence.num_runs < 0 ||
+        sequence.num_runs > batch.all.num_runs - next_run) {
+      return "sequence: its runs do not follow the last one's, or leave num_runs";
+    }
+    if (sequence.first_query != next_query || sequence.num_queries < 0 ||
+        sequence.num_queries > batch.all.num_queries - next_query) {
+      return "sequence: its queries do not follow the last one's, or leave num_queries";
+    }
+    next_run += sequence.num_runs;
+    next_query += sequence.num_queries;
+    if (sequence.num_queries > batch.max_queries) return "max_queries is less than a sequence's";
+    const AttentionArgs args = ArgsOf(batch, sequence);
+    if (const char* wrong = CheckAttentionArgs(args)) return wrong;
+    int64_t rows = 0;
+    for (int64_t r = 0; r < args.num_runs; ++r) {
+      rows += args.runs[r].count;
+      if (batch.values_are_keys && args.runs[r].v_rows != args.runs[r].k_rows) {
+        return "run: v_rows differ from k_rows, values_are_keys must not be set";
+      }
+    }
+    if (rows > batch.max_rows) return "max_rows is less than a sequence's rows";
+  }
+  if (next_run != batch.all.num_runs || next_query != batch.all.num_queries) {
+    return "num_runs or num_queries is more than the sequences have";
+  }
+  if (batch.values_are_keys &&
+      (shape.v_type != shape.k_type || shape.v_row_bytes != shape.k_row_bytes ||
+       shape.v_dim > shape.k_dim || (shape.v_dim != shape.k_dim && shape.num_kv_heads != 1))) {
+    return "values_are_keys: v_type, v_row_bytes or v_dim do not fit the K rows";
+  }
+  return nullptr;
+}
+
 void AttendHost(const AttentionArgs& args, Isa isa) {
   if (UseAvx2(isa)) {
     AttendAvx2(args);
   } else {
     AttendBaseline(args);
+  }
+}
+
+void AttendHost(const AttentionBatch& batch, Isa isa) {
+  for (int64_t i = 0; i < batch.num_sequences; ++i) {
+    AttendHost(ArgsOf(batch, SequenceOf(batch, i)), isa);
   }
 }
 

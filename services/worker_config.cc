@@ -36,6 +36,7 @@ std::map<std::string, std::string> WorkerFlagHelp() {
       {"store", "Address of the pagetide-store that all workers share"},
       {"store_dir", "Folder of an embedded store instead"},
       {"router", "Address of a router to attach to (repeatable)"},
+      {"device", "Where frames lie: cpu (default), cuda, cuda:N, or auto: a GPU if one can be used"},
       {"pool_bytes", "Bytes of frames for all models (default 1GiB)"},
       {"model_pool_bytes", "Bytes of frames for each model (default: the first takes all)"},
       {"write_through", "Put pages into the store as soon as they are full (default true)"},
@@ -103,7 +104,8 @@ absl::StatusOr<WorkerRole::Options> WorkerOptionsFromConfig(const config::Worker
     worker.host.checkpoint_every_pages = config.checkpoint_every_pages();
   }
   worker.host.unsafe_skip_verify = config.unsafe_skip_verify();
-  options.device.reserve_memory = config.reserve_memory();
+  options.device = config.device();
+  options.cpu_device.reserve_memory = config.reserve_memory();
 
   if (config.listen_size() > 0) {
     options.server.addresses.assign(config.listen().begin(), config.listen().end());

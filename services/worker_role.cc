@@ -19,7 +19,7 @@
 #include "rpc/metrics.h"
 #include "rpc/model_codec.h"
 #include "rpc/stream_deadlines.h"
-#include "worker/cpu_device.h"
+#include "worker/choose_device.h"
 #include "worker/parking.h"
 #include "worker/prefix_service.h"
 #include "worker/prompt_planner.h"
@@ -94,9 +94,8 @@ void Journal(const std::vector<ResidencyChange>& changes, ReportJournal* journal
 
 // Members are destroyed in reverse order: first what calls, last what is called.
 struct WorkerRole::Parts {
-  explicit Parts(const CpuDevice::Options& device_options) : device(device_options) {}
   std::string advertise;
-  CpuDevice device;
+  std::unique_ptr<Device> device;
   std::shared_ptr<PrometheusMetrics> metrics = std::make_shared<PrometheusMetrics>();
   ReportJournal journal;
   std::atomic<bool> is_draining{false};  // set once; read by the links' heartbeats
@@ -123,7 +122,12 @@ struct WorkerRole::Parts {
 
 absl::StatusOr<std::unique_ptr<WorkerRole>> WorkerRole::Start(Options options, PageStore* store,
                                                               Clock* clock) {
-  auto parts = std::make_unique<Parts>(options.device);
+  auto parts = std::make_unique<Parts>();
+  PT_ASSIGN_OR_RETURN(ChosenDevice chosen, ChooseDevice(options.device, options.cpu_device));
+  if (!chosen.why_not_gpu.empty()) {
+    LogWarning("worker", "frames lie in host memory: ", chosen.why_not_gpu);
+  }
+  parts->device = std::move(chosen.device);
   if (options.worker.incarnation == 0) options.worker.incarnation = RandomIncarnation();
   if (options.io_threads < 1 || options.io_threads > 256) {
     return absl::InvalidArgumentError(
@@ -133,7 +137,7 @@ absl::StatusOr<std::unique_ptr<WorkerRole>> WorkerRole::Start(Options options, P
       .name = "worker-io", .num_threads = options.io_threads, .max_queue = options.io_queue});
   const std::string worker_id = options.worker.id;
   ReportJournal* const journal = &parts->journal;
-  Worker::Ports ports{.device = &parts->device,
+  Worker::Ports ports{.device = parts->device.get(),
                       .store = store,
                       .io = parts->io.get(),
                       .clock = clock,

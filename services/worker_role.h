@@ -30,8 +30,9 @@ class WorkerRole {
     RpcServer::Options server;
     // Address that routers hand to clients; empty: the first that was bound.
     std::string advertise;
-    // Of the pools that frames lie in.
-    CpuDevice::Options device;
+    // Of the pools that frames lie in: what ChooseDevice takes, empty for the CPU device.
+    std::string device;
+    CpuDevice::Options cpu_device;
     // No local data plane when local_plane.socket_path is empty.
     LocalPlane::Options local_plane;
     // Addresses of routers to attach to.

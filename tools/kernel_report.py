@@ -5,7 +5,8 @@
 
 One line a kernel: registers a thread, bytes of stack and of static shared memory,
 instructions that touch local memory (LDL, STL: a spill, or an array the compiler could not keep in
-registers), and global loads and stores of 16 bytes among all of them. Needs cuobjdump and nvdisasm
+registers), global loads (asynchronous copies to shared memory among them) and stores of 16 bytes
+among all of them, and matrix instructions of tensor cores. Needs cuobjdump and nvdisasm
 (of a toolkit, or of deploy/setup.sh --cuda). Exits 1 if a kernel touches local memory.
 """
 
@@ -42,6 +43,12 @@ def demangle(names: list[str]) -> dict[str, str]:
         # The only integer argument of these two is the KvType.
         short[mangled] = re.sub(r"^(ConvertRowsKernel<|RopeShiftKernel<)(\d+)",
                                 lambda match: match[1] + TYPES[int(match[2])], name)
+        # Whether bf16, warps of 16 or 64 query rows, how wide the values.
+        short[mangled] = re.sub(
+            r"<device::(?:FloatMath|TensorMath<(\w+), (\d), \d, (\d)>) ?>",
+            lambda match: "<f32>" if match[1] is None else
+            f"<{'bf16' if match[1] in ('true', '1') else 'f16'}, {'16' if match[2] == '1' else '64'}"
+            f" rows, {64 * int(match[3])} wide>", short[mangled])
     return short
 
 
@@ -74,7 +81,9 @@ def main() -> None:
             opcode = match[1].split(".")
             if opcode[0] in ("LDL", "STL"):
                 counts[kernel, arch]["local"] += 1
-            elif opcode[0] in ("LDG", "STG", "LD", "ST"):  # LD, ST: address space not known
+            elif opcode[0] in ("HMMA", "IMMA"):
+                counts[kernel, arch]["matrix"] += 1
+            elif opcode[0] in ("LDG", "LDGSTS", "STG", "LD", "ST"):  # LD, ST: space not known
                 name = opcode[0][:2] + "G"
                 counts[kernel, arch][name] += 1
                 counts[kernel, arch][name + ".128"] += "128" in opcode
@@ -90,8 +99,8 @@ def main() -> None:
 
     print("Columns with several values give them for " + " / ".join(archs) + ".\n")
     print("| kernel | registers | stack | shared | local accesses | 16-byte loads of all | "
-          "16-byte stores of all |")
-    print("|---|---|---|---|---|---|---|")
+          "16-byte stores of all | matrix |")
+    print("|---|---|---|---|---|---|---|---|")
     for kernel in kernels:
         columns = [f"`{names[kernel]}`"]
         columns += [each(kernel, lambda row, _, c=c: row[c])
@@ -100,6 +109,7 @@ def main() -> None:
         for opcode in ("LDG", "STG"):
             columns.append(each(kernel, lambda _, count, o=opcode:
                                 f"{count[o + '.128']} of {count[o]}"))
+        columns.append(each(kernel, lambda _, count: count["matrix"]))
         print("| " + " | ".join(columns) + " |")
     if any(count["local"] for count in counts.values()):
         sys.exit("kernel_report: a kernel touches local memory")

@@ -6,7 +6,6 @@
 
 #include "absl/strings/str_cat.h"
 #include "core/sequence_rows.h"
-#include "kernels/rope_shift.h"
 
 namespace pagetide {
 namespace {
@@ -30,6 +29,21 @@ kernels::RopeParams ParamsOf(const RopeSpec& rope) {
 
 }  // namespace
 
+std::optional<kernels::RopeShiftArgs> KShiftArgsOf(const GroupGeometry& group) {
+  const LayerGroupSpec& spec = group.spec();
+  if (!TraitsOf(spec).rotates) return std::nullopt;
+  kernels::RopeShiftArgs args{};
+  args.params = ParamsOf(spec.rope);
+  args.type = static_cast<kernels::KvType>(static_cast<int>(spec.k_type) - 1);
+  args.num_heads = static_cast<int32_t>(spec.kv_heads);
+  args.head_dim = static_cast<int32_t>(spec.k_dim);
+  // A latent comes first, its rotated part behind it.
+  args.rope_offset = spec.v_dim == 0 ? static_cast<int32_t>(spec.k_dim - spec.rope.n_rot) : 0;
+  args.in_row_bytes = args.out_row_bytes = group.k_row_bytes();
+  args.num_layers = 1;
+  return args;
+}
+
 bool CanShiftOnHost(const GroupGeometry& group) {
   return TraitsOf(group.spec()).can_shift;
 }
@@ -52,15 +66,7 @@ absl::Status ShiftOnHost(const GroupGeometry& group, std::span<const KShiftRun> 
     max_rows = std::max<int64_t>(max_rows, run.num_rows);
   }
   if (turned.empty()) return absl::OkStatus();
-  kernels::RopeShiftArgs args{};
-  args.params = ParamsOf(spec.rope);
-  args.type = static_cast<kernels::KvType>(static_cast<int>(spec.k_type) - 1);
-  args.num_heads = static_cast<int32_t>(spec.kv_heads);
-  args.head_dim = static_cast<int32_t>(spec.k_dim);
-  // A latent comes first, its rotated part behind it.
-  args.rope_offset = spec.v_dim == 0 ? static_cast<int32_t>(spec.k_dim - spec.rope.n_rot) : 0;
-  args.in_row_bytes = args.out_row_bytes = group.k_row_bytes();
-  args.num_layers = 1;
+  kernels::RopeShiftArgs args = *KShiftArgsOf(group);
   args.runs = turned.data();
   args.num_runs = static_cast<int64_t>(turned.size());
   args.max_rows = max_rows;

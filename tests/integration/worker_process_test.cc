@@ -506,6 +506,47 @@ TEST_F(WorkerProcessTest, WrongOptionsAreNamedWithTheirNumbers) {
   EXPECT_THAT(RunToFailure({"--listen=0.0.0.0:0"}), HasSubstr("0.0.0.0"));
   EXPECT_THAT(RunToFailure({"--store=127.0.0.1:1", "--store-dir=x"}), HasSubstr("store_dir"));
   EXPECT_THAT(RunToFailure({"--config=/does/not/exist"}), HasSubstr("/does/not/exist"));
+  EXPECT_THAT(RunToFailure({"--device=gpu"}),
+              HasSubstr("device is \"gpu\", must be cpu, cuda, cuda:N or auto"));
+}
+
+// With and without CUDA in the build, with and without GPUs in the machine: this process sees none.
+const std::pair<std::string, std::string> kNoGpu = {"CUDA_VISIBLE_DEVICES", ""};
+
+TEST_F(WorkerProcessTest, WithoutAGpuItSaysWhyAndOffersTheCpuDevice) {
+  for (const std::string wanted : {"cuda", "cuda:3"}) {
+    auto worker = ChildProcess::Start({.program = "pagetide-worker",
+                                       .args = {absl::StrCat("--device=", wanted)},
+                                       .environment = {kNoGpu}});
+    ASSERT_FALSE(worker.ok());
+    EXPECT_EQ(worker.status().code(), absl::StatusCode::kFailedPrecondition) << worker.status();
+    const std::string output(worker.status().message());
+    EXPECT_THAT(output, HasSubstr(absl::StrCat("pagetide-worker: device ", wanted,
+                                               ": use cuda:", wanted == "cuda" ? "0" : "3", ": ")));
+    EXPECT_THAT(output, HasSubstr("device cpu needs no GPU"));
+  }
+}
+
+TEST_F(WorkerProcessTest, WithoutAGpuAutoServesFromHostMemoryAndSaysWhy) {
+  RegisterInStoreDir();
+  auto started = ChildProcess::Start({.program = "pagetide-worker",
+                                      .args = {"--device=auto", "--store-dir", store_dir(),
+                                               absl::StrCat("--pool-bytes=", PoolBytes())},
+                                      .environment = {kNoGpu}});
+  ASSERT_TRUE(started.ok()) << started.status();
+  const std::unique_ptr<ChildProcess> worker = *std::move(started);
+  WorkerClient client(worker->Address("grpc"), model_);
+  TestContext context;
+  v1::GetCapabilitiesResponse response;
+  ASSERT_TRUE(
+      v1::AdminService::NewStub(client.channel())->GetCapabilities(&context, {}, &response).ok());
+  EXPECT_THAT(response.capabilities(), ::testing::Contains("device:cpu"));
+  const auto tokens = TestTokens(1, 20);
+  const auto state = OpenAndFill(client, tokens);
+  ASSERT_TRUE(state.ok()) << state.status();
+  EXPECT_TRUE(client.Verify(state->sequence_id(), tokens, 0, 20).ok());
+  EXPECT_EQ(*worker->Terminate(), 0);
+  EXPECT_THAT(worker->Log(), HasSubstr("frames lie in host memory: use cuda:0: "));
 }
 
 }  // namespace

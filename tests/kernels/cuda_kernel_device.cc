@@ -1,5 +1,7 @@
 #include <cuda_runtime.h>
 
+#include <algorithm>
+
 #include "tests/kernels/kernel_device.h"
 
 namespace pagetide::kernels {
@@ -30,6 +32,14 @@ class CudaKernelDevice final : public KernelDevice {
   int Run(const PageMoveArgs& args) override { return Finish(PageMoveCuda(args, stream_)); }
   int Run(const ConvertRowsArgs& args) override { return Finish(ConvertRowsCuda(args, stream_)); }
   int Run(const RopeShiftArgs& args) override { return Finish(RopeShiftCuda(args, stream_)); }
+  int Run(const AttentionBatch& batch) override {
+    const int64_t bytes = AttentionWorkspaceBytes(batch);
+    EXPECT_GE(bytes, 0) << WhyNotAttendCuda(batch);
+    // What a kernel reads there it must have written.
+    void* workspace =
+        Place(std::vector<uint8_t>(static_cast<size_t>(std::max<int64_t>(bytes, 1)), 0xff));
+    return Finish(AttendCuda(batch, workspace, stream_));
+  }
   int Split(const BytePlanesArgs& args) override {
     return Finish(SplitBytePlanesCuda(args, stream_));
   }

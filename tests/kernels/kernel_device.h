@@ -16,6 +16,7 @@
 #include "kernels/convert_rows.h"
 #include "kernels/copy_rows.h"
 #include "kernels/page_move.h"
+#include "kernels/paged_attention.h"
 #include "kernels/rope_shift.h"
 
 namespace pagetide::kernels {
@@ -34,6 +35,7 @@ class KernelDevice {
   virtual int Run(const PageMoveArgs& args) = 0;
   virtual int Run(const ConvertRowsArgs& args) = 0;
   virtual int Run(const RopeShiftArgs& args) = 0;
+  virtual int Run(const AttentionBatch& batch) = 0;
   virtual int Split(const BytePlanesArgs& args) = 0;
   virtual int Merge(const BytePlanesArgs& args) = 0;
 
@@ -81,6 +83,11 @@ class HostKernelDevice final : public KernelDevice {
   int Run(const RopeShiftArgs& args) override {
     EXPECT_STREQ(CheckRopeShiftArgs(args), nullptr);
     RopeShiftHost(args);
+    return 0;
+  }
+  int Run(const AttentionBatch& batch) override {
+    EXPECT_STREQ(CheckAttentionBatch(batch), nullptr);
+    AttendHost(batch);
     return 0;
   }
   int Split(const BytePlanesArgs& args) override {

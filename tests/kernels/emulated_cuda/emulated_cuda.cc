@@ -3,6 +3,7 @@
 #include <ucontext.h>
 
 #include <cstdio>
+#include <deque>
 #include <map>
 #include <memory>
 #include <utility>
@@ -25,6 +26,13 @@ struct Meeting {
   unsigned arrived = 0;
   int64_t round = 0;
   uint32_t value[2][32] = {};
+  void* operands[32] = {};  // of a warp's common work, which the last lane to come does
+};
+
+struct AsyncCopy {
+  void* to;
+  const void* from;
+  int num_bytes;
 };
 
 // A stack on which threads of the block run to their end, one after another; a thread that waits
@@ -35,7 +43,8 @@ struct Fiber {
   dim3 thread;                      // the one that runs here
   std::function<bool()> can_go_on;  // while it waits
   bool is_done = false;
-  void* fake_stack = nullptr;  // AddressSanitizer's
+  void* fake_stack = nullptr;                    // AddressSanitizer's
+  std::deque<std::vector<AsyncCopy>> copies{1};  // groups; the last one is open
 };
 
 // One block at a time.
@@ -95,6 +104,7 @@ void FiberMain() {
     fiber.thread = block_now->to_start.back();
     block_now->to_start.pop_back();
     threadIdx = fiber.thread;
+    fiber.copies.assign(1, {});
     (*block_now->thread)();
   }
   fiber.is_done = true;
@@ -180,8 +190,120 @@ uint32_t Exchange(unsigned mask, uint32_t value, int source) {
   return meeting.value[round % 2][source];
 }
 
-void RunGrid(dim3 grid, dim3 block, size_t dynamic_shared_bytes,
+namespace {
+
+// Brings all lanes of a warp together; the last one to come does `work` on what they brought.
+template <typename Operands, typename Work>
+void Together(Operands* mine, const Work& work) {
+  const unsigned lane = Rank() % 32;
+  Meeting& meeting = block_now->warp_meetings[{Rank() / 32, 0xffffffffu}];
+  const int64_t round = meeting.round;
+  meeting.operands[lane] = mine;
+  meeting.arrived |= 1u << lane;
+  if (meeting.arrived != 0xffffffffu) {
+    Wait([&meeting, round] { return meeting.round != round; });
+    return;
+  }
+  meeting.arrived = 0;
+  ++meeting.round;
+  Operands* all[32];
+  for (int i = 0; i < 32; ++i) all[i] = static_cast<Operands*>(meeting.operands[i]);
+  work(all);
+}
+
+uint16_t Half(uint32_t word, int index) {
+  return static_cast<uint16_t>(word >> (16 * index));
+}
+
+}  // namespace
+
+void CopyAsync16(void* to, const void* from, int num_bytes) {
+  if (reinterpret_cast<uintptr_t>(to) % 16 != 0 || reinterpret_cast<uintptr_t>(from) % 16 != 0 ||
+      num_bytes < 1 || num_bytes > 16) {
+    std::fprintf(stderr, "emulated CUDA: asynchronous copy of %d bytes from %p to %p\n", num_bytes,
+                 from, to);
+    std::abort();
+  }
+  std::memset(to, 0xff, 16);
+  block_now->running->copies.back().push_back({to, from, num_bytes});
+}
+
+void CommitCopies() {
+  block_now->running->copies.emplace_back();
+}
+
+void WaitForCopies(int num_pending) {
+  std::deque<std::vector<AsyncCopy>>& groups = block_now->running->copies;
+  while (groups.size() > static_cast<size_t>(num_pending) + 1) {
+    for (const AsyncCopy& copy : groups.front()) {
+      std::memset(copy.to, 0, 16);
+      std::memcpy(copy.to, copy.from, static_cast<size_t>(copy.num_bytes));
+    }
+    groups.pop_front();
+  }
+}
+
+void LoadMatrices(bool transposed, uint32_t out[4], const void* row) {
+  struct Operands {
+    const uint16_t* row;
+    uint32_t* out;
+  } mine{static_cast<const uint16_t*>(row), out};
+  if (reinterpret_cast<uintptr_t>(row) % 16 != 0) {
+    std::fprintf(stderr, "emulated CUDA: row of a matrix at %p\n", row);
+    std::abort();
+  }
+  Together(&mine, [transposed](Operands* const all[32]) {
+    for (int m = 0; m < 4; ++m) {
+      for (int lane = 0; lane < 32; ++lane) {
+        uint32_t two = 0;
+        for (int i = 0; i < 2; ++i) {
+          const int r = transposed ? 2 * (lane % 4) + i : lane / 4;
+          const int c = transposed ? lane / 4 : 2 * (lane % 4) + i;
+          two |= static_cast<uint32_t>(all[8 * m + r]->row[c]) << (16 * i);
+        }
+        all[lane]->out[m] = two;
+      }
+    }
+  });
+}
+
+void MultiplyAdd(float sum[4], const uint32_t a[4], uint32_t b0, uint32_t b1,
+                 float (*widen)(uint16_t)) {
+  struct Operands {
+    float* sum;
+    const uint32_t* a;
+    uint32_t b[2];
+  } mine{sum, a, {b0, b1}};
+  Together(&mine, [widen](Operands* const all[32]) {
+    float wide_a[16][16];
+    float wide_b[16][8];
+    for (int lane = 0; lane < 32; ++lane) {
+      for (int i = 0; i < 2; ++i) {
+        const int column = 2 * (lane % 4) + i;
+        for (int part = 0; part < 4; ++part) {
+          wide_a[lane / 4 + part % 2 * 8][column + part / 2 * 8] =
+              widen(Half(all[lane]->a[part], i));
+        }
+        for (int part = 0; part < 2; ++part) {
+          wide_b[column + part * 8][lane / 4] = widen(Half(all[lane]->b[part], i));
+        }
+      }
+    }
+    for (int lane = 0; lane < 32; ++lane) {
+      for (int e = 0; e < 4; ++e) {
+        const int row = lane / 4 + e / 2 * 8;
+        const int column = 2 * (lane % 4) + e % 2;
+        float product = 0.0f;
+        for (int k = 0; k < 16; ++k) product += wide_a[row][k] * wide_b[k][column];
+        all[lane]->sum[e] += product;
+      }
+    }
+  });
+}
+
+void RunGrid(cudaStream_t stream, dim3 grid, dim3 block, size_t dynamic_shared_bytes,
              const std::function<void()>& thread) {
+  cudaStreamSynchronize(stream);
   descending = !descending;
   gridDim = grid;
   blockDim = block;

@@ -1,0 +1,332 @@
+#include "worker/cuda_device.h"
+
+#include <cuda_runtime.h>
+
+#include <algorithm>
+#include <cstring>
+#include <optional>
+#include <span>
+#include <string>
+#include <utility>
+
+#include "absl/strings/str_cat.h"
+#include "base/status_macros.h"
+#include "kernels/paged_attention.h"
+#include "kernels/rope_shift.h"
+#include "worker/attention_call.h"
+#include "worker/cuda_context.h"
+#include "worker/cuda_status.h"
+#include "worker/k_shift.h"
+
+namespace pagetide {
+namespace {
+
+// RopeShiftCuda's limit on the elements of a head that turn.
+constexpr uint32_t kMaxTurned = 12288;
+constexpr int kMinComputeMajor = 8;  // the oldest that the kernels are compiled for
+
+bool IsAligned(const void* rows, uint64_t row_bytes, kernels::KvType type) {
+  const uint64_t unit =
+      kernels::IsBlockType(type) ? 2 : static_cast<uint64_t>(kernels::GroupBytes(type));
+  return (reinterpret_cast<uintptr_t>(rows) | row_bytes) % unit == 0;
+}
+
+// Can the device's kernel turn these K rows?
+bool CanShiftHere(const GroupGeometry& group, const void* rows) {
+  if (!CanShiftOnHost(group)) return false;
+  const std::optional<kernels::RopeShiftArgs> args = KShiftArgsOf(group);
+  return args.has_value() && static_cast<uint32_t>(args->params.n_rot) <= kMaxTurned &&
+         IsAligned(rows, group.k_row_bytes(), args->type);
+}
+
+template <typename T>
+void CopyTo(std::byte* to, std::span<T> from) {
+  if (!from.empty()) std::memcpy(to, from.data(), from.size_bytes());
+}
+
+// K-shifts of one call: what its kernel needs of memory, filled on the host, and its launch. Rows
+// go to a copy, whole, what does not turn too.
+class ShiftPlan {
+ public:
+  // Room for at most `max_runs`; the group outlives it.
+  ShiftPlan(const GroupGeometry& group, size_t max_runs, Arena* arena)
+      : group_(group), args_(max_runs > 0 ? KShiftArgsOf(group) : std::nullopt) {
+    if (!args_) return;
+    runs_at_ = arena->Take(max_runs * sizeof(kernels::RopeShiftRun));
+    table_bytes_ = static_cast<uint64_t>(args_->params.n_rot) * sizeof(float);
+    tables_at_ = arena->Take(max_runs * table_bytes_);
+  }
+
+  // `pinned`: the arena on the host.
+  void Fill(std::span<const KShiftRun> runs, std::byte* pinned) const {
+    if (!args_) return;
+    auto* const to = reinterpret_cast<kernels::RopeShiftRun*>(pinned + runs_at_);
+    for (size_t i = 0; i < runs.size(); ++i) {
+      to[i] = {runs[i].out, runs[i].out, runs[i].num_rows, runs[i].delta};
+      kernels::RopeAngles(args_->params, runs[i].delta,
+                          reinterpret_cast<float*>(pinned + tables_at_ + i * table_bytes_));
+    }
+  }
+
+  // Enqueues all of it; the arena lies in the work's memory.
+  absl::Status Launch(std::span<const KShiftRun> runs, CudaWork* work) const {
+    int64_t max_rows = 0;
+    for (const KShiftRun& run : runs) {
+      max_rows = std::max<int64_t>(max_rows, run.num_rows);
+      if (run.num_rows == 0) continue;
+      PT_RETURN_IF_ERROR(work->Copy(run.out, run.in, run.num_rows * uint64_t{group_.k_row_bytes()},
+                                    cudaMemcpyDeviceToDevice));
+    }
+    if (!args_ || runs.empty()) return absl::OkStatus();
+    kernels::RopeShiftArgs args = *args_;
+    args.runs = reinterpret_cast<const kernels::RopeShiftRun*>(work->device() + runs_at_);
+    args.num_runs = static_cast<int64_t>(runs.size());
+    args.max_rows = max_rows;
+    args.cos_sin = reinterpret_cast<const float*>(work->device() + tables_at_);
+    return CudaStatus("shift K", kernels::RopeShiftCuda(args, work->stream()));
+  }
+
+ private:
+  const GroupGeometry& group_;
+  const std::optional<kernels::RopeShiftArgs> args_;  // none where rows need no turning
+  uint64_t runs_at_ = 0;
+  uint64_t tables_at_ = 0;
+  uint64_t table_bytes_ = 0;
+};
+
+class CudaPool final : public DevicePool {
+ public:
+  static absl::StatusOr<std::unique_ptr<DevicePool>> Create(std::shared_ptr<CudaContext> context,
+                                                            uint64_t size_bytes) {
+    PT_RETURN_IF_ERROR(context->Use());
+    auto pool = std::unique_ptr<CudaPool>(new CudaPool(std::move(context), size_bytes));
+    void* base = nullptr;
+    const absl::Status allocated = CudaStatus(
+        absl::StrCat("create a pool of ", size_bytes, " bytes on ", pool->context_->name()),
+        cudaMalloc(&base, size_bytes));
+    if (!allocated.ok()) {
+      size_t free_bytes = 0;
+      size_t total_bytes = 0;
+      if (cudaMemGetInfo(&free_bytes, &total_bytes) != cudaSuccess) return allocated;
+      return absl::Status(allocated.code(), absl::StrCat(allocated.message(), ": ", free_bytes,
+                                                         " of ", total_bytes, " bytes are free"));
+    }
+    pool->base_ = static_cast<std::byte*>(base);
+    PT_RETURN_IF_ERROR(pool->Zero(0, size_bytes));
+    return std::unique_ptr<DevicePool>(std::move(pool));
+  }
+
+  ~CudaPool() override {
+    if (base_ == nullptr || !context_->Use().ok()) return;
+    (void)cudaFree(base_);
+  }
+  CudaPool(const CudaPool&) = delete;
+  CudaPool& operator=(const CudaPool&) = delete;
+
+  uint64_t size_bytes() const override { return size_bytes_; }
+  std::byte* host_view() override { return nullptr; }
+  int export_fd() const override { return -1; }
+
+  absl::Status Write(uint64_t offset, std::span<const std::byte> from) override {
+    PT_RETURN_IF_ERROR(CheckPoolRange("write to", offset, from.size(), size_bytes_));
+    return context_->to_device().ToDevice(base_ + offset, from);
+  }
+
+  absl::Status Read(uint64_t offset, std::span<std::byte> to) override {
+    PT_RETURN_IF_ERROR(CheckPoolRange("read from", offset, to.size(), size_bytes_));
+    return context_->from_device().FromDevice(base_ + offset, to);
+  }
+
+  absl::Status Copy(uint64_t to, uint64_t from, uint64_t num_bytes) override {
+    PT_RETURN_IF_ERROR(CheckPoolRange("copy from", from, num_bytes, size_bytes_));
+    PT_RETURN_IF_ERROR(CheckPoolRange("copy to", to, num_bytes, size_bytes_));
+    if (num_bytes == 0 || to == from) return absl::OkStatus();
+    PT_RETURN_IF_ERROR(context_->Use());
+    CudaContext::Borrowed work(context_.get());
+    const std::byte* source = base_ + from;
+    // Copies on the device must not overlap: such a range goes by a copy of it.
+    if ((to > from ? to - from : from - to) < num_bytes) {
+      PT_RETURN_IF_ERROR(work->Reserve(num_bytes, 0));
+      PT_RETURN_IF_ERROR(work->Copy(work->device(), source, num_bytes, cudaMemcpyDeviceToDevice));
+      source = work->device();
+    }
+    PT_RETURN_IF_ERROR(work->Copy(base_ + to, source, num_bytes, cudaMemcpyDeviceToDevice));
+    return work->Wait();
+  }
+
+  absl::Status Zero(uint64_t offset, uint64_t num_bytes) override {
+    PT_RETURN_IF_ERROR(CheckPoolRange("zero", offset, num_bytes, size_bytes_));
+    if (num_bytes == 0) return absl::OkStatus();
+    PT_RETURN_IF_ERROR(context_->Use());
+    CudaContext::Borrowed work(context_.get());
+    PT_RETURN_IF_ERROR(CudaStatus(absl::StrCat("zero ", num_bytes, " bytes"),
+                                  cudaMemsetAsync(base_ + offset, 0, num_bytes, work->stream())));
+    return work->Wait();
+  }
+
+  bool CanShift(const GroupGeometry& group) const override { return CanShiftOnHost(group); }
+
+  absl::Status ReadShifted(const GroupGeometry& group, uint64_t offset, uint32_t num_rows,
+                           int32_t delta, std::span<std::byte> to) override {
+    const uint64_t num_bytes = uint64_t{num_rows} * group.k_row_bytes();
+    PT_RETURN_IF_ERROR(CheckPoolRange("read shifted rows from", offset, num_bytes, size_bytes_));
+    if (to.size() != num_bytes) {
+      return absl::InvalidArgumentError(
+          absl::StrCat("read shifted rows: ", num_bytes, " bytes into ", to.size()));
+    }
+    if (num_bytes == 0 || delta == 0 || !CanShiftHere(group, base_ + offset)) {
+      PT_RETURN_IF_ERROR(Read(offset, to));
+      const KShiftRun run{to.data(), to.data(), num_rows, delta};
+      return ShiftOnHost(group, {&run, 1});
+    }
+    PT_RETURN_IF_ERROR(context_->Use());
+    CudaContext::Borrowed work(context_.get());
+    Arena arena;
+    const ShiftPlan shift(group, 1, &arena);
+    const uint64_t input_bytes = arena.bytes();
+    const uint64_t rows_at = arena.Take(num_bytes);
+    PT_RETURN_IF_ERROR(work->Reserve(arena.bytes(), input_bytes));
+    std::byte* const rows = work->device() + rows_at;
+    const KShiftRun run{base_ + offset, rows, num_rows, delta};
+    shift.Fill({&run, 1}, work->pinned());
+    PT_RETURN_IF_ERROR(
+        work->Copy(work->device(), work->pinned(), input_bytes, cudaMemcpyHostToDevice));
+    PT_RETURN_IF_ERROR(shift.Launch({&run, 1}, &*work));
+    PT_RETURN_IF_ERROR(work->Wait());
+    return context_->from_device().FromDevice(rows, to);
+  }
+
+  absl::Status Attend(const AttentionCall& call) override {
+    const std::string& name = context_->name();
+    kernels::AttentionBatch batch{};
+    PT_ASSIGN_OR_RETURN(batch.all.shape, AttentionShapeOf(call, name));
+    PT_ASSIGN_OR_RETURN(const uint64_t shifted_bytes, ShiftedBytesOf(call));
+    const GroupGeometry& group = *call.group;
+    if (shifted_bytes > 0 && !CanShiftOnHost(group)) {
+      return absl::InvalidArgumentError("attend: rows of the group cannot be turned");
+    }
+    batch.all.num_runs = static_cast<int64_t>(call.extents.size());
+    batch.all.num_queries = batch.max_queries = call.num_queries;
+    batch.num_sequences = 1;
+    batch.values_are_keys = group.spec().v_dim == 0;
+    for (const DeviceExtent& extent : call.extents) batch.max_rows += extent.count;
+    PT_RETURN_IF_ERROR(context_->Use());
+    if (const char* why = kernels::WhyNotAttendCuda(batch)) return CannotAttend(name, why);
+
+    // First what goes to the device, then what comes back, then what stays there.
+    CudaContext::Borrowed work(context_.get());
+    Arena arena;
+    const uint64_t q_at = arena.Take(call.queries.size_bytes());
+    const uint64_t positions_at = arena.Take(uint64_t{call.num_queries} * sizeof(int64_t));
+    const uint64_t runs_at = arena.Take(call.extents.size() * sizeof(kernels::KvRun));
+    const ShiftPlan shift(group, shifted_bytes > 0 ? call.extents.size() : 0, &arena);
+    const uint64_t input_bytes = arena.bytes();
+    const uint64_t out_at = arena.Take(call.outputs.size_bytes());
+    const uint64_t lse_at = arena.Take(call.log_sum_exp.size_bytes());
+    const uint64_t exchanged_bytes = arena.bytes();
+    const uint64_t workspace_at =
+        arena.Take(static_cast<uint64_t>(kernels::AttentionWorkspaceBytes(batch)));
+    const uint64_t shifted_at = arena.Take(shifted_bytes);
+    PT_RETURN_IF_ERROR(work->Reserve(arena.bytes(), exchanged_bytes));
+    std::byte* const device = work->device();
+    std::byte* const pinned = work->pinned();
+
+    PT_ASSIGN_OR_RETURN(const AttentionRuns rows,
+                        AttentionRunsOf(call, base_, size_bytes_, device + shifted_at));
+    PT_RETURN_IF_ERROR(CheckRuns(batch, rows));
+    if (call.num_queries == 0) return absl::OkStatus();
+    CopyTo(pinned + q_at, call.queries);
+    CopyTo(pinned + positions_at, std::span(rows.q_positions));
+    CopyTo(pinned + runs_at, std::span(rows.runs));
+    shift.Fill(rows.shifts, pinned);
+    PT_RETURN_IF_ERROR(work->Copy(device, pinned, input_bytes, cudaMemcpyHostToDevice));
+    PT_RETURN_IF_ERROR(shift.Launch(rows.shifts, &*work));
+    batch.all.runs = reinterpret_cast<const kernels::KvRun*>(device + runs_at);
+    batch.all.q = reinterpret_cast<const float*>(device + q_at);
+    batch.all.q_positions = reinterpret_cast<const int64_t*>(device + positions_at);
+    batch.all.out = reinterpret_cast<float*>(device + out_at);
+    if (!call.log_sum_exp.empty()) batch.all.lse = reinterpret_cast<float*>(device + lse_at);
+    PT_RETURN_IF_ERROR(
+        CudaStatus("attend", kernels::AttendCuda(batch, device + workspace_at, work->stream())));
+    PT_RETURN_IF_ERROR(work->Copy(pinned + out_at, device + out_at, exchanged_bytes - out_at,
+                                  cudaMemcpyDeviceToHost));
+    PT_RETURN_IF_ERROR(work->Wait());
+    std::memcpy(call.outputs.data(), pinned + out_at, call.outputs.size_bytes());
+    if (!call.log_sum_exp.empty()) {
+      std::memcpy(call.log_sum_exp.data(), pinned + lse_at, call.log_sum_exp.size_bytes());
+    }
+    return absl::OkStatus();
+  }
+
+ private:
+  CudaPool(std::shared_ptr<CudaContext> context, uint64_t size_bytes)
+      : context_(std::move(context)), size_bytes_(size_bytes) {}
+
+  // Of the host's view of the runs: positions, and what device kernels ask of addresses.
+  absl::Status CheckRuns(const kernels::AttentionBatch& batch, const AttentionRuns& rows) const {
+    kernels::AttentionArgs args = batch.all;
+    args.runs = rows.runs.data();
+    if (const char* wrong = kernels::CheckAttentionArgs(args)) {
+      return absl::InvalidArgumentError(absl::StrCat("attend: ", wrong));
+    }
+    const auto k_bytes = static_cast<uint64_t>(args.shape.k_row_bytes);
+    const auto v_bytes = static_cast<uint64_t>(args.shape.v_row_bytes);
+    bool is_aligned = true;
+    for (const kernels::KvRun& run : rows.runs) {
+      is_aligned = is_aligned && IsAligned(run.k_rows, k_bytes, args.shape.k_type) &&
+                   IsAligned(run.v_rows, v_bytes, args.shape.v_type);
+    }
+    if (!is_aligned)
+      return CannotAttend(context_->name(), "rows are not aligned to their elements");
+    return absl::OkStatus();
+  }
+
+  // Shared by all pools of a GPU and outlived by none: a pool may outlive its device.
+  const std::shared_ptr<CudaContext> context_;
+  const uint64_t size_bytes_;
+  std::byte* base_ = nullptr;  // device
+};
+
+class CudaDevice final : public Device {
+ public:
+  explicit CudaDevice(std::shared_ptr<CudaContext> context) : context_(std::move(context)) {}
+
+  absl::string_view name() const override { return context_->name(); }
+
+  absl::StatusOr<std::unique_ptr<DevicePool>> CreatePool(uint64_t size_bytes) override {
+    if (size_bytes == 0) {
+      return absl::InvalidArgumentError(absl::StrCat("create a pool of 0 bytes on ", name()));
+    }
+    return CudaPool::Create(context_, size_bytes);
+  }
+
+ private:
+  const std::shared_ptr<CudaContext> context_;  // shared with the pools, which may outlive this
+};
+
+absl::Status CannotUse(int ordinal, absl::string_view why) {
+  return absl::FailedPreconditionError(absl::StrCat("use cuda:", ordinal, ": ", why));
+}
+
+}  // namespace
+
+absl::StatusOr<std::unique_ptr<Device>> MakeCudaDevice(int ordinal) {
+  int count = 0;
+  const cudaError_t error = cudaGetDeviceCount(&count);
+  if (error != cudaSuccess) return CannotUse(ordinal, cudaGetErrorString(error));
+  if (ordinal < 0 || ordinal >= count) {
+    return CannotUse(ordinal, absl::StrCat("this process sees ", count, " GPUs"));
+  }
+  int major = 0;
+  PT_RETURN_IF_ERROR(
+      CudaStatus("ask for the compute capability",
+                 cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, ordinal)));
+  if (major < kMinComputeMajor) {
+    return CannotUse(ordinal, absl::StrCat("its compute capability is ", major,
+                                           ".x, the kernels need ", kMinComputeMajor, ".0"));
+  }
+  PT_ASSIGN_OR_RETURN(std::shared_ptr<CudaContext> context, CudaContext::Create(ordinal));
+  return std::unique_ptr<Device>(std::make_unique<CudaDevice>(std::move(context)));
+}
+
+}  // namespace pagetide
