@@ -309,7 +309,7 @@ absl::StatusOr<CommitResult> ModelHostImpl::CommitRows(const Tenant& tenant,
     result.pages_created = pending->pages_created;
     for (const std::vector<PageId>& left : pending->created) result.pages_created -= left.size();
     counters_.tokens_appended += n;
-    if (is_append && n >= kMinMeasuredTokens) {
+    if (is_append && !sequence->is_copied && n >= kMinMeasuredTokens) {
       prefill_meter_.Add(n, clock_->MonotonicNow() - pending->began);
     }
     DropPending(*sequence);

@@ -206,6 +206,7 @@ class ModelHostImpl final : public ModelHost {
     bool was_appended = false;            // since open: then a lost prefix is the caller's to know
     bool keeps_masked_rows = false;       // until KeepRows
     bool closed = false;
+    bool is_copied = false;  // PromptOptions
     std::string shortened_because;
     uint64_t length() const { return num_rows(); }
   };

@@ -485,6 +485,7 @@ absl::StatusOr<OpenResult> ModelHostImpl::Open(const Tenant& tenant,
       if (input.position < length) sequence->inputs.push_back(input);
     }
     if (options.is_private) sequence->canonical_limit = 0;
+    sequence->is_copied = options.is_copied;
     sequence->keeps_masked_rows = options.keeps_masked_rows;
     AddSequence(sequence);
     counters_.tokens_reused += length;
