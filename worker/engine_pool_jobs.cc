@@ -11,7 +11,6 @@
 namespace pagetide {
 namespace {
 
-constexpr absl::Duration kLookAgain = absl::Milliseconds(100);
 // After which a refused job may find room, or a block free.
 constexpr absl::Duration kRetryDelay = absl::Milliseconds(200);
 

@@ -12,8 +12,6 @@
 namespace pagetide {
 namespace {
 
-constexpr absl::Duration kLookAgain = absl::Milliseconds(100);
-
 absl::Status PoolNotFound(absl::string_view name) {
   return WithReason(
       absl::NotFoundError(absl::StrCat("engine pool \"", name, "\" is not registered here")),
@@ -87,12 +85,13 @@ absl::StatusOr<EnginePoolRef> EnginePools::Register(const Tenant& tenant, ModelH
         if (pools_.size() >= options_.max_pools ||
             state.num_pools >= options_.max_pools_per_tenant) {
           const bool is_all = pools_.size() >= options_.max_pools;
-          const absl::Status refused = TooMany(
-              "engine pools", is_all ? "all tenants" : "the tenant",
-              is_all ? pools_.size() : state.num_pools,
-              is_all ? options_.max_pools : options_.max_pools_per_tenant, "TOO_MANY_ENGINE_POOLS");
+          const size_t num = is_all ? pools_.size() : state.num_pools;
           ForgetTenantIfIdle(tenant.name);
-          return refused;
+          return WithReason(absl::ResourceExhaustedError(absl::StrCat(
+                                num, " engine pools of ", is_all ? "all tenants" : "the tenant",
+                                " are registered, the limit is ",
+                                is_all ? options_.max_pools : options_.max_pools_per_tenant)),
+                            "TOO_MANY_ENGINE_POOLS");
         }
         pool->ref.generation = ++last_generation_;
         ++state.num_pools;

@@ -171,6 +171,9 @@ class EnginePools {
     std::vector<PoolPtr> pools;
     std::vector<std::pair<EngineJobKind, absl::Status>> outcomes;
   };
+  // How soon who waits looks at the clock again.
+  static constexpr absl::Duration kLookAgain = absl::Milliseconds(100);
+
   using PoolKey = std::pair<std::string, std::string>;  // tenant, name
   using Block = std::pair<uint64_t, uint64_t>;          // generation, group << 32 | block
 

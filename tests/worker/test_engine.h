@@ -28,7 +28,7 @@ inline int MakeEngineFd(uint64_t num_bytes, int seals = F_SEAL_SHRINK) {
   const int fd = memfd_create("engine", MFD_CLOEXEC | MFD_ALLOW_SEALING);
   EXPECT_GE(fd, 0);
   EXPECT_EQ(ftruncate(fd, static_cast<off_t>(num_bytes)), 0);
-  if (seals != 0) EXPECT_EQ(fcntl(fd, F_ADD_SEALS, seals), 0);
+  EXPECT_EQ(fcntl(fd, F_ADD_SEALS, seals), 0);
   return fd;
 }
 

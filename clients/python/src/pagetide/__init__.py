@@ -14,6 +14,7 @@ in pagetide.v1.
 """
 
 from pagetide._messages import RowsPart
+from pagetide.engine_memory import EngineLayout, EngineMemory
 from pagetide.errors import (Aborted, AlreadyExists, Cancelled, DataLoss, DeadlineExceeded,
                              FailedPrecondition, Internal, InvalidArgument, NotFound, PageTideError,
                              PermissionDenied, ResourceExhausted, SequenceMoved, Unauthenticated,
@@ -25,12 +26,14 @@ from pagetide.options import Retention
 from pagetide.retry import CallOptions, RetryPolicy
 from pagetide.sync.calls import WorkerConnection
 from pagetide.sync.client import Client
+from pagetide.sync.engine import EngineJob, EnginePool
 from pagetide.sync.files import Export
 from pagetide.sync.sequence import Sequence
 from pagetide.sync.writes import PendingAppend, PendingStep
 
 __all__ = [
-    "Aborted", "AlreadyExists", "CallOptions", "Cancelled", "Client", "DataLoss", "DeadlineExceeded", "Export",
+    "Aborted", "AlreadyExists", "CallOptions", "Cancelled", "Client", "DataLoss", "DeadlineExceeded", "EngineJob",
+    "EngineLayout", "EngineMemory", "EnginePool", "Export",
     "FailedPrecondition", "Group", "Internal", "InvalidArgument", "LocalPlane", "Model", "NotFound",
     "PageLease", "PageTideError", "PendingAppend", "PendingStep", "PermissionDenied",
     "ResourceExhausted", "Retention", "RetryPolicy", "RowKind", "RowsPart", "Sequence", "SequenceMoved",

@@ -7,8 +7,9 @@ which drops `async` and `await`. What is different between the two is in pagetid
 
 from pagetide.aio.calls import WorkerConnection
 from pagetide.aio.client import Client
+from pagetide.aio.engine import EngineJob, EnginePool
 from pagetide.aio.files import Export
 from pagetide.aio.sequence import Sequence
 from pagetide.aio.writes import PendingAppend, PendingStep
 
-__all__ = ["Client", "Export", "PendingAppend", "PendingStep", "Sequence", "WorkerConnection"]
+__all__ = ["Client", "EngineJob", "EnginePool", "Export", "PendingAppend", "PendingStep", "Sequence", "WorkerConnection"]
