@@ -364,6 +364,73 @@ TEST(EnginePoolsTest, AStoreThatBeginsBehindWhatIsKnownFailsAndSaysSo) {
   EXPECT_EQ(little.progress.usable_tokens, 0);
 }
 
+TEST(EnginePoolsTest, AStoreSaysNothingAboutPrefillsAndRestoresNothing) {
+  Pools pools(HostSetup(ModelOf(1, 2, DataType::kF32), 16));
+  TestEngine engine(pools.under.model->geometry(), {.block_tokens = 4});
+  const EnginePoolRef ref = pools.Register(engine);
+  std::mt19937 random(11);
+  const std::vector<uint32_t> tokens = Tokens(1, 12 * kPage);
+  const EngineSlotMap map = engine.Allocate(0, tokens.size(), &random);
+  engine.Compute(tokens, map, 0, tokens.size());
+  const std::vector<uint32_t> half(tokens.begin(), tokens.begin() + 6 * kPage);
+  const EngineSlotMap front{0, {map.blocks.begin(), map.blocks.begin() + 12}};
+  ASSERT_EQ(pools.Store(ref, half, {front}).progress.moved_pages, 6);
+  // The copies came at once, which no prefill does: a restore would never seem worth its while.
+  EXPECT_EQ(pools.under.host->Load().prefill_tokens_per_second, 0);
+  pools.under.host->Quiesce();
+  ASSERT_TRUE(pools.under.host->EvictPages(0, HostUnderTest::Soon()).ok());
+  const EngineJobInfo rest = pools.Store(ref, tokens, {map});
+  EXPECT_EQ(rest.state, EngineJobState::kDone) << rest.status;
+  EXPECT_EQ(rest.progress.known_pages, 6);
+  EXPECT_EQ(rest.progress.moved_pages, 6);
+  pools.under.host->Quiesce();
+  EXPECT_EQ(pools.under.host->Counters().pages_restored, 0);
+  EXPECT_EQ(pools.under.host->Counters().tokens_reused, 0);
+}
+
+TEST(EnginePoolsTest, EnginesAtWorkAtOnceGetWhatIsTheirs) {
+  Pools pools(HostSetup(ModelOf(1, 2, DataType::kF16), 8));
+  const PageGeometry& geometry = pools.under.model->geometry();
+  std::vector<std::thread> threads;
+  for (uint32_t e = 0; e < 3; ++e) {
+    threads.emplace_back([&, e] {
+      std::mt19937 random(e);
+      TestEngine engine(geometry, {.heads = e == 1 ? EngineHeads::kHnd : EngineHeads::kNhd,
+                                   .is_block_major = e == 2,
+                                   .block_tokens = 4 + e,
+                                   .num_blocks = 64});
+      EnginePoolRef ref = pools.Register(engine, absl::StrCat("e", e), e + 1);
+      for (int step = 0; step < 15; ++step) {
+        // Prompts that all three use.
+        const uint32_t which = random() % 4;
+        const std::vector<uint32_t> tokens =
+            Concat(Tokens(1, 2 * kPage), Tokens(1000 * which, 1 + random() % (5 * kPage)));
+        const EngineSlotMap map = engine.Allocate(0, tokens.size(), &random);
+        if (random() % 2 == 0) {
+          engine.Compute(tokens, map, 0, tokens.size());
+          const EngineJobInfo job = pools.Store(ref, tokens, {map});
+          EXPECT_EQ(job.state, EngineJobState::kDone) << job.status;
+        } else {
+          const EngineJobInfo job = pools.Load(ref, tokens, {map});
+          EXPECT_EQ(job.state, EngineJobState::kDone) << job.status;
+          engine.Expect(tokens, map, 0, job.progress.usable_tokens);
+        }
+        EXPECT_EQ(engine.WrongBytes(), 0) << "engine " << e << ", step " << step;
+        engine.Free(map);
+        if (step % 5 == 4) {
+          const EnginePoolRef before = ref;
+          ref = pools.Register(engine, before.name, e + 1);
+          EXPECT_GT(ref.generation, before.generation);
+        }
+      }
+      EXPECT_TRUE(pools.pools.Unregister(pools.under.tenant, ref, HostUnderTest::Soon()).ok());
+    });
+  }
+  for (std::thread& thread : threads) thread.join();
+  EXPECT_EQ(pools.pools.num_pools(), 0);
+  EXPECT_EQ(pools.under.host->Load().open_sequences, 0);
+}
+
 TEST(EnginePoolsTest, ALoadThatWaitsForFramesIsCancelledAtOnce) {
   Pools pools(HostSetup(ModelOf(1, 2, DataType::kF32), 4));
   TestEngine engine(pools.under.model->geometry(), {.block_tokens = 4});

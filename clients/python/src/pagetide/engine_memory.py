@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import fcntl
 import mmap
 import os
 from typing import Any, Iterator
@@ -32,6 +31,8 @@ class EngineMemory:
     def __init__(self, num_bytes: int) -> None:
         if num_bytes < 1:
             raise ValueError(f"engine memory of {num_bytes} bytes")
+        import fcntl  # only where there are memfds, which is Linux
+
         self.fd = os.memfd_create("pagetide-engine", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
         os.ftruncate(self.fd, num_bytes)
         fcntl.fcntl(self.fd, _F_ADD_SEALS, _F_SEAL_SHRINK | _F_SEAL_GROW)

@@ -141,4 +141,5 @@ def _slot_maps(blocks: Blocks, first_token: int) -> list[engine_pool_pb2.SlotMap
     maps = [b for b in blocks if isinstance(b, engine_pool_pb2.SlotMap)]
     if maps:
         return maps
-    return [engine_pool_pb2.SlotMap(first_token=first_token, blocks=m.token_list(blocks))]
+    numbers = [int(b) for b in blocks if not isinstance(b, engine_pool_pb2.SlotMap)]
+    return [engine_pool_pb2.SlotMap(first_token=first_token, blocks=numbers)]
