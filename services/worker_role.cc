@@ -20,6 +20,8 @@
 #include "rpc/model_codec.h"
 #include "rpc/stream_deadlines.h"
 #include "worker/choose_device.h"
+#include "worker/engine_pool_service.h"
+#include "worker/engine_pools.h"
 #include "worker/parking.h"
 #include "worker/prefix_service.h"
 #include "worker/prompt_planner.h"
@@ -104,6 +106,8 @@ struct WorkerRole::Parts {
   std::unique_ptr<Parking> parking;  // the lease's thread calls it
   std::unique_ptr<StoreLeaseKeeper> store_lease;
   std::unique_ptr<WorkerFence> fence;
+  std::unique_ptr<ThreadPoolExecutor> engine_threads;
+  std::unique_ptr<EnginePools> engine_pools;
   std::unique_ptr<LocalPlane> local_plane;
   std::unique_ptr<PeriodicTask> idle_giver;
   std::unique_ptr<RequestMemos> memos;
@@ -115,6 +119,7 @@ struct WorkerRole::Parts {
   std::unique_ptr<SequenceServiceImpl> sequence_service;
   std::unique_ptr<SequenceEditServiceImpl> sequence_edit_service;
   std::unique_ptr<SessionServiceImpl> session_service;
+  std::unique_ptr<EnginePoolServiceImpl> engine_pool_service;
   std::unique_ptr<WorkerAdminService> admin_service;
   std::unique_ptr<RpcServer> server;
   std::vector<std::unique_ptr<RouterLink>> links;
@@ -162,7 +167,16 @@ absl::StatusOr<std::unique_ptr<WorkerRole>> WorkerRole::Start(Options options, P
   };
   PT_ASSIGN_OR_RETURN(parts->worker, Worker::Create(std::move(options.worker), std::move(ports)));
   Worker* const worker = parts->worker.get();
+  // Jobs of engines wait for frames and restores, so they have threads of their own.
+  options.engine_pools.incarnation = worker->incarnation();
+  parts->engine_threads = std::make_unique<ThreadPoolExecutor>(ThreadPoolExecutor::Options{
+      .name = "engine-jobs", .num_threads = options.engine_pools.max_running, .max_queue = 64});
+  parts->engine_pools = std::make_unique<EnginePools>(
+      options.engine_pools, parts->engine_threads.get(), clock, parts->metrics.get());
   if (!options.local_plane.socket_path.empty()) {
+    options.local_plane.on_client_gone = [pools = parts->engine_pools.get()](uint64_t client_id) {
+      pools->DropClient(client_id);
+    };
     PT_ASSIGN_OR_RETURN(parts->local_plane, LocalPlane::Create(options.local_plane, worker));
   }
   LocalPlane* const local_plane = parts->local_plane.get();
@@ -206,13 +220,17 @@ absl::StatusOr<std::unique_ptr<WorkerRole>> WorkerRole::Start(Options options, P
   parts->session_service =
       std::make_unique<SessionServiceImpl>(worker, parts->sessions.get(), parts->memos.get(),
                                            parts->stream_deadlines.get(), options.file_limits);
+  parts->engine_pool_service =
+      std::make_unique<EnginePoolServiceImpl>(worker, parts->engine_pools.get(), local_plane,
+                                              parts->memos.get(), parts->stream_deadlines.get());
   worker->Start();
-  PT_ASSIGN_OR_RETURN(parts->server,
-                      RpcServer::Create(options.server,
-                                        {parts->prefix_service.get(), parts->sequence_service.get(),
-                                         parts->sequence_edit_service.get(),
-                                         parts->session_service.get(), parts->admin_service.get()},
-                                        parts->metrics));
+  PT_ASSIGN_OR_RETURN(
+      parts->server,
+      RpcServer::Create(options.server,
+                        {parts->prefix_service.get(), parts->sequence_service.get(),
+                         parts->sequence_edit_service.get(), parts->session_service.get(),
+                         parts->engine_pool_service.get(), parts->admin_service.get()},
+                        parts->metrics));
   parts->advertise =
       options.advertise.empty() ? parts->server->addresses().front() : options.advertise;
   for (const std::string& router : options.routers) {
@@ -243,6 +261,7 @@ WorkerRole::~WorkerRole() {
   parts_->links.clear();
   parts_->server.reset();
   parts_->local_plane.reset();
+  parts_->engine_pools->Stop();
   parts_->sequence_service.reset();
   parts_->worker->Stop();
 }

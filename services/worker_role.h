@@ -17,6 +17,7 @@
 #include "core/page_store.h"
 #include "rpc/server.h"
 #include "worker/cpu_device.h"
+#include "worker/engine_pools.h"
 #include "worker/local_plane.h"
 #include "worker/session_service.h"
 #include "worker/worker.h"
@@ -35,6 +36,8 @@ class WorkerRole {
     CpuDevice::Options cpu_device;
     // No local data plane when local_plane.socket_path is empty.
     LocalPlane::Options local_plane;
+    // The incarnation is the worker's.
+    EnginePools::Options engine_pools;
     // Addresses of routers to attach to.
     std::vector<std::string> routers;
     // A router asks this worker to drain and end; from a thread of the link. May be null.

@@ -16,6 +16,7 @@
 #include <utility>
 
 #include "absl/strings/str_cat.h"
+#include "base/error_info.h"
 #include "base/log.h"
 #include "base/status_macros.h"
 #include "pagetide/v1/local_plane.pb.h"
@@ -197,25 +198,65 @@ void LocalPlane::Accept() {
       continue;
     }
     connections_.push_back(
-        {fd, worker_->clock().MonotonicNow() + options_.handshake_timeout, {}, 0});
+        {fd, worker_->clock().MonotonicNow() + options_.handshake_timeout, {}, 0, {}});
   }
 }
 
 bool LocalPlane::Receive(Connection* connection) {
-  char buffer[kLocalLengthBytes + kMaxLocalHelloBytes];
-  const ssize_t n = recv(connection->fd, buffer, sizeof(buffer), MSG_DONTWAIT);
+  const ssize_t n = ReceiveWithFds(connection->fd, kLocalLengthBytes + kMaxLocalHelloBytes,
+                                   &connection->received, &connection->fds);
   if (n < 0) return errno == EAGAIN || errno == EINTR;
   // Nothing is said after the welcome, so bytes then are as much an end as the end itself.
   if (n == 0 || connection->client_id != 0) return false;
-  connection->received.append(buffer, n);
   const auto hello = ParseLocalHello(connection->received);
   if (!hello.ok()) return false;
   if (!hello->has_value()) return true;
   connection->received.clear();
-  return Welcome(connection, **hello);
+  // What was mapped stays so without its descriptor.
+  const ReceivedFds fds = std::move(connection->fds);
+  return Welcome(connection, **hello, fds);
 }
 
-bool LocalPlane::Welcome(Connection* connection, const v1::LocalHello& hello) {
+absl::StatusOr<EngineLayout::Memories> LocalPlane::MapMemories(const v1::LocalHello& hello,
+                                                               const ReceivedFds& fds) const {
+  EngineLayout::Memories memories;
+  if (static_cast<size_t>(hello.memories_size()) > kMaxLocalMemories) {
+    return absl::InvalidArgumentError(absl::StrCat("memories has ", hello.memories_size(),
+                                                   " entries, at most ", kMaxLocalMemories));
+  }
+  uint64_t total = 0;
+  for (int i = 0; i < hello.memories_size(); ++i) {
+    const v1::LocalMemory& memory = hello.memories(i);
+    if (memory.kind() != v1::LocalMemory::KIND_MEMFD) {
+      return absl::UnimplementedError(absl::StrCat(
+          "memories[", i, "].kind is ", v1::LocalMemory::Kind_Name(memory.kind()),
+          "; this worker's device is ", worker_->device_name(), ", it takes KIND_MEMFD only"));
+    }
+    if (memory.size_bytes() > options_.max_engine_bytes - total) {
+      return absl::ResourceExhaustedError(
+          absl::StrCat("memories[", i, "].size_bytes is ", memory.size_bytes(), " after ", total,
+                       " bytes, a client may hand over ", options_.max_engine_bytes));
+    }
+    total += memory.size_bytes();
+  }
+  if (fds.size() != static_cast<size_t>(hello.memories_size())) {
+    return absl::InvalidArgumentError(absl::StrCat("memories has ", hello.memories_size(),
+                                                   " entries, ", fds.size(), " descriptors came"));
+  }
+  for (size_t i = 0; i < fds.size(); ++i) {
+    const auto size = hello.memories(static_cast<int>(i)).size_bytes();
+    auto memory = EngineMemory::Map(fds[i], size);
+    if (!memory.ok()) {
+      return absl::Status(memory.status().code(),
+                          absl::StrCat("memories[", i, "]: ", memory.status().message()));
+    }
+    memories.push_back(*std::move(memory));
+  }
+  return memories;
+}
+
+bool LocalPlane::Welcome(Connection* connection, const v1::LocalHello& hello,
+                         const ReceivedFds& received) {
   if (hello.version() != kVersion) {
     Refuse(connection->fd, absl::StrCat("version ", hello.version(), " is not ", kVersion));
     return false;
@@ -228,6 +269,12 @@ bool LocalPlane::Welcome(Connection* connection, const v1::LocalHello& hello) {
     Refuse(connection->fd, staging.status().message());
     return false;
   }
+  auto memories = MapMemories(hello, received);
+  if (!memories.ok()) {
+    Refuse(connection->fd, memories.status().message());
+    return false;
+  }
+  welcome.set_num_memories(static_cast<uint32_t>(memories->size()));
   fds.push_back((*staging)->fd());
   if (!hello.model_digest().empty()) {
     const auto host = worker_->HostOfModel(
@@ -249,7 +296,7 @@ bool LocalPlane::Welcome(Connection* connection, const v1::LocalHello& hello) {
   welcome.set_staging_bytes((*staging)->num_bytes());
   {
     MutexLock lock(&mu_);
-    clients_.emplace(client_id, *staging);
+    clients_.emplace(client_id, Client{*staging, *std::move(memories)});
   }
   connection->client_id = client_id;
   return SendWelcome(connection->fd, welcome, fds);
@@ -258,9 +305,13 @@ bool LocalPlane::Welcome(Connection* connection, const v1::LocalHello& hello) {
 void LocalPlane::DropClient(uint64_t client_id) {
   if (client_id == 0) return;
   std::vector<std::pair<uint64_t, Entry>> dropped;
+  Client client;  // unmapped without the lock, if it is the last that holds its memories
   {
     MutexLock lock(&mu_);
-    clients_.erase(client_id);
+    if (const auto at = clients_.find(client_id); at != clients_.end()) {
+      client = std::move(at->second);
+      clients_.erase(at);
+    }
     for (auto it = reservations_.begin(); it != reservations_.end();) {
       if (it->second.client_id != client_id) {
         ++it;
@@ -279,6 +330,7 @@ void LocalPlane::DropClient(uint64_t client_id) {
                  " of a client that left: ", aborted.message());
     }
   }
+  if (options_.on_client_gone) options_.on_client_gone(client_id);
 }
 
 void LocalPlane::DropExpired() {
@@ -312,11 +364,12 @@ absl::StatusOr<uint64_t> LocalPlane::Stage(uint64_t client_id, uint64_t reservat
     return absl::NotFoundError(
         absl::StrCat("local_client_id ", client_id, " is not connected to this worker"));
   }
-  PT_ASSIGN_OR_RETURN(const uint64_t offset, client->second->Allocate(reservation.num_bytes));
+  PT_ASSIGN_OR_RETURN(const uint64_t offset,
+                      client->second.staging->Allocate(reservation.num_bytes));
   staging_bytes_ += reservation.num_bytes;
   staging_high_water_bytes_ = std::max(staging_high_water_bytes_, staging_bytes_);
   reservations_.emplace(reservation_id,
-                        Entry{std::move(reservation), client_id, client->second, offset});
+                        Entry{std::move(reservation), client_id, client->second.staging, offset});
   return offset;
 }
 
@@ -340,6 +393,15 @@ void LocalPlane::Release(uint64_t reservation_id) {
   it->second.buffer->Free(it->second.offset);
   staging_bytes_ -= it->second.reservation.num_bytes;
   reservations_.erase(it);
+}
+
+absl::StatusOr<EngineLayout::Memories> LocalPlane::MemoriesOf(uint64_t client_id) const {
+  MutexLock lock(&mu_);
+  const auto client = clients_.find(client_id);
+  if (client != clients_.end()) return client->second.memories;
+  return WithReason(absl::NotFoundError(absl::StrCat("local_client_id ", client_id,
+                                                     " is not connected to this worker")),
+                    "LOCAL_CLIENT_NOT_FOUND");
 }
 
 size_t LocalPlane::num_clients() const {

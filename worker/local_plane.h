@@ -1,7 +1,8 @@
 // LocalPlane: the data plane for clients on the same machine (proto/pagetide/v1/local_plane.proto).
 // A client connects to a unix socket, says hello, and gets a staging buffer to write rows into and,
-// if it asks for a model, that model's pool to read frames in place. The connection is the client's
-// life: when it closes, the staging is freed and the reservations that used it are aborted.
+// if it asks for a model, that model's pool to read frames in place. An engine hands its own memory
+// over with the hello. The connection is the client's life: when it closes, the staging is freed,
+// the reservations that used it are aborted, and on_client_gone ends what stood on its memory.
 //
 // One named thread serves the socket and never waits for a client. Clients are hostile until proven
 // otherwise: a bad length, version or message closes their connection and nothing else.
@@ -10,6 +11,7 @@
 #define PAGETIDE_WORKER_LOCAL_PLANE_H_
 
 #include <cstdint>
+#include <functional>
 #include <map>
 #include <memory>
 #include <string>
@@ -21,6 +23,8 @@
 #include "base/byte_size.h"
 #include "base/mutex.h"
 #include "pagetide/v1/local_plane.pb.h"
+#include "worker/engine_layout.h"
+#include "worker/local_plane_wire.h"
 #include "worker/staging_buffer.h"
 #include "worker/worker.h"
 
@@ -36,6 +40,12 @@ class LocalPlane {
     absl::Duration handshake_timeout = absl::Seconds(5);
     // Longest wait for a model that a client names and that is not loaded yet.
     absl::Duration model_load_timeout = absl::Seconds(2);
+    // Memory of its own that one client may hand over. Reading what the client never wrote takes
+    // memory of this process.
+    uint64_t max_engine_bytes = 256 * kGiB;
+    // A client that was welcomed is gone; from the plane's thread, which must not wait. May be
+    // null.
+    std::function<void(uint64_t client_id)> on_client_gone;
   };
 
   // INVALID_ARGUMENT for a path that does not fit a socket address, FAILED_PRECONDITION when
@@ -75,6 +85,8 @@ class LocalPlane {
   // NOT_FOUND (LOCAL_CLIENT_NOT_FOUND) unless this worker welcomed the client and it is still
   // there.
   absl::Status CheckClient(uint64_t client_id) const;
+  // What the client handed over. NOT_FOUND (LOCAL_CLIENT_NOT_FOUND) when it is not connected.
+  absl::StatusOr<EngineLayout::Memories> MemoriesOf(uint64_t client_id) const;
 
   const std::string& socket_path() const { return options_.socket_path; }
   size_t num_clients() const;
@@ -87,6 +99,11 @@ class LocalPlane {
     MonotonicTime handshake_ends;
     std::string received;
     uint64_t client_id = 0;  // 0 until welcomed
+    ReceivedFds fds;         // until the hello has been read
+  };
+  struct Client {
+    std::shared_ptr<StagingBuffer> staging;
+    EngineLayout::Memories memories;
   };
   struct Entry {
     Reservation reservation;
@@ -100,7 +117,9 @@ class LocalPlane {
   void Accept();
   // False: close the connection.
   bool Receive(Connection* connection);
-  bool Welcome(Connection* connection, const v1::LocalHello& hello);
+  bool Welcome(Connection* connection, const v1::LocalHello& hello, const ReceivedFds& received);
+  absl::StatusOr<EngineLayout::Memories> MapMemories(const v1::LocalHello& hello,
+                                                     const ReceivedFds& fds) const;
   void DropClient(uint64_t client_id);
   void DropExpired();
 
@@ -111,7 +130,7 @@ class LocalPlane {
   std::vector<Connection> connections_;  // owned by the thread
 
   mutable Mutex mu_;
-  std::map<uint64_t, std::shared_ptr<StagingBuffer>> clients_ ABSL_GUARDED_BY(mu_);
+  std::map<uint64_t, Client> clients_ ABSL_GUARDED_BY(mu_);
   std::map<uint64_t, Entry> reservations_ ABSL_GUARDED_BY(mu_);
   uint64_t staging_bytes_ ABSL_GUARDED_BY(mu_) = 0;
   uint64_t staging_high_water_bytes_ ABSL_GUARDED_BY(mu_) = 0;

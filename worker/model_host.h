@@ -110,6 +110,9 @@ struct PromptOptions {
   // The rows that will be appended come from elsewhere: none of their pages gets a key, so that no
   // prompt finds them, and canonical_length stays 0 until the sequence is cut to nothing.
   bool is_private = false;
+  // The rows that will be appended are copies: how fast they come says nothing about a prefill. What
+  // is known of them counts whatever its restore would cost, and is not restored for it.
+  bool is_copied = false;
   // Window groups give no rows up until KeepRows says which they hold.
   bool keeps_masked_rows = false;
 };

@@ -215,7 +215,7 @@ absl::StatusOr<ModelHostImpl::Match> ModelHostImpl::MatchPrompt(
       }
     }
   }
-  if (store_pages > 0) {
+  if (store_pages > 0 && !options.is_copied) {
     const RestoreEstimate estimate =
         EstimateRestore(store_bytes, store_meter_.per_second(), store_pages * page_size,
                         prefill_meter_.per_second());
@@ -254,7 +254,7 @@ absl::StatusOr<ModelHostImpl::Match> ModelHostImpl::MatchPrompt(
   // Rows of one more page that begins alike.
   const uint64_t at = reuse.reused_tokens;
   const std::span<const uint32_t> rest = tokens.subspan(at, limit - at);
-  if (cause != ReuseLimit::kSlowerThanCompute && rest.size() >= 2 &&
+  if (cause != ReuseLimit::kSlowerThanCompute && !options.whole_pages_only && rest.size() >= 2 &&
       !HasInputIn(inputs, at, at + std::min<uint64_t>(rest.size(), page_size))) {
     const PrefixKey& parent = reuse.shared_pages == 0 ? root : keys[reuse.shared_pages - 1];
     uint32_t common = page_size;
@@ -512,8 +512,8 @@ absl::StatusOr<OpenResult> ModelHostImpl::Open(const Tenant& tenant,
     if (options.is_private) sequence->canonical_limit = 0;
     sequence->keeps_masked_rows = options.keeps_masked_rows;
     AddSequence(sequence);
-    counters_.tokens_reused += length;
-    result.restoring_pages = Prefetch(*sequence);
+    if (!options.is_copied) counters_.tokens_reused += length;
+    if (!options.is_copied) result.restoring_pages = Prefetch(*sequence);
     result.info = InfoOf(*sequence);
     result.reuse = std::move(reuse);
     changed_.SignalAll();

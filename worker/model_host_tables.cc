@@ -72,7 +72,10 @@ absl::StatusOr<ModelHostImpl::PinnedPlan> ModelHostImpl::PinPlan(
     PT_ASSIGN_OR_RETURN(const ReadPlan before, plan_of(*sequence));
     const Need need = NeedOf(before.extents);
     Acquired got;
-    const absl::Status status = Acquire(tenant.name, need, deadline, &got);
+    // A read whose sequence is closed leaves the line at once.
+    const auto is_wanted = [&]() { return !sequence->closed; };
+    const absl::Status status = Acquire(tenant.name, need, deadline, &got, is_wanted);
+    if (absl::IsCancelled(status)) continue;  // which says that it is closed
     if (!status.ok()) {
       if (GetReason(status) == "PREFIX_LOST" && !sequence->pending && !sequence->closed) {
         PT_RETURN_IF_ERROR(CutIfLost(*sequence));

@@ -81,6 +81,7 @@ absl::StatusOr<SequenceInfo> Fill(ModelHost* host, const Tenant& tenant,
   PromptOptions options;
   options.no_reuse = true;
   options.is_private = !is_canonical;
+  options.is_copied = true;
   options.keeps_masked_rows = true;
   PT_ASSIGN_OR_RETURN(const OpenResult opened, host->Open(tenant, {}, {}, options));
   SequenceInfo info = opened.info;

@@ -33,7 +33,10 @@ uint64_t ResidentSetBytes() {
 std::vector<std::string> Capabilities(absl::string_view device, const LocalPlane* local_plane) {
   std::vector<std::string> capabilities = {absl::StrCat("device:", device), "format:native",
                                            "format:llama_cpp", "format:mlx", "format:llama_sharp"};
-  if (local_plane != nullptr) capabilities.push_back("local_plane");
+  if (local_plane != nullptr) {
+    capabilities.push_back("local_plane");
+    capabilities.push_back("engine_memory:memfd");
+  }
   return capabilities;
 }
 

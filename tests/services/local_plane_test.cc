@@ -2,6 +2,7 @@
 // misbehave.
 #include "worker/local_plane.h"
 
+#include <fcntl.h>
 #include <gtest/gtest.h>
 #include <sys/mman.h>
 #include <sys/socket.h>
@@ -20,6 +21,7 @@
 #include "core/staging_layout.h"
 #include "kvstore/memory_page_store.h"
 #include "pagetide/v1/admin.grpc.pb.h"
+#include "pagetide/v1/engine_pool.grpc.pb.h"
 #include "pagetide/v1/local_plane.pb.h"
 #include "rpc/status_mapping.h"
 #include "services/worker_role.h"
@@ -59,6 +61,22 @@ class PlaneClient {
   }
   bool connected() const { return connected_; }
   void Send(const std::string& bytes) { send(fd_, bytes.data(), bytes.size(), MSG_NOSIGNAL); }
+  // The bytes, and with the first of them the descriptors.
+  void SendWithFds(const std::string& bytes, const std::vector<int>& fds) {
+    std::vector<char> control(CMSG_SPACE(fds.size() * sizeof(int)));
+    iovec part{const_cast<char*>(bytes.data()), bytes.size()};
+    msghdr message{};
+    message.msg_iov = &part;
+    message.msg_iovlen = 1;
+    message.msg_control = control.data();
+    message.msg_controllen = control.size();
+    cmsghdr* header = CMSG_FIRSTHDR(&message);
+    header->cmsg_level = SOL_SOCKET;
+    header->cmsg_type = SCM_RIGHTS;
+    header->cmsg_len = CMSG_LEN(fds.size() * sizeof(int));
+    std::memcpy(CMSG_DATA(header), fds.data(), fds.size() * sizeof(int));
+    sendmsg(fd_, &message, MSG_NOSIGNAL);
+  }
   static std::string Frame(const std::string& body) {
     const uint32_t length = static_cast<uint32_t>(body.size());
     std::string frame(4, '\0');
@@ -311,6 +329,145 @@ TEST_F(LocalPlaneTest, TheDeathOfAClientFreesStagingAndAbortsItsReservations) {
   Reserve(open->state(), client_id, 1);
   EXPECT_EQ(status_.code(), absl::StatusCode::kNotFound);
   EXPECT_EQ(client_->Get(open->state().sequence_id())->pending_tokens(), 0);
+}
+
+// An engine's memory for `num_blocks` blocks of 16 tokens, laid out layer by layer, dense.
+class PlaneEngine {
+ public:
+  PlaneEngine(const PageGeometry& geometry, uint32_t num_blocks) {
+    const GroupGeometry& group = geometry.group(0);
+    request_.set_name("engine");
+    request_.set_block_tokens(16);
+    request_.set_num_blocks(num_blocks);
+    v1::EngineGroup* to = request_.add_groups();
+    to->set_layout(v1::EngineGroup::LAYOUT_NHD);
+    to->set_k_type(v1::DATA_TYPE_F32);
+    to->set_v_type(v1::DATA_TYPE_F32);
+    to->set_kv_heads(group.spec().kv_heads);
+    for (uint32_t layer = 0; layer < group.num_layers(); ++layer) {
+      v1::EngineGroup::Layer* planes = to->add_layers();
+      planes->mutable_k()->set_offset(num_bytes_);
+      num_bytes_ += uint64_t{num_blocks} * 16 * group.k_row_bytes();
+      planes->mutable_v()->set_offset(num_bytes_);
+      num_bytes_ += uint64_t{num_blocks} * 16 * group.v_row_bytes();
+    }
+    fd_ = memfd_create("engine", MFD_CLOEXEC | MFD_ALLOW_SEALING);
+    EXPECT_EQ(ftruncate(fd_, static_cast<off_t>(num_bytes_)), 0);
+    EXPECT_EQ(fcntl(fd_, F_ADD_SEALS, F_SEAL_SHRINK), 0);
+  }
+  ~PlaneEngine() { close(fd_); }
+  PlaneEngine(const PlaneEngine&) = delete;
+  PlaneEngine& operator=(const PlaneEngine&) = delete;
+
+  int fd() const { return fd_; }
+  v1::LocalHello Hello() const {
+    v1::LocalHello hello;
+    hello.set_version(1);
+    v1::LocalMemory* memory = hello.add_memories();
+    memory->set_kind(v1::LocalMemory::KIND_MEMFD);
+    memory->set_size_bytes(num_bytes_);
+    return hello;
+  }
+  v1::RegisterEnginePoolRequest Registration(const Model& model, uint64_t client_id) const {
+    v1::RegisterEnginePoolRequest request = request_;
+    request.set_model_digest(model.digest().ToHex());
+    request.set_local_client_id(client_id);
+    return request;
+  }
+  // Rows of tokens [0, n) in blocks 1, 2, … of one layer.
+  std::string Read(uint32_t layer, uint64_t row_bytes, uint64_t num_tokens) const {
+    std::string rows(num_tokens * row_bytes, '\0');
+    const uint64_t at = request_.groups(0).layers(layer).k().offset() + 16 * row_bytes;
+    EXPECT_EQ(pread(fd_, rows.data(), rows.size(), static_cast<off_t>(at)),
+              static_cast<ssize_t>(rows.size()));
+    return rows;
+  }
+
+ private:
+  v1::RegisterEnginePoolRequest request_;
+  uint64_t num_bytes_ = 0;
+  int fd_ = -1;
+};
+
+TEST_F(LocalPlaneTest, AnEnginesMemoryIsLoadedIntoAndItsPoolEndsWithItsConnection) {
+  const auto engines = v1::EnginePoolService::NewStub(client_->channel());
+  const auto tokens = TestTokens(3, 32);
+  auto open = client_->Open({});
+  ASSERT_TRUE(open.ok()) << open.status();
+  ASSERT_TRUE(client_->Append(open->state(), tokens, tokens.size()).ok());
+
+  const PlaneEngine engine(model_->geometry(), 4);
+  auto plane = std::make_unique<PlaneClient>(path());
+  plane->SendWithFds(PlaneClient::Frame(engine.Hello().SerializeAsString()), {engine.fd()});
+  v1::LocalWelcome welcome;
+  ASSERT_TRUE(plane->Receive(&welcome));
+  ASSERT_EQ(welcome.error(), "");
+  EXPECT_EQ(welcome.num_memories(), 1);
+  v1::RegisterEnginePoolRequest registration = engine.Registration(*model_, welcome.client_id());
+  registration.set_request_id("once");
+  v1::RegisterEnginePoolResponse registered, repeated;
+  TestContext first, second, third, fourth, fifth;
+  absl::Status status =
+      FromGrpcStatus(engines->RegisterEnginePool(&first, registration, &registered));
+  ASSERT_TRUE(status.ok()) << status;
+  ASSERT_TRUE(engines->RegisterEnginePool(&second, registration, &repeated).ok());
+  EXPECT_EQ(repeated.pool().generation(), registered.pool().generation());
+
+  v1::LoadPagesRequest load;
+  *load.mutable_pool() = registered.pool();
+  load.mutable_tokens()->Add(tokens.begin(), tokens.end());
+  load.set_allow_full_reuse(true);
+  v1::SlotMap* map = load.add_slot_maps();
+  map->add_blocks(1);
+  map->add_blocks(2);
+  v1::LoadPagesResponse accepted;
+  status = FromGrpcStatus(engines->LoadPages(&third, load, &accepted));
+  ASSERT_TRUE(status.ok()) << status;
+  v1::WatchJobRequest watch;
+  watch.set_job_id(accepted.job().job_id());
+  v1::WatchJobResponse told;
+  const auto stream = engines->WatchJob(&fourth, watch);
+  while (stream->Read(&told)) {
+  }
+  ASSERT_TRUE(stream->Finish().ok());
+  EXPECT_EQ(told.job().state(), v1::EngineJob::STATE_DONE) << told.DebugString();
+  EXPECT_EQ(told.job().usable_tokens(), 32);
+  const GroupGeometry& group = model_->geometry().group(0);
+  EXPECT_EQ(engine.Read(1, group.k_row_bytes(), 32),
+            TestRows(group, tokens, 0, 32, 1, RowKind::kK));
+
+  plane.reset();
+  EXPECT_TRUE(Eventually([&] {
+    TestContext context;
+    v1::LoadPagesResponse refused;
+    return GetReason(FromGrpcStatus(engines->LoadPages(&context, load, &refused))) ==
+           "ENGINE_POOL_NOT_FOUND";
+  }));
+  registration.set_request_id("");
+  status = FromGrpcStatus(engines->RegisterEnginePool(&fifth, registration, &registered));
+  EXPECT_EQ(GetReason(status), "LOCAL_CLIENT_NOT_FOUND") << status;
+}
+
+TEST_F(LocalPlaneTest, DescriptorsThatNobodyAskedForEndTheConnection) {
+  const PlaneEngine engine(model_->geometry(), 4);
+  {
+    PlaneClient plane(path());
+    plane.SendWithFds(PlaneClient::Frame(Hello().SerializeAsString()), {engine.fd()});
+    v1::LocalWelcome welcome;
+    ASSERT_TRUE(plane.Receive(&welcome));
+    EXPECT_NE(welcome.error(), "");
+    EXPECT_TRUE(plane.IsClosedByPeer());
+  }
+  {
+    PlaneClient plane(path());
+    plane.SendWithFds("x", std::vector<int>(40, engine.fd()));
+    EXPECT_TRUE(plane.IsClosedByPeer());
+  }
+  PlaneClient after(path());
+  v1::LocalWelcome welcome;
+  ASSERT_TRUE(after.Hello(Hello(), &welcome));
+  after.SendWithFds("x", {engine.fd()});
+  EXPECT_TRUE(after.IsClosedByPeer());
 }
 
 TEST_F(LocalPlaneTest, StagingThatIsFullRefusesTheReservationWhole) {

@@ -15,6 +15,7 @@ in pagetide.v1.
 
 from pagetide._attention import Attention
 from pagetide._messages import RowsPart
+from pagetide.engine_memory import EngineLayout, EngineMemory
 from pagetide.errors import (Aborted, AlreadyExists, Cancelled, DataLoss, DeadlineExceeded,
                              FailedPrecondition, Internal, InvalidArgument, NotFound, PageTideError,
                              PermissionDenied, ResourceExhausted, SequenceMoved, Unauthenticated,
@@ -27,15 +28,17 @@ from pagetide.retry import CallOptions, RetryPolicy
 from pagetide.sync.appends import PendingAppend
 from pagetide.sync.calls import WorkerConnection
 from pagetide.sync.client import Client
+from pagetide.sync.engine import EngineJob, EnginePool
 from pagetide.sync.files import Export
 from pagetide.sync.sequence import Sequence
 from pagetide.sync.steps import BatchStep, PendingStep
 
 __all__ = [
     "Aborted", "AlreadyExists", "Attention", "BatchStep", "CallOptions", "Cancelled", "Client",
-    "DataLoss", "DeadlineExceeded", "Export", "FailedPrecondition", "Group", "Internal",
-    "InvalidArgument", "LocalPlane", "Model", "NotFound", "PageLease", "PageTideError",
-    "PendingAppend", "PendingStep", "PermissionDenied", "ResourceExhausted", "Retention",
-    "RetryPolicy", "RowKind", "RowsPart", "Sequence", "SequenceMoved", "Unauthenticated",
-    "Unavailable", "Unimplemented", "WorkerConnection", "row_bytes"
+    "DataLoss", "DeadlineExceeded", "EngineJob", "EngineLayout", "EngineMemory", "EnginePool",
+    "Export", "FailedPrecondition", "Group", "Internal", "InvalidArgument", "LocalPlane", "Model",
+    "NotFound", "PageLease", "PageTideError", "PendingAppend", "PendingStep", "PermissionDenied",
+    "ResourceExhausted", "Retention", "RetryPolicy", "RowKind", "RowsPart", "Sequence",
+    "SequenceMoved", "Unauthenticated", "Unavailable", "Unimplemented", "WorkerConnection",
+    "row_bytes"
 ]

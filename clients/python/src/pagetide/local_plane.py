@@ -14,11 +14,12 @@ import select
 import socket
 import struct
 import time
-from typing import Optional
+from typing import Optional, Sequence as Seq
 
 import numpy as np
 import numpy.typing as npt
 
+from pagetide.engine_memory import EngineMemory
 from pagetide.errors import DeadlineExceeded, FailedPrecondition, Unavailable
 from pagetide.v1 import local_plane_pb2
 
@@ -44,8 +45,9 @@ class LocalPlane:
 
     @staticmethod
     def connect(socket_path: str, staging_bytes: int, timeout: float,
-                model_digest: str = "") -> "LocalPlane":
-        """`model_digest`: the model whose pool is to be mapped; empty for none.
+                model_digest: str = "", memories: Seq[EngineMemory] = ()) -> "LocalPlane":
+        """`model_digest`: the model whose pool is to be mapped; empty for none. `memories`: of an engine,
+        for its pools; they stay the worker's to use until this connection ends.
 
         Raises Unavailable when nobody listens there (another host, no local plane), DeadlineExceeded,
         FailedPrecondition with the worker's words when it refuses.
@@ -58,8 +60,19 @@ class LocalPlane:
             sock.connect(socket_path)
             hello = local_plane_pb2.LocalHello(
                 version=_VERSION, staging_bytes=staging_bytes, model_digest=model_digest)
-            sock.sendall(struct.pack("<I", hello.ByteSize()) + hello.SerializeToString())
+            for memory in memories:
+                hello.memories.add(
+                    kind=local_plane_pb2.LocalMemory.KIND_MEMFD, size_bytes=memory.num_bytes)
+            message = struct.pack("<I", hello.ByteSize()) + hello.SerializeToString()
+            # Descriptors travel with the first byte.
+            sent = 0
+            if memories:
+                sent = socket.send_fds(sock, [message], [memory.fd for memory in memories])
+            sock.sendall(message[sent:])
             welcome = _receive_welcome(sock, descriptors, deadline, socket_path)
+            if welcome.num_memories != len(memories):
+                raise Unavailable(f"local plane {socket_path}: took {welcome.num_memories} of "
+                                  f"{len(memories)} memories: the worker is of an older version")
             if not descriptors:
                 raise Unavailable(f"local plane {socket_path}: welcome without a staging descriptor")
             staging = _map(descriptors[0], welcome.staging_bytes, True, socket_path)

@@ -8,8 +8,10 @@ which drops `async` and `await`. What is different between the two is in pagetid
 from pagetide.aio.appends import PendingAppend
 from pagetide.aio.calls import WorkerConnection
 from pagetide.aio.client import Client
+from pagetide.aio.engine import EngineJob, EnginePool
 from pagetide.aio.files import Export
 from pagetide.aio.sequence import Sequence
 from pagetide.aio.steps import BatchStep, PendingStep
 
-__all__ = ["BatchStep", "Client", "Export", "PendingAppend", "PendingStep", "Sequence", "WorkerConnection"]
+__all__ = ["BatchStep", "Client", "EngineJob", "EnginePool", "Export", "PendingAppend", "PendingStep", "Sequence",
+           "WorkerConnection"]

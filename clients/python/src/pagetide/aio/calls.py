@@ -12,12 +12,14 @@ import grpc
 from pagetide import _messages as m
 from pagetide import _transport_asyncio as transport
 from pagetide._attention import Attention, attention_of
-from pagetide.errors import PageTideError, SequenceMoved, from_rpc_error
+from pagetide.engine_memory import EngineMemory
+from pagetide.errors import FailedPrecondition, PageTideError, SequenceMoved, from_rpc_error
 from pagetide.local_plane import LocalPlane
 from pagetide.model import Model
 from pagetide.retry import CallOptions, RetryLoop
-from pagetide.v1 import (admin_pb2, admin_pb2_grpc, prefix_pb2_grpc, sequence_edit_pb2_grpc,
-                         sequence_pb2, sequence_pb2_grpc, session_pb2_grpc, types_pb2)
+from pagetide.v1 import (admin_pb2, admin_pb2_grpc, engine_pool_pb2_grpc, prefix_pb2_grpc,
+                         sequence_edit_pb2_grpc, sequence_pb2, sequence_pb2_grpc, session_pb2_grpc,
+                         types_pb2)
 
 if TYPE_CHECKING:
     from pagetide.aio.client import Client
@@ -74,6 +76,7 @@ class WorkerConnection:
         self.edits: Any = sequence_edit_pb2_grpc.SequenceEditServiceStub(self._channel)
         self.sessions: Any = session_pb2_grpc.SessionServiceStub(self._channel)
         self.prefixes: Any = prefix_pb2_grpc.PrefixServiceStub(self._channel)
+        self.engine_pools: Any = engine_pool_pb2_grpc.EnginePoolServiceStub(self._channel)
         self.admin: Any = admin_pb2_grpc.AdminServiceStub(self._channel)
         self._lock = threading.Lock()  # never held across a wait
         self._planes: dict[str, LocalPlane] = {}  # by model digest
@@ -108,6 +111,15 @@ class WorkerConnection:
         if kept is not plane:
             plane.close()
         return kept
+
+    async def hand_over(self, memory: EngineMemory) -> LocalPlane:
+        """A connection of its own for an engine's memory. FailedPrecondition without a local socket, or
+        with the worker's words."""
+        if not self._local_socket:
+            raise FailedPrecondition(f"hand memory over to {self.address}: it has no local plane on this host")
+        plane: LocalPlane = await transport.run_blocking(
+            LocalPlane.connect, self._local_socket, 1, m.LOCAL_PLANE_TIMEOUT, "", [memory])
+        return plane
 
     def drop_plane(self, model: Model) -> None:
         """The worker does not know this client (it restarted, or another worker has a socket of the same

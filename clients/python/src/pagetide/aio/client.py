@@ -12,13 +12,15 @@ import grpc
 from pagetide import _messages as m
 from pagetide import _transport_asyncio as transport
 from pagetide.aio.calls import WorkerConnection, unary, unary_once
+from pagetide.aio.engine import EnginePool
 from pagetide.aio.files import import_file
 from pagetide.aio.sequence import Sequence
 from pagetide.aio.steps import BatchStep, begin_batch_step
+from pagetide.engine_memory import EngineLayout, EngineMemory
 from pagetide.errors import FailedPrecondition, NotFound, PageTideError, Unavailable
 from pagetide.model import Model
 from pagetide.retry import CallOptions, RetryPolicy
-from pagetide.v1 import (model_pb2, prefix_pb2, router_pb2, router_pb2_grpc, sequence_edit_pb2,
+from pagetide.v1 import (engine_pool_pb2, model_pb2, prefix_pb2, router_pb2, router_pb2_grpc, sequence_edit_pb2,
                          sequence_pb2, session_pb2, types_pb2)
 
 _log = logging.getLogger("pagetide")
@@ -239,6 +241,28 @@ class Client:
 
     async def _model_of(self, model: Optional[Model], state: types_pb2.SequenceState) -> Model:
         return await self.find_model(state.model_digest) if model is None else model
+
+    # --- engines with a pool of their own ---
+
+    async def register_engine_pool(self, model: Model, memory: EngineMemory, layout: EngineLayout,
+                                   name: str, worker_id: str = "") -> EnginePool:
+        """Hands an engine's memory to a worker on this host, to load pages into its blocks and store them
+        from there. A pool of that name is taken over: its jobs end first. The memory is the pool's until
+        it is closed. FailedPrecondition when the worker is not on this host; InvalidArgument names what
+        of the layout does not fit."""
+        worker = (await self._serving_workers(worker_id))[0]
+        plane = await worker.hand_over(memory)
+        try:
+            response = await unary(
+                self._options, worker.engine_pools.RegisterEnginePool,
+                engine_pool_pb2.RegisterEnginePoolRequest(
+                    request_id=m.new_request_id(), name=name, model_digest=model.digest,
+                    local_client_id=plane.client_id, block_tokens=layout.block_tokens,
+                    num_blocks=layout.num_blocks, groups=layout.groups(model)))
+        except BaseException:
+            plane.close()
+            raise
+        return EnginePool(worker, plane, model, layout, response.pool)
 
     # --- what outlives a sequence ---
 

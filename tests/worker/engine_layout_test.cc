@@ -1,0 +1,191 @@
+// What a layout, a slot map and a memory must be to be taken.
+#include "worker/engine_layout.h"
+
+#include <gmock/gmock.h>
+#include <gtest/gtest.h>
+
+#include <functional>
+#include <limits>
+#include <string>
+
+#include "base/error_info.h"
+#include "tests/support/process.h"
+#include "tests/worker/model_host_fixture.h"
+#include "tests/worker/test_engine.h"
+
+namespace pagetide {
+namespace {
+
+using ::testing::HasSubstr;
+
+constexpr uint64_t kMax = std::numeric_limits<uint64_t>::max();
+
+std::shared_ptr<const Model> HeadsModel() {
+  ModelSpec spec = TestModel(8)->spec();
+  spec.geometry.groups[0].kv_heads = 3;
+  return std::make_shared<const Model>(Model::Create(std::move(spec)).value());
+}
+
+struct BadLayout {
+  const char* says;
+  std::function<void(EnginePoolSpec&)> spoil;
+};
+
+TEST(EngineLayoutTest, RefusesWhatDoesNotFitAndNamesIt) {
+  const auto model = HeadsModel();  // layers 0 and 2, K 3 × 8 × f32, V 3 × 4 × f32
+  const TestEngine engine(model->geometry(), {.block_tokens = 4, .num_blocks = 8});
+  const auto create = [&](const EnginePoolSpec& spec) {
+    auto memories = engine.Registration("e").memories;
+    return EngineLayout::Create(model->geometry(), spec, std::move(memories)).status();
+  };
+  ASSERT_TRUE(create(engine.spec()).ok()) << create(engine.spec());
+  const auto first = [](EnginePoolSpec& spec) -> EnginePlaneSpec& {
+    return spec.groups[0].layers[0].k;
+  };
+  const auto last = [](EnginePoolSpec& spec) -> EnginePlaneSpec& {
+    return *spec.groups[0].layers[1].v;
+  };
+  const std::vector<BadLayout> bad = {
+      {"block_tokens is 0", [](EnginePoolSpec& s) { s.block_tokens = 0; }},
+      {"block_tokens is 65537", [](EnginePoolSpec& s) { s.block_tokens = 65537; }},
+      {"num_blocks is 1", [](EnginePoolSpec& s) { s.num_blocks = 1; }},
+      {"groups has 0 entries", [](EnginePoolSpec& s) { s.groups.clear(); }},
+      {"groups[0].layers has 1 entries", [](EnginePoolSpec& s) { s.groups[0].layers.pop_back(); }},
+      {"groups[0].kv_heads is 4", [](EnginePoolSpec& s) { s.groups[0].kv_heads = 4; }},
+      {"K of f16", [](EnginePoolSpec& s) { s.groups[0].k_type = DataType::kF16; }},
+      {"V of none", [](EnginePoolSpec& s) { s.groups[0].v_type.reset(); }},
+      {"layers[1].v is absent", [](EnginePoolSpec& s) { s.groups[0].layers[1].v.reset(); }},
+      {"layers[0].k.memory is 1", [&](EnginePoolSpec& s) { first(s).memory = 1; }},
+      {"leaves memory 0", [&](EnginePoolSpec& s) { last(s).offset += 1; }},
+      {"leaves memory 0", [&](EnginePoolSpec& s) { s.num_blocks += 1; }},
+      {"leaves memory 0", [&](EnginePoolSpec& s) { first(s).offset = kMax; }},
+      {"leaves memory 0", [&](EnginePoolSpec& s) { first(s).block_stride = kMax; }},
+      {"leaves memory 0", [&](EnginePoolSpec& s) { first(s).block_stride = kMax / 7 + 1; }},
+      {"leaves memory 0", [&](EnginePoolSpec& s) { s.num_blocks = 0xffffffff; }},
+      {"block_stride", [&](EnginePoolSpec& s) { first(s).token_stride = kMax / 3 + 1; }},
+      {"token_stride", [&](EnginePoolSpec& s) { first(s).head_stride = kMax / 2 + 1; }},
+      {"head_stride is 31", [&](EnginePoolSpec& s) { first(s).head_stride = 31; }},
+      {"token_stride is 95", [&](EnginePoolSpec& s) { first(s).token_stride = 95; }},
+      {"block_stride is 383", [&](EnginePoolSpec& s) { first(s).block_stride = 383; }},
+      {"token_stride is 31",
+       [&](EnginePoolSpec& s) {
+         s.groups[0].heads = EngineHeads::kHnd;
+         first(s).token_stride = 31;
+       }},
+      {"head_stride is 127",
+       [&](EnginePoolSpec& s) {
+         s.groups[0].heads = EngineHeads::kHnd;
+         first(s).head_stride = 127;
+       }},
+  };
+  for (const BadLayout& layout : bad) {
+    EnginePoolSpec spec = engine.spec();
+    layout.spoil(spec);
+    const absl::Status status = create(spec);
+    EXPECT_EQ(status.code(), absl::StatusCode::kInvalidArgument) << layout.says;
+    EXPECT_THAT(std::string(status.message()), HasSubstr(layout.says));
+  }
+}
+
+TEST(EngineLayoutTest, AModelWithGroupsWithoutRowsIsRefused) {
+  const auto model = MixedModel(8, 4, 2);
+  EnginePoolSpec spec;
+  spec.block_tokens = 4;
+  spec.num_blocks = 4;
+  const TestEngine engine(TestModel(8)->geometry(), {});
+  spec.groups.assign(model->geometry().num_groups(), {});
+  // Of the groups with rows all is well.
+  for (uint32_t g = 0; g < 2; ++g) {
+    spec.groups[g] = engine.spec().groups[0];
+    spec.groups[g].layers.resize(model->geometry().group(g).num_layers());
+  }
+  const auto layout =
+      EngineLayout::Create(model->geometry(), spec, engine.Registration("e").memories);
+  EXPECT_EQ(layout.status().code(), absl::StatusCode::kFailedPrecondition) << layout.status();
+  EXPECT_EQ(GetReason(layout.status()), "NO_ROWS");
+}
+
+TEST(EngineLayoutTest, SlotMapsNameEachBlockOnceAndNeverTheNullBlock) {
+  const auto model = HeadsModel();
+  const TestEngine engine(model->geometry(), {.block_tokens = 4, .num_blocks = 8});
+  const auto layout =
+      EngineLayout::Create(model->geometry(), engine.spec(), engine.Registration("e").memories);
+  ASSERT_TRUE(layout.ok()) << layout.status();
+  const auto check = [&](std::vector<EngineSlotMap> maps, uint64_t num_tokens) {
+    return layout->CheckMaps(maps, num_tokens);
+  };
+  EXPECT_TRUE(check({{0, {1, 7, 2}}}, 12).ok());
+  EXPECT_TRUE(check({{0, {1, 7, 2}}}, 9).ok());
+  EXPECT_TRUE(check({{3, {1, 7, 2}}}, 9).ok());
+  EXPECT_TRUE(check({{4, {7, 2}}}, 9).ok());
+  EXPECT_TRUE(check({{9, {}}}, 9).ok());
+  const std::vector<std::pair<std::vector<EngineSlotMap>, std::string>> bad = {
+      {{}, "slot_maps has 0 entries"},
+      {{{0, {1, 2, 3}}, {0, {4, 5, 6}}}, "slot_maps has 2 entries"},
+      {{{0, {1, 2}}}, "need 3"},
+      {{{0, {1, 2, 3, 4}}}, "need 3"},
+      {{{0, {1, 0, 2}}}, "blocks[1] is 0"},
+      {{{0, {1, 2, 8}}}, "blocks[2] is 8, must be 1 to 7"},
+      {{{0, {0xffffffff, 2, 3}}}, "blocks[0] is 4294967295"},
+      {{{0, {5, 2, 5}}}, "names block 5 twice"},
+      {{{13, {}}}, "first_token is 13"},
+      {{{kMax, {}}}, "first_token"},
+  };
+  for (const auto& [maps, says] : bad) {
+    const absl::Status status = layout->CheckMaps(maps, 12);
+    EXPECT_EQ(status.code(), absl::StatusCode::kInvalidArgument) << says;
+    EXPECT_THAT(std::string(status.message()), HasSubstr(says));
+  }
+  EXPECT_THAT(layout->Slots({3, {1, 7, 2}}, 3, 9), ::testing::ElementsAre(7, 28, 29, 30, 31, 8));
+}
+
+TEST(EngineMemoryTest, TakesOnlyMemoryThatCannotShrinkUnderTheWorker) {
+  const auto code = [](int fd, uint64_t size) {
+    const auto memory = EngineMemory::Map(fd, size);
+    close(fd);
+    return memory.status().code();
+  };
+  EXPECT_EQ(code(MakeEngineFd(8192), 8192), absl::StatusCode::kOk);
+  EXPECT_EQ(code(MakeEngineFd(8192), 100), absl::StatusCode::kOk);
+  EXPECT_EQ(code(MakeEngineFd(8192, F_SEAL_SHRINK | F_SEAL_GROW | F_SEAL_SEAL), 8192),
+            absl::StatusCode::kOk);
+  EXPECT_EQ(code(MakeEngineFd(8192), 8193), absl::StatusCode::kInvalidArgument);
+  EXPECT_EQ(code(MakeEngineFd(8192), 0), absl::StatusCode::kInvalidArgument);
+  EXPECT_EQ(code(MakeEngineFd(8192), kMax), absl::StatusCode::kInvalidArgument);
+  EXPECT_EQ(code(MakeEngineFd(8192, 0), 8192), absl::StatusCode::kFailedPrecondition);
+  EXPECT_EQ(code(MakeEngineFd(8192, F_SEAL_GROW), 8192), absl::StatusCode::kFailedPrecondition);
+  EXPECT_EQ(code(MakeEngineFd(8192, F_SEAL_SHRINK | F_SEAL_WRITE), 8192),
+            absl::StatusCode::kFailedPrecondition);
+  EXPECT_EQ(code(MakeEngineFd(8192, F_SEAL_SHRINK | F_SEAL_FUTURE_WRITE), 8192),
+            absl::StatusCode::kFailedPrecondition);
+  // No memfd: a file, a pipe; and none opened for writing.
+  const testing::TempDir dir;
+  const int file = open((dir / "file").c_str(), O_RDWR | O_CREAT | O_CLOEXEC, 0600);
+  ASSERT_EQ(ftruncate(file, 8192), 0);
+  EXPECT_EQ(code(file, 8192), absl::StatusCode::kFailedPrecondition);
+  int ends[2];
+  ASSERT_EQ(pipe2(ends, O_CLOEXEC), 0);
+  EXPECT_EQ(code(ends[0], 1), absl::StatusCode::kFailedPrecondition);
+  close(ends[1]);
+  const int writable = MakeEngineFd(8192);
+  const int read_only =
+      open(("/proc/self/fd/" + std::to_string(writable)).c_str(), O_RDONLY | O_CLOEXEC);
+  ASSERT_GE(read_only, 0);
+  EXPECT_EQ(code(read_only, 8192), absl::StatusCode::kFailedPrecondition);
+  close(writable);
+  EXPECT_EQ(code(-1, 8192), absl::StatusCode::kFailedPrecondition);
+}
+
+TEST(EngineMemoryTest, OutlivesTheDescriptorAndStaysWhole) {
+  const int fd = MakeEngineFd(8192);
+  const auto memory = EngineMemory::Map(fd, 8192);
+  ASSERT_TRUE(memory.ok()) << memory.status();
+  EXPECT_NE(ftruncate(fd, 4096), 0);  // the seal
+  // Holes are zeros.
+  ASSERT_EQ(fallocate(fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, 0, 8192), 0);
+  close(fd);
+  EXPECT_EQ((*memory)->data()[8191], std::byte{0});
+}
+
+}  // namespace
+}  // namespace pagetide
