@@ -157,7 +157,9 @@ class RocksdbPageStore final : public PageStore {
   explicit RocksdbPageStore(RocksdbPageStoreOptions options);
   // recovery (rocksdb_page_store_recovery.cc)
   absl::Status Recover();
-  absl::Status RecoverPages();
+  // What a process that died between deleting a segment and saying so had left.
+  absl::Status ForgetAbsentSegments(std::span<const SegmentFiles::DurableLength> lengths);
+  absl::Status RecoverPages(std::span<const SegmentFiles::DurableLength> lengths);
   absl::Status RecoverManifestsAndLeases();
   // Whether the record at `place` is undamaged. Reads all of it.
   absl::Status VerifyOnDisk(const PageKey& key, const PagePlace& place,
