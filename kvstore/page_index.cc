@@ -117,6 +117,12 @@ void PageIndex::CountOut(Entry* entry) {
   }
 }
 
+void PageIndex::Detach(Entry* entry) {
+  if (!entry->quarantined) CountOut(entry);
+  LeaveFamily(entry);
+  Withdraw(entry);
+}
+
 void PageIndex::Touch(std::span<const PageKey> keys, bool read) {
   MutexLock lock(&mu_);
   for (size_t i = keys.size(); i-- > 0;) {
@@ -140,9 +146,7 @@ void PageIndex::Publish(const PageRecordMeta& meta, const PagePlace& place, bool
   const auto [it, inserted] = pages_.try_emplace(meta.key);
   Entry& entry = it->second;
   if (!inserted) {
-    Withdraw(&entry);
-    if (!entry.quarantined) CountOut(&entry);
-    LeaveFamily(&entry);
+    Detach(&entry);
     entry.place.segment->live_bytes.fetch_sub(SegmentFiles::Footprint(entry.place.record_bytes()),
                                               std::memory_order_relaxed);
     Unlink(&entry);
@@ -151,7 +155,8 @@ void PageIndex::Publish(const PageRecordMeta& meta, const PagePlace& place, bool
   entry.place = place;
   entry.checksum = meta.checksum;
   entry.prefix = meta.prefix;
-  entry.parent = meta.parent;
+  // No page is its own child, or it could never be dropped.
+  entry.parent = meta.parent == meta.prefix ? std::nullopt : meta.parent;
   entry.group = meta.group;
   entry.depth = meta.depth;
   entry.quarantined = quarantined;
@@ -171,8 +176,8 @@ bool PageIndex::Quarantine(const PageKey& key, const PagePlace& place) {
   if (it == pages_.end() || !it->second.place.SameAs(place)) return false;
   Entry& entry = it->second;
   if (entry.quarantined) return true;
-  Withdraw(&entry);
   CountOut(&entry);
+  Withdraw(&entry);  // after what may consider it, before its place in the order changes
   entry.quarantined = true;
   Consider(&entry);
   return true;
@@ -191,9 +196,7 @@ bool PageIndex::Relocate(const PageKey& key, const PagePlace& from, const PagePl
 
 PagePlace PageIndex::EraseAt(Pages::iterator it) {
   Entry& entry = it->second;
-  Withdraw(&entry);
-  if (!entry.quarantined) CountOut(&entry);
-  LeaveFamily(&entry);
+  Detach(&entry);
   if (entry.is_counted_protected) {
     --totals_.protected_pages;
     totals_.protected_bytes -= entry.place.body_bytes;

@@ -174,6 +174,10 @@ class PageIndex {
   void CountOut(Entry* entry) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
   void JoinFamily(Entry* entry) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
   void LeaveFamily(Entry* entry) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
+  // Counts the entry out, out of its family and last out of the candidates: whatever considers
+  // pages again comes before, so that nothing points to the entry afterwards but pages_ and the
+  // list.
+  void Detach(Entry* entry) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
   PagePlace EraseAt(Pages::iterator it) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
   bool HasChildren(const Entry& entry) const ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
   bool IsProtected(const PageKey& key) const ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);

@@ -31,6 +31,10 @@ Digest DigestAt(absl::string_view raw) {
   return d;
 }
 
+bool IsItsOwnParent(const PageRecordMeta& meta) {
+  return meta.prefix.has_value() && meta.prefix == meta.parent;
+}
+
 }  // namespace
 
 absl::Status ValidatePageMeta(const PageRecordMeta& meta) {
@@ -41,6 +45,11 @@ absl::Status ValidatePageMeta(const PageRecordMeta& meta) {
   if (meta.body_bytes == 0 || meta.body_bytes > kMaxPageBodyBytes) {
     return absl::InvalidArgumentError(
         absl::StrCat("body_bytes is ", meta.body_bytes, ", allowed are 1 to ", kMaxPageBodyBytes));
+  }
+  if (IsItsOwnParent(meta)) {
+    return absl::InvalidArgumentError(absl::StrCat("prefix_key and parent_prefix_key are both ",
+                                                   meta.prefix->digest.ToShortHex(),
+                                                   ": no page continues itself"));
   }
   return absl::OkStatus();
 }
@@ -176,6 +185,10 @@ absl::StatusOr<PageRecordHeader> ParsePageRecordHeader(absl::string_view bytes) 
   }
   if (flags & kHasPrefix) meta.prefix = PrefixKey{prefix};
   if (flags & kHasParent) meta.parent = PrefixKey{parent};
+  if (IsItsOwnParent(meta)) {
+    return absl::DataLossError(
+        absl::StrCat("page record: prefix and parent are both ", meta.prefix->digest.ToShortHex()));
+  }
   meta.numerics_id = std::string(id);
   return header;
 }

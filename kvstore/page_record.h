@@ -51,7 +51,8 @@ struct PageRecordHeader {
   uint64_t stored_bytes = 0;  // of the body in the file
 };
 
-// INVALID_ARGUMENT names the field and the numbers: numerics id or body too long.
+// INVALID_ARGUMENT names the field and the numbers: numerics id or body too long, a page that is
+// its own parent.
 absl::Status ValidatePageMeta(const PageRecordMeta& meta);
 
 // ValidatePageMeta, and the body is what the meta says, and the tokens make the prefix key.

@@ -157,7 +157,9 @@ class RocksdbPageStore final : public PageStore {
   explicit RocksdbPageStore(RocksdbPageStoreOptions options);
   // recovery (rocksdb_page_store_recovery.cc)
   absl::Status Recover();
-  absl::Status RecoverPages();
+  // What a process that died between deleting a segment and saying so had left.
+  absl::Status ForgetAbsentSegments(std::span<const SegmentFiles::DurableLength> lengths);
+  absl::Status RecoverPages(std::span<const SegmentFiles::DurableLength> lengths);
   absl::Status RecoverManifestsAndLeases();
   // Whether the record at `place` is undamaged. Reads all of it.
   absl::Status VerifyOnDisk(const PageKey& key, const PagePlace& place,
@@ -207,15 +209,20 @@ class RocksdbPageStore final : public PageStore {
   // `opened`: from when the first period counts.
   void RunUpkeep(MonotonicTime opened);
   void RunScrub(MonotonicTime opened);
-  // Verifies up to `max_pages` from where the last call ended. *round_ended: the last page was
-  // among them.
-  absl::StatusOr<ScrubResult> ScrubSome(uint64_t max_pages, MonotonicTime deadline,
-                                        bool* round_ended) ABSL_EXCLUSIVE_LOCKS_REQUIRED(scrub_mu_);
+  struct ScrubStep {
+    ScrubResult result;
+    uint64_t unreadable_pages = 0;  // the disk refused, which says nothing of the pages
+    absl::Status first_unread;      // why the first of them was not read
+    bool round_ended = false;       // the last page was among those looked at
+  };
+  // Verifies up to `max_pages` from where the last call ended.
+  absl::StatusOr<ScrubStep> ScrubSome(uint64_t max_pages, MonotonicTime deadline)
+      ABSL_EXCLUSIVE_LOCKS_REQUIRED(scrub_mu_);
   // Brings physical bytes to at most `target`. Returns bytes given back; stops when nothing may go.
   absl::StatusOr<uint64_t> ReclaimTo(uint64_t target);
   uint64_t EvictPages(uint64_t bytes);
   // Moves what is live out of the segment and deletes it. False, and the file stays, if a put of a
-  // record in it has not ended yet: then a later round can.
+  // record in it has not ended yet, or a record cannot be read or copied: then a later round may.
   absl::StatusOr<bool> EmptySegment(const std::shared_ptr<Segment>& segment);
   // A barrier if anything was put since the last one made here. Nobody waits for it: it bounds what
   // an opening after a crash has to read and verify to one access period's puts, also where nobody

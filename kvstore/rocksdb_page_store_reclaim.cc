@@ -178,6 +178,8 @@ absl::StatusOr<bool> RocksdbPageStore::EmptySegment(const std::shared_ptr<Segmen
     std::string header;
   };
   std::vector<Move> moves;
+  // Why something has to stay, so that the file does; what was copied moves all the same.
+  absl::Status stays;
   std::vector<std::byte> body;  // as stored: a move packs and unpacks nothing
   PageBodyDecoder decoder;
   absl::Status status;
@@ -189,8 +191,8 @@ absl::StatusOr<bool> RocksdbPageStore::EmptySegment(const std::shared_ptr<Segmen
     body.resize(place.stored_bytes);
     absl::Status verified = ReadRecordAt(key, place, &move.header, body);
     if (!verified.ok() && !absl::IsDataLoss(verified)) {
-      status = verified;
-      break;
+      stays.Update(verified);  // not damage: the disk may read it another time
+      continue;
     }
     if (verified.ok()) {
       verified = VerifyPageRecord(move.header, body, key, page->checksum, &decoder);
@@ -205,14 +207,15 @@ absl::StatusOr<bool> RocksdbPageStore::EmptySegment(const std::shared_ptr<Segmen
     }
     auto range = segments_->Reserve(place.record_bytes());
     if (!range.ok()) {
-      status = range.status();
+      stays.Update(range.status());
       break;
     }
     move.range = *std::move(range);
-    status = move.range.segment->file->WriteAt(
+    const absl::Status written = move.range.segment->file->WriteAt(
         move.range.offset, std::as_bytes(std::span(move.header.data(), move.header.size())), body);
-    if (!status.ok()) {
+    if (!written.ok()) {
       segments_->Abandon(move.range);
+      stays.Update(written);
       break;
     }
     segments_->Commit(move.range);
@@ -240,6 +243,10 @@ absl::StatusOr<bool> RocksdbPageStore::EmptySegment(const std::shared_ptr<Segmen
     }
   }
   PT_RETURN_IF_ERROR(status);
+  if (!stays.ok()) {
+    LogWarning("store", "segment ", segment->id, " cannot be emptied now: ", stays.ToString());
+    return false;
+  }
   // What the index does not know is not dead for that: the put of a record that is committed here
   // may be about to name it. None begins here any more, for the segment was no longer written to
   // when it was chosen.
@@ -263,18 +270,18 @@ absl::StatusOr<uint64_t> RocksdbPageStore::ReclaimTo(uint64_t target) {
   MutexLock lock(&reclaim_mu_);
   const uint64_t before = segments_->TotalBytes();
   bool may_evict = true;
-  absl::flat_hash_set<uint64_t> in_use;  // not to be emptied in this round
+  absl::flat_hash_set<uint64_t> left_out;  // cannot be emptied in this round
   for (;;) {
     MeasureIndex();
     if (PhysicalBytes() <= target) break;
     uint64_t dead = 0;
-    const std::shared_ptr<Segment> segment = segments_->MostDead(in_use, &dead);
+    const std::shared_ptr<Segment> segment = segments_->MostDead(left_out, &dead);
     // Half dead: emptying it frees at least what it copies. With nothing left to evict, any gain
     // counts.
     if (segment != nullptr && (dead * 2 >= segments_->SizeOf(segment->id) ||
                                (!may_evict && dead >= segment_bytes_ / 8))) {
       PT_ASSIGN_OR_RETURN(const bool is_gone, EmptySegment(segment));
-      if (!is_gone) in_use.insert(segment->id);
+      if (!is_gone) left_out.insert(segment->id);
       continue;
     }
     if (!may_evict) break;
@@ -291,16 +298,16 @@ absl::StatusOr<uint64_t> RocksdbPageStore::Compact(MonotonicTime deadline) {
   MutexLock lock(&reclaim_mu_);
   const uint64_t before = segments_->TotalBytes();
   segments_->SealHead(/*min_dead_bytes=*/1);
-  absl::flat_hash_set<uint64_t> in_use;
+  absl::flat_hash_set<uint64_t> left_out;
   // As many steps as there are segments now, so that this ends under concurrent writes. What is
   // nine tenths live is not worth its copying.
   for (size_t left = segments_->All().size(); left > 0; --left) {
     if (deadline <= options_.clock->MonotonicNow()) break;
     uint64_t dead = 0;
-    const std::shared_ptr<Segment> best = segments_->MostDead(in_use, &dead);
+    const std::shared_ptr<Segment> best = segments_->MostDead(left_out, &dead);
     if (best == nullptr || dead * 10 < segments_->SizeOf(best->id)) break;
     PT_ASSIGN_OR_RETURN(const bool is_gone, EmptySegment(best));
-    if (!is_gone) in_use.insert(best->id);
+    if (!is_gone) left_out.insert(best->id);
   }
   const uint64_t after = segments_->TotalBytes();
   return before > after ? before - after : 0;
@@ -311,22 +318,31 @@ absl::StatusOr<ScrubResult> RocksdbPageStore::Scrub(uint64_t max_pages, Monotoni
   // A bounded scrub goes on where the last one ended; one of all pages begins anew.
   if (max_pages == 0) scrub_cursor_.reset();
   ScrubResult result;
+  uint64_t examined = 0;
+  uint64_t unreadable = 0;
+  absl::Status first_unread;
   bool round_ended = false;
-  while (!round_ended && (max_pages == 0 || result.verified_pages < max_pages)) {
+  while (!round_ended && (max_pages == 0 || examined < max_pages)) {
     constexpr uint64_t kChunk = 1024;
-    const uint64_t left = max_pages == 0 ? kChunk : max_pages - result.verified_pages;
-    PT_ASSIGN_OR_RETURN(const ScrubResult some,
-                        ScrubSome(std::min(kChunk, left), deadline, &round_ended));
-    result.verified_pages += some.verified_pages;
-    result.quarantined_pages += some.quarantined_pages;
-    result.verified_bytes += some.verified_bytes;
+    const uint64_t left = max_pages == 0 ? kChunk : max_pages - examined;
+    PT_ASSIGN_OR_RETURN(const ScrubStep step, ScrubSome(std::min(kChunk, left), deadline));
+    result.verified_pages += step.result.verified_pages;
+    result.quarantined_pages += step.result.quarantined_pages;
+    result.verified_bytes += step.result.verified_bytes;
+    examined += step.result.verified_pages + step.unreadable_pages;
+    unreadable += step.unreadable_pages;
+    first_unread.Update(step.first_unread);
+    round_ended = step.round_ended;
   }
-  return result;
+  if (unreadable == 0) return result;
+  return absl::Status(first_unread.code(),
+                      absl::StrCat("scrub: ", unreadable, " of ", examined,
+                                   " pages cannot be read, the first: ", first_unread.message()));
 }
 
-absl::StatusOr<ScrubResult> RocksdbPageStore::ScrubSome(uint64_t max_pages, MonotonicTime deadline,
-                                                        bool* round_ended) {
-  ScrubResult result;
+absl::StatusOr<RocksdbPageStore::ScrubStep> RocksdbPageStore::ScrubSome(uint64_t max_pages,
+                                                                        MonotonicTime deadline) {
+  ScrubStep step;
   std::vector<PageKey> keys;
   PT_RETURN_IF_ERROR(
       db_->ForEachPage(scrub_cursor_, [&](const PageKey& key, const StoreDatabase::StoredPage*) {
@@ -336,26 +352,27 @@ absl::StatusOr<ScrubResult> RocksdbPageStore::ScrubSome(uint64_t max_pages, Mono
   for (const PageKey& key : keys) {
     if (deadline <= options_.clock->MonotonicNow()) {
       return absl::DeadlineExceededError(
-          absl::StrCat("scrub: deadline after ", result.verified_pages, " pages"));
+          absl::StrCat("scrub: deadline after ", step.result.verified_pages, " pages"));
     }
+    scrub_cursor_ = key;  // also past a page that cannot be read: the others have their turn
     const std::optional<IndexedPage> page = index_.Find(key);
-    if (page.has_value() && !page->quarantined) {
-      const absl::Status verified = VerifyOnDisk(key, page->place, page->checksum);
-      if (absl::IsDataLoss(verified) || absl::IsUnimplemented(verified)) {
-        QuarantineAt(key, page->place, verified);
-        ++result.quarantined_pages;
-      } else if (!verified.ok()) {
-        return verified;
-      }
-      ++result.verified_pages;
-      counters_.pages_scrubbed.fetch_add(1, std::memory_order_relaxed);
-      result.verified_bytes += page->place.body_bytes;
+    if (!page.has_value() || page->quarantined) continue;
+    const absl::Status verified = VerifyOnDisk(key, page->place, page->checksum);
+    if (absl::IsDataLoss(verified) || absl::IsUnimplemented(verified)) {
+      QuarantineAt(key, page->place, verified);
+      ++step.result.quarantined_pages;
+    } else if (!verified.ok()) {
+      ++step.unreadable_pages;
+      step.first_unread.Update(verified);
+      continue;
     }
-    scrub_cursor_ = key;
+    ++step.result.verified_pages;
+    counters_.pages_scrubbed.fetch_add(1, std::memory_order_relaxed);
+    step.result.verified_bytes += page->place.body_bytes;
   }
-  *round_ended = keys.size() < max_pages;
-  if (*round_ended) scrub_cursor_.reset();
-  return result;
+  step.round_ended = keys.size() < max_pages;
+  if (step.round_ended) scrub_cursor_.reset();
+  return step;
 }
 
 void RocksdbPageStore::RunScrub(MonotonicTime opened) {
@@ -373,20 +390,20 @@ void RocksdbPageStore::RunScrub(MonotonicTime opened) {
     }
     const MonotonicTime began = options_.clock->MonotonicNow();
     if (began >= next_round) next_round = began + options_.scrub_period;
-    bool round_ended = false;
-    absl::StatusOr<ScrubResult> some;
+    absl::StatusOr<ScrubStep> step;
     {
       MutexLock lock(&scrub_mu_);
       // One page a step: pages may have a gibibyte.
-      some = ScrubSome(1, MonotonicTime::InfiniteFuture(), &round_ended);
+      step = ScrubSome(1, MonotonicTime::InfiniteFuture());
     }
-    if (!some.ok()) {
-      LogWarning("store", "background scrub: ", some.status().ToString());
+    const absl::Status trouble = step.ok() ? step->first_unread : step.status();
+    if (!trouble.ok()) {
+      LogWarning("store", "background scrub: ", trouble.ToString());
       next = began + absl::Minutes(1);
-    } else if (round_ended) {
+    } else if (step->round_ended) {
       next = next_round;
     } else {
-      next = began + absl::Seconds(static_cast<double>(some->verified_bytes) /
+      next = began + absl::Seconds(static_cast<double>(step->result.verified_bytes) /
                                    static_cast<double>(options_.scrub_bytes_per_second));
     }
   }

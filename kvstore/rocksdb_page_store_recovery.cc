@@ -56,9 +56,14 @@ absl::Status RocksdbPageStore::Recover() {
   PT_RETURN_IF_ERROR(options_.file_system->CreateDirs(options_.dir));
   PT_ASSIGN_OR_RETURN(db_, StoreDatabase::Open({options_.dir + "/index", options_.index_env,
                                                 options_.compression != PageCompression::kNone}));
-  PT_ASSIGN_OR_RETURN(segments_, SegmentFiles::Open({options_.dir + "/segments",
-                                                     options_.file_system, segment_bytes_}));
-  PT_RETURN_IF_ERROR(RecoverPages());
+  PT_ASSIGN_OR_RETURN(const auto lengths, db_->ReadDurableLengths());
+  uint64_t last_known_id = 0;
+  for (const auto& length : lengths) last_known_id = std::max(last_known_id, length.segment);
+  PT_ASSIGN_OR_RETURN(segments_,
+                      SegmentFiles::Open({options_.dir + "/segments", options_.file_system,
+                                          segment_bytes_, last_known_id}));
+  PT_RETURN_IF_ERROR(ForgetAbsentSegments(lengths));
+  PT_RETURN_IF_ERROR(RecoverPages(lengths));
   PT_RETURN_IF_ERROR(RecoverManifestsAndLeases());
   // Also makes durable what a killed process had left in the page cache and we just vouched for.
   PT_RETURN_IF_ERROR(SyncAll());
@@ -74,9 +79,17 @@ absl::Status RocksdbPageStore::VerifyOnDisk(const PageKey& key, const PagePlace&
   return VerifyPageRecord(header, stored, key, checksum);
 }
 
-absl::Status RocksdbPageStore::RecoverPages() {
+absl::Status RocksdbPageStore::ForgetAbsentSegments(
+    std::span<const SegmentFiles::DurableLength> lengths) {
+  std::vector<SegmentFiles::DurableLength> absent;
+  for (const auto& length : lengths) {
+    if (segments_->Find(length.segment) == nullptr) absent.push_back({length.segment, 0});
+  }
+  return absent.empty() ? absl::OkStatus() : db_->WriteDurableLengths(absent);
+}
+
+absl::Status RocksdbPageStore::RecoverPages(std::span<const SegmentFiles::DurableLength> lengths) {
   absl::flat_hash_map<uint64_t, uint64_t> durable;
-  PT_ASSIGN_OR_RETURN(const auto lengths, db_->ReadDurableLengths());
   for (const auto& length : lengths) durable[length.segment] = length.bytes;
 
   struct Found {

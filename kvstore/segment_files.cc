@@ -26,6 +26,7 @@ absl::StatusOr<std::unique_ptr<SegmentFiles>> SegmentFiles::Open(Options options
   PT_RETURN_IF_ERROR(o.fs->CreateDirs(o.dir));
   PT_ASSIGN_OR_RETURN(const std::vector<std::string> names, o.fs->List(o.dir));
   MutexLock lock(&self->mu_);
+  self->next_id_ = o.last_known_id + 1;
   uint64_t total = 0;
   for (const std::string& name : names) {
     uint64_t id = 0;

@@ -50,6 +50,9 @@ class SegmentFiles {
     FileSystem* fs = FileSystem::Posix();
     // A segment takes no further record once it is this long (a record may be longer).
     uint64_t segment_bytes = uint64_t{64} << 20;
+    // New segments get higher ids than this one and those in the folder: what is recorded of a
+    // segment that is gone must not be taken for what is known of a new one.
+    uint64_t last_known_id = 0;
   };
   struct DurableLength {
     uint64_t segment = 0;

@@ -85,6 +85,9 @@ TEST_P(PageStoreContract, RefusesABodyThatIsNotWhatTheHeaderSays) {
   page = MakeTestPage(1);
   page.meta.numerics_id.assign(257, 'x');
   EXPECT_EQ(Put(page).status.code(), absl::StatusCode::kInvalidArgument);
+  page = MakeTestPage(1);
+  page.meta.parent = page.meta.prefix;
+  EXPECT_EQ(Put(page).status.code(), absl::StatusCode::kInvalidArgument);
   EXPECT_FALSE(Lookup(page.meta.key).present) << "a refusal must change nothing";
 }
 

@@ -52,7 +52,8 @@ class FaultyDisk::SegmentFile final : public File {
     disk_->WaitWhileStuck();
     ++disk_->num_reads_;
     PT_RETURN_IF_ERROR(disk_->CheckPower());
-    if (disk_->fail_reads_) return absl::UnavailableError(absl::StrCat("read ", path_, ": EIO"));
+    if (disk_->IsUnreadable(path_))
+      return absl::UnavailableError(absl::StrCat("read ", path_, ": EIO"));
     return real_->ReadAt(offset, first, second);
   }
   absl::Status Sync() override {
@@ -189,6 +190,16 @@ void FaultyDisk::set_stuck(bool on) {
     is_stuck_ = on;
   }
   unstuck_.SignalAll();
+}
+
+void FaultyDisk::set_unreadable_file(std::string path) {
+  MutexLock lock(&mu_);
+  unreadable_file_ = std::move(path);
+}
+
+bool FaultyDisk::IsUnreadable(const std::string& path) const {
+  MutexLock lock(&mu_);
+  return fail_reads_ || path == unreadable_file_;
 }
 
 void FaultyDisk::WaitWhileStuck() const {

@@ -48,6 +48,8 @@ class FaultyDisk final : public FileSystem {
   void set_full(bool on) { full_ = on; }
   // Reads of segment files answer UNAVAILABLE, as EIO does.
   void set_fail_reads(bool on) { fail_reads_ = on; }
+  // The same of one file, as a bad sector does; empty: of none.
+  void set_unreadable_file(std::string path) ABSL_LOCKS_EXCLUDED(mu_);
   // While on, each read, write and sync of a segment file that begins waits.
   void set_stuck(bool on);
   uint64_t num_reads() const { return num_reads_; }
@@ -84,6 +86,7 @@ class FaultyDisk final : public FileSystem {
 
   // Waits while the disk is stuck.
   void WaitWhileStuck() const ABSL_LOCKS_EXCLUDED(stuck_mu_);
+  bool IsUnreadable(const std::string& path) const ABSL_LOCKS_EXCLUDED(mu_);
   // OK or "the power is off".
   absl::Status CheckPower() const;
   // Registers the end of a write; false: the power went off in between.
@@ -104,6 +107,7 @@ class FaultyDisk final : public FileSystem {
   bool is_stuck_ ABSL_GUARDED_BY(stuck_mu_) = false;
 
   mutable Mutex mu_;
+  std::string unreadable_file_ ABSL_GUARDED_BY(mu_);
   std::map<std::string, FileState> files_ ABSL_GUARDED_BY(mu_);
   std::set<std::string> created_ ABSL_GUARDED_BY(mu_);  // folder not synced since
   std::set<std::string> deleted_ ABSL_GUARDED_BY(mu_);  // kept as PATH.deleted until it is

@@ -176,6 +176,17 @@ TEST(PageRecordTest, ValidatesWhatItWillStore) {
   EXPECT_TRUE(absl::IsInvalidArgument(ValidatePageMeta(meta)));
   meta.body_bytes = kMaxPageBodyBytes + 1;
   EXPECT_TRUE(absl::IsInvalidArgument(ValidatePageMeta(meta)));
+  meta = GoldenMeta(GoldenBody());
+  meta.parent = meta.prefix;
+  EXPECT_TRUE(absl::IsInvalidArgument(ValidatePageMeta(meta)));
+  meta.prefix.reset();  // a private page after a keyed one
+  EXPECT_TRUE(ValidatePageMeta(meta).ok());
+}
+
+TEST(PageRecordTest, AStoredPageThatIsItsOwnParentIsDamage) {
+  PageRecordMeta meta = GoldenMeta(GoldenBody());
+  meta.parent = meta.prefix;
+  EXPECT_TRUE(absl::IsDataLoss(ParsePageRecordHeader(EncodePageRecordHeader(meta)).status()));
 }
 
 ManifestRecord GoldenManifest() {

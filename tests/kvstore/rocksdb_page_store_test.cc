@@ -221,6 +221,28 @@ TEST_F(RocksdbPageStoreTest, AMissingSegmentFileIsMissesNotACrash) {
   EXPECT_EQ(store_->recovery().lost_manifest_pages, 1u) << "and it is said aloud";
 }
 
+TEST_F(RocksdbPageStoreTest, ANewSegmentDoesNotInheritTheLengthOfADeletedOne) {
+  Open();
+  const TestPage gone = MakeTestPage(1), page = MakeTestPage(2);
+  ASSERT_TRUE(Put(gone).status.ok());
+  const std::string file = FindStoredRecord(dir_.path(), gone.meta.key).file;
+  ASSERT_EQ(*store_->DeletePages({&gone.meta.key, 1}, kForEver), 1u);
+  store_.reset();
+  // As reclaim leaves it when the process dies before the length of the last segment is forgotten.
+  ASSERT_TRUE(std::filesystem::remove(file));
+  Open();
+  ASSERT_TRUE(Put(page, Durability::kProcess).status.ok());
+  const FoundRecord record = FindStoredRecord(dir_.path(), page.meta.key);
+  EXPECT_NE(record.file, file);
+  store_.reset();
+  // What a power cut leaves of a record that no barrier covered.
+  FlipFileBit(record.file, (record.offset + PageRecordHeaderBytes(page.meta)) * 8);
+  Open();
+  EXPECT_EQ(store_->recovery().verified_records, 1u);
+  EXPECT_EQ(store_->recovery().dropped_entries, 1u);
+  EXPECT_FALSE(Holds(page));
+}
+
 TEST_F(RocksdbPageStoreTest, RefusesAStoreOfANewerProgram) {
   Open();
   store_.reset();
@@ -698,6 +720,82 @@ TEST_F(RocksdbPageStoreTest, AFullDiskRefusesPutsServesReadsAndRecovers) {
   EXPECT_TRUE(Put(more).status.ok());
   EXPECT_EQ(Get(more), GetOutcome::kHit);
   EXPECT_EQ(Stats().state, "serving");
+}
+
+TEST_F(RocksdbPageStoreTest, AnUnreadableSegmentDoesNotStopTheReclaimOfOthers) {
+  RocksdbPageStoreOptions options = Options();
+  options.capacity_bytes = 8 * kMiB;
+  options.clock = Clock::Real();
+  Open(options);
+  const TestPage kept = MakeTestPage(0, 128 * kKiB);
+  ASSERT_TRUE(Put(kept).status.ok());
+  ASSERT_TRUE(Save("s", {kept})->committed);
+  // Soon the deadest of all segments, but for the page that cannot be read.
+  disk_.set_unreadable_file(FindStoredRecord(dir_.path(), kept.meta.key).file);
+  for (uint64_t i = 1; i < 150; ++i) {
+    const PutPageResult put = Put(MakeTestPage(i, 128 * kKiB), Durability::kProcess);
+    ASSERT_TRUE(put.status.ok()) << i << ": " << put.status;
+  }
+  EXPECT_GT(Stats().pages_evicted, 50u);
+  EXPECT_EQ(Stats().pages_quarantined, 0u);
+  disk_.set_unreadable_file("");
+  EXPECT_EQ(Get(kept), GetOutcome::kHit);
+  ASSERT_TRUE(store_->Compact(kForEver).ok());
+  EXPECT_EQ(Get(kept), GetOutcome::kHit) << "moved, now that it can be read";
+}
+
+TEST_F(RocksdbPageStoreTest, CompactMovesWhatItCanReadOfASegment) {
+  Open();
+  std::vector<TestPage> pages;
+  std::vector<PageKey> gone;
+  for (uint64_t i = 0; i < 64; ++i) {
+    pages.push_back(MakeTestPage(i, 128 * kKiB));
+    ASSERT_TRUE(Put(pages.back()).status.ok());
+    if (i % 2 == 0) gone.push_back(pages.back().meta.key);
+  }
+  ASSERT_EQ(*store_->DeletePages(gone, kForEver), 32u);
+  disk_.set_unreadable_file(FindStoredRecord(dir_.path(), pages[1].meta.key).file);
+  const auto reclaimed = store_->Compact(kForEver);
+  ASSERT_TRUE(reclaimed.ok()) << reclaimed.status();
+  EXPECT_GE(*reclaimed, 2 * kMiB);
+  disk_.set_unreadable_file("");
+  for (uint64_t i = 1; i < 64; i += 2) EXPECT_EQ(Get(pages[i]), GetOutcome::kHit);
+  EXPECT_GT(*store_->Compact(kForEver), 0u) << "the one that was left";
+  for (uint64_t i = 1; i < 64; i += 2) EXPECT_EQ(Get(pages[i]), GetOutcome::kHit);
+}
+
+TEST_F(RocksdbPageStoreTest, AScrubGoesOnBehindPagesThatCannotBeRead) {
+  RocksdbPageStoreOptions options = Options();
+  options.scrub_bytes_per_second = 0;
+  Open(options);
+  std::vector<TestPage> pages;
+  uint64_t unreadable = 0;
+  for (uint64_t i = 0; i < 16; ++i) {
+    pages.push_back(MakeTestPage(i, 128 * kKiB));
+    ASSERT_TRUE(Put(pages.back()).status.ok());
+  }
+  const std::string file = FindStoredRecord(dir_.path(), pages[0].meta.key).file;
+  for (const TestPage& page : pages) {
+    unreadable += FindStoredRecord(dir_.path(), page.meta.key).file == file ? 1 : 0;
+  }
+  const FoundRecord damaged = FindStoredRecord(dir_.path(), pages[15].meta.key);
+  ASSERT_NE(damaged.file, file);
+  FlipFileBit(damaged.file, (damaged.offset + 1000) * 8);
+  disk_.set_unreadable_file(file);
+  // By steps, as the background does it: each page has its turn.
+  uint64_t failed_steps = 0;
+  for (size_t step = 0; step < pages.size(); ++step) {
+    failed_steps += absl::IsUnavailable(store_->Scrub(1, kForEver).status()) ? 1 : 0;
+  }
+  EXPECT_EQ(failed_steps, unreadable);
+  EXPECT_EQ(Stats().pages_scrubbed, pages.size() - unreadable);
+  EXPECT_EQ(Stats().pages_quarantined, 1u) << "the damaged page, and none that could not be read";
+  // All at once, but for the damaged one.
+  const absl::Status whole = store_->Scrub(0, kForEver).status();
+  EXPECT_TRUE(absl::IsUnavailable(whole)) << whole;
+  EXPECT_THAT(std::string(whole.message()),
+              ::testing::HasSubstr(absl::StrCat(unreadable, " of ", pages.size() - 1, " pages")));
+  EXPECT_EQ(Stats().pages_scrubbed, 2 * (pages.size() - unreadable) - 1);
 }
 
 TEST_F(RocksdbPageStoreTest, LocalIsFsyncedAndTheWeakerLevelsAreNot) {
