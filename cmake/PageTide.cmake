@@ -116,6 +116,14 @@ function(pagetide_library name)
   endif()
 endfunction()
 
+# pagetide_cold(TARGET…): command lines, configuration, putting programs together: what runs once. Not optimised in the build
+# that tests run in; of a program's main, with CLI11's templates, that takes 10 s instead of 30. Release optimises all.
+function(pagetide_cold)
+  foreach(target IN LISTS ARGN)
+    target_compile_options(${target} PRIVATE "$<$<CONFIG:RelWithDebInfo>:-O0>")
+  endforeach()
+endfunction()
+
 function(pagetide_binary name)
   cmake_parse_arguments(ARG "" "" "SRCS;LIBS" ${ARGN})
   add_executable(${name} ${ARG_SRCS})
