@@ -498,7 +498,7 @@ absl::StatusOr<PutManifestResult> RocksdbPageStore::PutManifest(
   if (!PT_BUG_IS_PLANTED("acknowledge_before_barrier")) {
     const absl::Status durable = Barrier(Durability::kLocal, deadline);
     if (!durable.ok()) {
-      index_.Unprotect(next.pages);
+      index_.UnprotectWithGrace(next.pages);
       return durable;
     }
   }
@@ -506,7 +506,7 @@ absl::StatusOr<PutManifestResult> RocksdbPageStore::PutManifest(
   if (protects) {
     result.missing = WithoutRepeats(index_.Missing(next.pages));  // quarantined during the barrier
     if (!result.missing.empty()) {
-      index_.Unprotect(next.pages);
+      index_.UnprotectWithGrace(next.pages);
       return result;
     }
   } else {
@@ -522,7 +522,7 @@ absl::StatusOr<PutManifestResult> RocksdbPageStore::PutManifest(
                                ? std::optional(TwoClockEnd::OfNewManifest(next, *options_.clock))
                                : std::nullopt);
   if (old.has_value()) {
-    index_.Unprotect(old->pages);
+    index_.UnprotectWithGrace(old->pages);
   } else {
     counters_.manifests.fetch_add(1, std::memory_order_relaxed);
   }

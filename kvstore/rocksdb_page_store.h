@@ -51,7 +51,8 @@ struct RocksdbPageStoreOptions {
   // How long a put waits for reclaim when the store is at its capacity.
   absl::Duration put_wait = absl::Seconds(2);
   // A page is not evicted before an eighth of the capacity was put after it, or before this time
-  // has passed: its writer may be about to name it in a manifest.
+  // has passed: its writer may be about to name it in a manifest. The same holds from the moment at
+  // which a new version of a manifest names it no more: somebody may be loading the one before.
   absl::Duration put_grace = absl::Seconds(30);
   // A store that took this many bytes since it last gave a page back raises its efficacy alarm.
   // 0: never.

@@ -568,6 +568,29 @@ TEST_F(RocksdbPageStoreTest, APagePutForAManifestIsNotEvictedBeforeItIsNamed) {
   EXPECT_LT(saved, 100);
 }
 
+TEST_F(RocksdbPageStoreTest, TheVersionBeforeCanStillBeLoadedWhenANewOneWasSaved) {
+  RocksdbPageStoreOptions options = Options();
+  options.capacity_bytes = 16 * kMiB;
+  Open(options);  // by the fake clock: no grace ends by time
+  const TestPage old_page = MakeTestPage(1, 128 * kKiB), new_page = MakeTestPage(2, 128 * kKiB);
+  ASSERT_TRUE(Put(old_page).status.ok());
+  ASSERT_TRUE(Save("s", {old_page})->committed);
+  for (uint64_t i = 10; i < 120; ++i) {
+    ASSERT_TRUE(Put(MakeTestPage(i, 128 * kKiB), Durability::kProcess).status.ok());
+  }
+  ASSERT_TRUE(Put(new_page).status.ok());
+  ASSERT_TRUE(Save("s", {new_page}, 1)->committed);
+  // The oldest of all pages would be the first to go, and 15 are not an eighth of the capacity.
+  store_->WaitForUpkeep();
+  const uint64_t evicted = Stats().pages_evicted;
+  for (uint64_t i = 200; i < 215; ++i) {
+    ASSERT_TRUE(Put(MakeTestPage(i, 128 * kKiB), Durability::kProcess).status.ok());
+  }
+  store_->WaitForUpkeep();
+  EXPECT_GT(Stats().pages_evicted, evicted);
+  EXPECT_EQ(Get(old_page), GetOutcome::kHit);
+}
+
 TEST_F(RocksdbPageStoreTest, CompactGivesBackDeadBytes) {
   Open();
   std::vector<TestPage> pages;
