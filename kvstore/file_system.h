@@ -40,7 +40,11 @@ class File {
 class FileSystem {
  public:
   virtual ~FileSystem() = default;
-  virtual absl::Status CreateDirs(const std::string& dir) = 0;
+  // Makes the folder and those above it that are absent. Each that it made survives power loss when
+  // it returns.
+  absl::Status CreateDirs(const std::string& dir);
+  // Makes one folder, its parent not yet synced. False: it is there. NOT_FOUND: its parent is not.
+  virtual absl::StatusOr<bool> CreateDir(const std::string& dir) = 0;
   // Fails if the file exists.
   virtual absl::StatusOr<std::unique_ptr<File>> CreateFile(const std::string& path) = 0;
   virtual absl::StatusOr<std::unique_ptr<File>> OpenFile(const std::string& path) = 0;

@@ -62,6 +62,8 @@ absl::Status RocksdbPageStore::Recover() {
   PT_ASSIGN_OR_RETURN(segments_,
                       SegmentFiles::Open({options_.dir + "/segments", options_.file_system,
                                           segment_bytes_, last_known_id}));
+  // RocksDB made its folder itself, and a process that was killed may have left either unsynced.
+  PT_RETURN_IF_ERROR(options_.file_system->SyncDir(options_.dir));
   PT_RETURN_IF_ERROR(ForgetAbsentSegments(lengths));
   PT_RETURN_IF_ERROR(RecoverPages(lengths));
   PT_RETURN_IF_ERROR(RecoverManifestsAndLeases());

@@ -8,6 +8,7 @@
 
 #include <algorithm>
 #include <cstdio>
+#include <filesystem>
 #include <random>
 #include <thread>
 #include <utility>
@@ -301,14 +302,23 @@ void FaultyDisk::DropUnsynced(uint64_t seed) {
       ::unlink((path + kDeletedSuffix).c_str());
     }
   }
+  for (const std::string& dir : created_dirs_) {
+    std::error_code ignored;
+    if (rng() % 2 == 0) std::filesystem::remove_all(dir, ignored);
+  }
   files_.clear();
   created_.clear();
+  created_dirs_.clear();
   deleted_.clear();
   power_off_ = false;
 }
 
-absl::Status FaultyDisk::CreateDirs(const std::string& dir) {
-  return Posix()->CreateDirs(dir);
+absl::StatusOr<bool> FaultyDisk::CreateDir(const std::string& dir) {
+  PT_RETURN_IF_ERROR(CheckPower());
+  PT_ASSIGN_OR_RETURN(const bool created, Posix()->CreateDir(dir));
+  MutexLock lock(&mu_);
+  if (created) created_dirs_.insert(dir);
+  return created;
 }
 
 absl::StatusOr<std::unique_ptr<File>> FaultyDisk::CreateFile(const std::string& path) {
@@ -346,10 +356,16 @@ absl::Status FaultyDisk::SyncDir(const std::string& dir) {
   PT_RETURN_IF_ERROR(CheckPower());
   if (fail_syncs_) return absl::UnavailableError(absl::StrCat("fsync folder ", dir, ": EIO"));
   if (ignore_syncs_) return absl::OkStatus();
+  const auto is_in_dir = [&dir](const std::string& path) {
+    return std::filesystem::path(path).parent_path() == dir;
+  };
   MutexLock lock(&mu_);
-  for (const std::string& path : deleted_) ::unlink((path + kDeletedSuffix).c_str());
-  deleted_.clear();
-  created_.clear();
+  for (const std::string& path : deleted_) {
+    if (is_in_dir(path)) ::unlink((path + kDeletedSuffix).c_str());
+  }
+  for (std::set<std::string>* entries : {&deleted_, &created_, &created_dirs_}) {
+    std::erase_if(*entries, is_in_dir);
+  }
   return absl::OkStatus();
 }
 

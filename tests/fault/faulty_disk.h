@@ -5,8 +5,8 @@
 // Everything is written through to real files; what no completed sync covered is remembered. After
 // CutPower() every call fails, as on a machine that is off; DropUnsynced() then makes the real
 // files what such a machine would find: unsynced bytes are gone, or torn, sector by sector; files
-// created or deleted without a folder sync are back to before. Thread-safe. Outlives the stores
-// that use it; DropUnsynced when none does.
+// and folders created, or files deleted, without a sync of their folder are back to before.
+// Thread-safe. Outlives the stores that use it; DropUnsynced when none does.
 #ifndef PAGETIDE_TESTS_FAULT_FAULTY_DISK_H_
 #define PAGETIDE_TESTS_FAULT_FAULTY_DISK_H_
 
@@ -58,7 +58,7 @@ class FaultyDisk final : public FileSystem {
   uint64_t num_syncs() const { return num_syncs_; }
   uint64_t dropped_bytes() const;
 
-  absl::Status CreateDirs(const std::string& dir) override;
+  absl::StatusOr<bool> CreateDir(const std::string& dir) override;
   absl::StatusOr<std::unique_ptr<File>> CreateFile(const std::string& path) override;
   absl::StatusOr<std::unique_ptr<File>> OpenFile(const std::string& path) override;
   absl::Status DeleteFile(const std::string& path) override;
@@ -110,6 +110,7 @@ class FaultyDisk final : public FileSystem {
   std::string unreadable_file_ ABSL_GUARDED_BY(mu_);
   std::map<std::string, FileState> files_ ABSL_GUARDED_BY(mu_);
   std::set<std::string> created_ ABSL_GUARDED_BY(mu_);  // folder not synced since
+  std::set<std::string> created_dirs_ ABSL_GUARDED_BY(mu_);
   std::set<std::string> deleted_ ABSL_GUARDED_BY(mu_);  // kept as PATH.deleted until it is
   uint64_t dropped_bytes_ ABSL_GUARDED_BY(mu_) = 0;
   std::unique_ptr<rocksdb::Env> env_;

@@ -672,6 +672,21 @@ TEST_F(RocksdbPageStoreTest, ASegmentStaysWhileAPutIntoItHasNotEnded) {
   EXPECT_EQ(Get(page), GetOutcome::kHit);
 }
 
+TEST_F(RocksdbPageStoreTest, APowerCutAfterTheFirstBarrierDoesNotTakeTheFolderAway) {
+  for (uint64_t seed = 0; seed < 8; ++seed) {
+    RocksdbPageStoreOptions options = Options();
+    options.dir = absl::StrCat(dir_.path(), "/", seed, "/nodes/store");
+    Open(options);
+    const TestPage page = MakeTestPage(seed);
+    ASSERT_TRUE(Put(page).status.ok());
+    disk_.CutPower();
+    store_.reset();
+    disk_.DropUnsynced(seed);
+    Open(options);
+    EXPECT_EQ(Get(page), GetOutcome::kHit) << "seed " << seed;
+  }
+}
+
 TEST_F(RocksdbPageStoreTest, APowerCutDuringReclaimLosesNothingProtected) {
   RocksdbPageStoreOptions options = Options();
   options.capacity_bytes = 8 * kMiB;
