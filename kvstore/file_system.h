@@ -34,6 +34,9 @@ class File {
   // unsynced byte, and a later success proves nothing (the kernel drops the pages it could not
   // write).
   virtual absl::Status Sync() = 0;
+  // Later reads at or behind `offset` come from the disk, as far as Sync had left nothing to write
+  // there: what only the kernel's page cache holds, because writing it failed, is gone.
+  virtual absl::Status DropCacheFrom(uint64_t offset) = 0;
   virtual absl::StatusOr<uint64_t> Size() const = 0;
 };
 

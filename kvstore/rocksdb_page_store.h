@@ -160,6 +160,10 @@ class RocksdbPageStore final : public PageStore {
   absl::Status Recover();
   // What a process that died between deleting a segment and saying so had left.
   absl::Status ForgetAbsentSegments(std::span<const SegmentFiles::DurableLength> lengths);
+  // What is read of the segment behind the durable length is what the disk has from here on. The
+  // page cache alone proves nothing: after a failed fsync the kernel takes pages that it could not
+  // write for clean, and the next fsync answers OK.
+  static absl::Status ReadFromDiskBeyond(Segment* segment, uint64_t durable_bytes);
   absl::Status RecoverPages(std::span<const SegmentFiles::DurableLength> lengths);
   absl::Status RecoverManifestsAndLeases();
   // Whether the record at `place` is undamaged. Reads all of it.

@@ -42,7 +42,8 @@ class FaultyDisk final : public FileSystem {
 
   // Syncs answer OK and do nothing: the planted bug "acknowledge before fsync".
   void set_ignore_syncs(bool on) { ignore_syncs_ = on; }
-  // Syncs answer UNAVAILABLE.
+  // Syncs answer UNAVAILABLE, and what they should have written is clean to the kernel and not on
+  // the disk: reads see it until the cache is dropped or the power, no later sync writes it.
   void set_fail_syncs(bool on) { fail_syncs_ = on; }
   // Writes of segment files answer RESOURCE_EXHAUSTED.
   void set_full(bool on) { full_ = on; }
@@ -80,6 +81,7 @@ class FaultyDisk final : public FileSystem {
   struct FileState {
     std::multiset<Range> being_written;  // a sync does not cover them
     std::multiset<Range> unsynced;
+    std::vector<Range> lost;  // a sync of them failed: read as written until the cache is dropped
     uint64_t synced_size = 0;
     bool is_index = false;  // appended to only
   };
@@ -93,6 +95,7 @@ class FaultyDisk final : public FileSystem {
   bool EndWrite(const std::string& path, Range range) ABSL_LOCKS_EXCLUDED(mu_);
   void BeginWrite(const std::string& path, Range range) ABSL_LOCKS_EXCLUDED(mu_);
   absl::Status SyncFile(const std::string& path) ABSL_LOCKS_EXCLUDED(mu_);
+  absl::Status DropCache(const std::string& path, uint64_t from) ABSL_LOCKS_EXCLUDED(mu_);
 
   std::atomic<bool> power_off_{false};
   std::atomic<bool> ignore_syncs_{false};

@@ -739,6 +739,33 @@ TEST_F(RocksdbPageStoreTest, AFailedFsyncIsNeverFollowedByAnAcknowledgement) {
   EXPECT_TRUE(Put(after).status.ok());
 }
 
+TEST_F(RocksdbPageStoreTest, AnOpeningDoesNotVouchForWhatAFailedFsyncLeftInThePageCache) {
+  Open();
+  const TestPage before = MakeTestPage(1), lost = MakeTestPage(2);
+  ASSERT_TRUE(Put(before).status.ok());
+  ASSERT_TRUE(Put(lost, Durability::kProcess).status.ok());
+  disk_.set_fail_syncs(true);
+  EXPECT_EQ(GetReason(store_->Barrier(Durability::kLocal, kForEver)), "STORE_FAILED");
+  disk_.set_fail_syncs(false);
+  EXPECT_EQ(Get(lost), GetOutcome::kHit) << "the page cache has it, the disk has not";
+  Open();
+  EXPECT_EQ(store_->recovery().verified_records, 1u);
+  EXPECT_EQ(store_->recovery().dropped_entries, 1u);
+  EXPECT_FALSE(Holds(lost));
+  EXPECT_EQ(Save("s", {lost})->missing.size(), 1u);
+  EXPECT_EQ(Get(before), GetOutcome::kHit);
+  // Put again it is as durable as any.
+  ASSERT_TRUE(Put(lost).status.ok());
+  ASSERT_TRUE(Save("s", {before, lost})->committed);
+  disk_.CutPower();
+  store_.reset();
+  disk_.DropUnsynced(1);
+  Open();
+  EXPECT_EQ(store_->recovery().lost_manifest_pages, 0u);
+  EXPECT_EQ(Get(before), GetOutcome::kHit);
+  EXPECT_EQ(Get(lost), GetOutcome::kHit);
+}
+
 TEST_F(RocksdbPageStoreTest, AFullDiskRefusesPutsServesReadsAndRecovers) {
   Open();
   const TestPage before = MakeTestPage(1), more = MakeTestPage(2);
