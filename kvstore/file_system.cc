@@ -83,6 +83,14 @@ class PosixFile final : public File {
     return absl::OkStatus();
   }
 
+  absl::Status DropCacheFrom(uint64_t offset) override {
+    // Pages of which a part is meant are dropped whole; 64 KiB is the largest page there is.
+    const off_t from = static_cast<off_t>(offset / 65536 * 65536);
+    const int error = ::posix_fadvise(fd_, from, /*len: to the end*/ 0, POSIX_FADV_DONTNEED);
+    if (error != 0) return ErrnoStatus(error, "drop the page cache of", path_);
+    return absl::OkStatus();
+  }
+
   absl::StatusOr<uint64_t> Size() const override {
     struct stat st {};
     if (::fstat(fd_, &st) != 0) return ErrnoStatus(errno, "stat", path_);
@@ -96,11 +104,12 @@ class PosixFile final : public File {
 
 class PosixFileSystem final : public FileSystem {
  public:
-  absl::Status CreateDirs(const std::string& dir) override {
-    std::error_code ec;
-    std::filesystem::create_directories(dir, ec);
-    if (ec) return ErrnoStatus(ec.value(), "create folder", dir);
-    return absl::OkStatus();
+  absl::StatusOr<bool> CreateDir(const std::string& dir) override {
+    if (::mkdir(dir.c_str(), 0777) == 0) return true;
+    const int error = errno;
+    std::error_code ignored;
+    if (error == EEXIST && std::filesystem::is_directory(dir, ignored)) return false;
+    return ErrnoStatus(error, "create folder", dir);
   }
   absl::StatusOr<std::unique_ptr<File>> CreateFile(const std::string& path) override {
     return Open(path, O_CREAT | O_EXCL, "create");
@@ -146,6 +155,20 @@ class PosixFileSystem final : public FileSystem {
 };
 
 }  // namespace
+
+absl::Status FileSystem::CreateDirs(const std::string& dir) {
+  absl::StatusOr<bool> created = CreateDir(dir);
+  if (created.ok() && !*created) return absl::OkStatus();
+  std::filesystem::path path = std::filesystem::path(dir).lexically_normal();
+  if (!path.has_filename()) path = path.parent_path();  // a slash at the end
+  const std::string parent = path.has_parent_path() ? path.parent_path().string() : ".";
+  if (absl::IsNotFound(created.status()) && parent != dir) {
+    PT_RETURN_IF_ERROR(CreateDirs(parent));
+    created = CreateDir(dir);
+  }
+  PT_RETURN_IF_ERROR(created.status());
+  return SyncDir(parent);
+}
 
 FileSystem* FileSystem::Posix() {
   static PosixFileSystem* const fs = new PosixFileSystem;

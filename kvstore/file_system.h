@@ -34,13 +34,20 @@ class File {
   // unsynced byte, and a later success proves nothing (the kernel drops the pages it could not
   // write).
   virtual absl::Status Sync() = 0;
+  // Later reads at or behind `offset` come from the disk, as far as Sync had left nothing to write
+  // there: what only the kernel's page cache holds, because writing it failed, is gone.
+  virtual absl::Status DropCacheFrom(uint64_t offset) = 0;
   virtual absl::StatusOr<uint64_t> Size() const = 0;
 };
 
 class FileSystem {
  public:
   virtual ~FileSystem() = default;
-  virtual absl::Status CreateDirs(const std::string& dir) = 0;
+  // Makes the folder and those above it that are absent. Each that it made survives power loss when
+  // it returns.
+  absl::Status CreateDirs(const std::string& dir);
+  // Makes one folder, its parent not yet synced. False: it is there. NOT_FOUND: its parent is not.
+  virtual absl::StatusOr<bool> CreateDir(const std::string& dir) = 0;
   // Fails if the file exists.
   virtual absl::StatusOr<std::unique_ptr<File>> CreateFile(const std::string& path) = 0;
   virtual absl::StatusOr<std::unique_ptr<File>> OpenFile(const std::string& path) = 0;

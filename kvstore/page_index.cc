@@ -161,8 +161,7 @@ void PageIndex::Publish(const PageRecordMeta& meta, const PagePlace& place, bool
   entry.depth = meta.depth;
   entry.quarantined = quarantined;
   put_bytes_ += SegmentFiles::Footprint(place.record_bytes());
-  entry.put_bytes_before = put_bytes_;
-  entry.put_at = clock_->MonotonicNow();
+  StartGrace(&entry);
   keys_in_[place.segment->id].push_back(meta.key);
   JoinFamily(&entry);
   LinkNewest(&entry);
@@ -260,12 +259,29 @@ void PageIndex::ProtectAnyway(std::span<const ManifestPageRef> pages) {
 
 void PageIndex::Unprotect(std::span<const ManifestPageRef> pages) {
   MutexLock lock(&mu_);
+  UnprotectAll(pages, /*with_grace=*/false);
+}
+
+void PageIndex::UnprotectWithGrace(std::span<const ManifestPageRef> pages) {
+  MutexLock lock(&mu_);
+  UnprotectAll(pages, /*with_grace=*/true);
+}
+
+void PageIndex::UnprotectAll(std::span<const ManifestPageRef> pages, bool with_grace) {
   for (const ManifestPageRef& ref : pages) {
     const auto it = protects_.find(ref.key);
     if (it == protects_.end() || --it->second > 0) continue;
     protects_.erase(it);
-    ReconsiderKey(ref.key);
+    const auto page = pages_.find(ref.key);
+    if (page == pages_.end()) continue;
+    if (with_grace) StartGrace(&page->second);
+    Consider(&page->second);
   }
+}
+
+void PageIndex::StartGrace(Entry* entry) {
+  entry->put_bytes_before = put_bytes_;
+  entry->grace_began = clock_->MonotonicNow();
 }
 
 bool PageIndex::SetRetention(const PageKey& key, const Retention& retention,
@@ -352,7 +368,7 @@ std::vector<PageKey> PageIndex::PickVictims(uint64_t bytes, const Grace& grace) 
       freed.pop_back();
     }
     if (!e->quarantined && put_bytes_ - e->put_bytes_before < grace.put_bytes &&
-        now - e->put_at < grace.time) {
+        now - e->grace_began < grace.time) {
       continue;
     }
     victims.push_back(e->key);

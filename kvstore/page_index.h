@@ -84,7 +84,12 @@ class PageIndex {
   std::vector<PageKey> Protect(std::span<const ManifestPageRef> pages);
   // For recovery: protects the keys, whether the pages are there or not.
   void ProtectAnyway(std::span<const ManifestPageRef> pages);
+  // A manifest was deleted or has expired: its pages may go at once.
   void Unprotect(std::span<const ManifestPageRef> pages);
+  // A manifest got a new version, or was not written after all. Pages that nothing else protects
+  // start their grace again: a load of the version before may be under way, and who could not write
+  // one will try again.
+  void UnprotectWithGrace(std::span<const ManifestPageRef> pages);
   // Those that are absent, quarantined or of another checksum now.
   std::vector<PageKey> Missing(std::span<const ManifestPageRef> pages) const;
 
@@ -98,7 +103,8 @@ class PageIndex {
   void ApplyExpiries();
 
   // A page that was just put may be about to be named by a manifest: it is kept until `put_bytes`
-  // more have been put after it, or for `time`, whichever is shorter.
+  // more have been put after it, or for `time`, whichever is shorter. UnprotectWithGrace counts as
+  // a put.
   struct Grace {
     uint64_t put_bytes = 0;
     absl::Duration time;
@@ -133,8 +139,8 @@ class PageIndex {
     uint32_t depth = 0;
     uint64_t access_number = 0;
     uint64_t rank = 0;              // EvictionRank as of the last access
-    uint64_t put_bytes_before = 0;  // of all pages put so far, when this one was
-    MonotonicTime put_at;
+    uint64_t put_bytes_before = 0;  // of all pages put so far, when its grace began
+    MonotonicTime grace_began;
     uint32_t priority = kDefaultPriority;
     bool quarantined = false;
     bool ever_read = false;
@@ -169,6 +175,9 @@ class PageIndex {
   }
   void Unlink(Entry* entry) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
   void LinkNewest(Entry* entry) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
+  void StartGrace(Entry* entry) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
+  void UnprotectAll(std::span<const ManifestPageRef> pages, bool with_grace)
+      ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
   // Counts the entry in or out of totals, its parents' children and the feed.
   void CountIn(Entry* entry) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
   void CountOut(Entry* entry) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);

@@ -36,6 +36,8 @@ std::string RecordLock(absl::string_view kind, absl::string_view key) {
   return absl::StrCat("r", RecordRow(kind, key));
 }
 
+constexpr uint64_t kRetentionRowBytes = 64;  // key and value, rounded up
+
 absl::Status DeadlineError(absl::string_view action) {
   return absl::DeadlineExceededError(absl::StrCat(action, ": deadline passed"));
 }
@@ -177,11 +179,13 @@ PutPageResult RocksdbPageStore::PutOne(const PutPage& page, Durability level,
                                  : EncodeCompressedRecordHeader(meta, stored.size());
   const uint64_t record_bytes = header.size() + stored.size();
   // Without the key's lock: reclaim takes it, to drop what is quarantined under this key.
-  result.status = WaitForRoom(record_bytes, level, deadline);
-  if (!result.status.ok()) {
+  absl::StatusOr<PutRoom> room = WaitForRoom(record_bytes, level, deadline);
+  if (!room.ok()) {
     counters_.pages_refused.fetch_add(1, std::memory_order_relaxed);
+    result.status = room.status();
     return result;
   }
+  PT_FAILPOINT("put.admitted");
   const KeyedLock::Hold hold(&keys_, {PageLock(meta.key)}, deadline);
   result.status = hold.status();
   if (!result.status.ok()) return result;
@@ -191,6 +195,7 @@ PutPageResult RocksdbPageStore::PutOne(const PutPage& page, Durability level,
     result.status = range.status();
     return result;
   }
+  room->capacity.End();
   PT_FAILPOINT("put.before_body");
   const absl::Status written = range->segment->file->WriteAt(
       range->offset, std::as_bytes(std::span(header.data(), header.size())), stored);
@@ -416,6 +421,11 @@ absl::StatusOr<std::vector<PageKey>> RocksdbPageStore::SetRetention(
   const KeyedLock::Hold hold(&keys_, std::move(locks), deadline);
   PT_RETURN_IF_ERROR(hold.status());
   PT_RETURN_IF_ERROR(CheckFence(fence));
+  // What lets pages go is never refused: it is how room is made.
+  RoomLedger::Hold room;
+  if (retention.pinned_until.has_value() || retention.priority > kDefaultPriority) {
+    PT_ASSIGN_OR_RETURN(room, HoldIndexRoom("set retention", keys.size() * kRetentionRowBytes));
+  }
   // From here on pinned pages are protected, whatever becomes of the call: at worst too long.
   std::vector<PageKey> set;
   std::vector<PageKey> missing;
@@ -479,11 +489,10 @@ absl::StatusOr<PutManifestResult> RocksdbPageStore::PutManifest(
   }
   PT_ASSIGN_OR_RETURN(const ManifestRecord next,
                       ComposeManifest(old.has_value() ? &*old : nullptr, manifest));
-  // It may take of what the guard keeps free for the index, but not the last of it. Twice: the log
-  // and, later, the table that it goes to.
-  PT_RETURN_IF_ERROR(CheckDiskRoom(
-      absl::StrCat("write manifest ", next.name), kLastFreeBytes,
-      2 * (next.pages.size() * kManifestPageRefBytes + next.payload.size() + next.summary.size())));
+  PT_ASSIGN_OR_RETURN(const RoomLedger::Hold room,
+                      HoldIndexRoom(absl::StrCat("write manifest ", next.name),
+                                    next.pages.size() * kManifestPageRefBytes +
+                                        next.payload.size() + next.summary.size()));
   PutManifestResult result;
   const bool protects = !PT_BUG_IS_PLANTED("evict_between_check_and_manifest");
   result.missing =
@@ -498,7 +507,7 @@ absl::StatusOr<PutManifestResult> RocksdbPageStore::PutManifest(
   if (!PT_BUG_IS_PLANTED("acknowledge_before_barrier")) {
     const absl::Status durable = Barrier(Durability::kLocal, deadline);
     if (!durable.ok()) {
-      index_.Unprotect(next.pages);
+      index_.UnprotectWithGrace(next.pages);
       return durable;
     }
   }
@@ -506,7 +515,7 @@ absl::StatusOr<PutManifestResult> RocksdbPageStore::PutManifest(
   if (protects) {
     result.missing = WithoutRepeats(index_.Missing(next.pages));  // quarantined during the barrier
     if (!result.missing.empty()) {
-      index_.Unprotect(next.pages);
+      index_.UnprotectWithGrace(next.pages);
       return result;
     }
   } else {
@@ -522,7 +531,7 @@ absl::StatusOr<PutManifestResult> RocksdbPageStore::PutManifest(
                                ? std::optional(TwoClockEnd::OfNewManifest(next, *options_.clock))
                                : std::nullopt);
   if (old.has_value()) {
-    index_.Unprotect(old->pages);
+    index_.UnprotectWithGrace(old->pages);
   } else {
     counters_.manifests.fetch_add(1, std::memory_order_relaxed);
   }
@@ -629,7 +638,10 @@ absl::StatusOr<uint64_t> RocksdbPageStore::CompareAndSetRecord(
   }
   const uint64_t version = expected_version + 1;
   absl::Status written;
+  RoomLedger::Hold room;
   if (value.has_value()) {
+    PT_ASSIGN_OR_RETURN(room, HoldIndexRoom(absl::StrCat("write record ", kind, "/", key),
+                                            kind.size() + key.size() + value->size()));
     std::string bytes;
     AppendLittleEndian<uint64_t>(&bytes, version);
     bytes.append(value->data(), value->size());
@@ -678,6 +690,8 @@ absl::StatusOr<StoreLease> RocksdbPageStore::AcquireLease(absl::string_view name
   const KeyedLock::Hold hold(&keys_, {absl::StrCat("l", name)}, deadline);
   PT_RETURN_IF_ERROR(hold.status());
   PT_ASSIGN_OR_RETURN(const StoreLease lease, leases_.Propose(name, incarnation, ttl));
+  PT_ASSIGN_OR_RETURN(const RoomLedger::Hold room,
+                      HoldIndexRoom(absl::StrCat("acquire lease ", name), name.size()));
   std::string value;
   AppendLittleEndian<uint64_t>(&value, lease.incarnation);
   AppendLittleEndian<uint64_t>(&value, lease.epoch);

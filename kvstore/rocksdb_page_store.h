@@ -29,6 +29,7 @@
 #include "kvstore/page_body_codec.h"
 #include "kvstore/page_index.h"
 #include "kvstore/retention.h"
+#include "kvstore/room_ledger.h"
 #include "kvstore/segment_files.h"
 #include "kvstore/store_database.h"
 
@@ -51,7 +52,8 @@ struct RocksdbPageStoreOptions {
   // How long a put waits for reclaim when the store is at its capacity.
   absl::Duration put_wait = absl::Seconds(2);
   // A page is not evicted before an eighth of the capacity was put after it, or before this time
-  // has passed: its writer may be about to name it in a manifest.
+  // has passed: its writer may be about to name it in a manifest. The same holds from the moment at
+  // which a new version of a manifest names it no more: somebody may be loading the one before.
   absl::Duration put_grace = absl::Seconds(30);
   // A store that took this many bytes since it last gave a page back raises its efficacy alarm.
   // 0: never.
@@ -159,6 +161,10 @@ class RocksdbPageStore final : public PageStore {
   absl::Status Recover();
   // What a process that died between deleting a segment and saying so had left.
   absl::Status ForgetAbsentSegments(std::span<const SegmentFiles::DurableLength> lengths);
+  // What is read of the segment behind the durable length is what the disk has from here on. The
+  // page cache alone proves nothing: after a failed fsync the kernel takes pages that it could not
+  // write for clean, and the next fsync answers OK.
+  static absl::Status ReadFromDiskBeyond(Segment* segment, uint64_t durable_bytes);
   absl::Status RecoverPages(std::span<const SegmentFiles::DurableLength> lengths);
   absl::Status RecoverManifestsAndLeases();
   // Whether the record at `place` is undamaged. Reads all of it.
@@ -192,12 +198,26 @@ class RocksdbPageStore final : public PageStore {
   absl::Status Fail(const absl::Status& cause) ABSL_LOCKS_EXCLUDED(barrier_mu_);
   absl::Status SyncAll();
 
-  // reclaim (rocksdb_page_store_reclaim.cc)
-  // STORE_FULL with the numbers while the disk has not that much beyond `reserve`.
-  absl::Status CheckDiskRoom(absl::string_view what, uint64_t reserve, uint64_t bytes);
-  // A manifest is refused before the disk has less than this: RocksDB's log must not meet its end.
+  // room (rocksdb_page_store_room.cc)
+  // What a write may take until the hold ends. STORE_FULL with the numbers while the disk has not
+  // that much beyond `reserve` and what others hold.
+  absl::StatusOr<RoomLedger::Hold> HoldDiskRoom(absl::string_view what, uint64_t reserve,
+                                                uint64_t bytes);
+  // No write but those that release something is let in before the disk has less than this left:
+  // RocksDB's log must not meet its end.
   static constexpr uint64_t kLastFreeBytes = uint64_t{256} << 10;
-  absl::Status WaitForRoom(uint64_t bytes, Durability level, MonotonicTime deadline);
+  // For a value of `bytes` in the index, which takes of what the guard of puts keeps free, but not
+  // the last of it. Twice the bytes: the log and, later, the table that they go to.
+  absl::StatusOr<RoomLedger::Hold> HoldIndexRoom(absl::string_view what, uint64_t bytes);
+  // What copies of reclaim leave of it: they make room, so they may go on when puts may not.
+  uint64_t ReclaimReserve() const;
+  struct PutRoom {
+    RoomLedger::Hold disk;      // until the record is written
+    RoomLedger::Hold capacity;  // until its range is reserved, which counts it in
+  };
+  absl::StatusOr<PutRoom> TryHoldPutRoom(uint64_t bytes);
+  // Has reclaim make the room if there is none, and waits for it.
+  absl::StatusOr<PutRoom> WaitForRoom(uint64_t bytes, Durability level, MonotonicTime deadline);
   bool HasRoomAgain() const;
   uint64_t PhysicalBytes() const {
     return segments_->TotalBytes() + index_bytes_.load(std::memory_order_relaxed);
@@ -206,6 +226,8 @@ class RocksdbPageStore final : public PageStore {
   uint64_t HighWater() const;
   uint64_t LowWater() const;
   void MeasureIndex();
+
+  // upkeep (rocksdb_page_store_reclaim.cc)
   // `opened`: from when the first period counts.
   void RunUpkeep(MonotonicTime opened);
   void RunScrub(MonotonicTime opened);
@@ -221,6 +243,8 @@ class RocksdbPageStore final : public PageStore {
   // Brings physical bytes to at most `target`. Returns bytes given back; stops when nothing may go.
   absl::StatusOr<uint64_t> ReclaimTo(uint64_t target);
   uint64_t EvictPages(uint64_t bytes);
+  // For the copies that EmptySegment makes.
+  absl::StatusOr<RoomLedger::Hold> HoldRoomToEmpty(const Segment& segment);
   // Moves what is live out of the segment and deletes it. False, and the file stays, if a put of a
   // record in it has not ended yet, or a record cannot be read or copied: then a later round may.
   absl::StatusOr<bool> EmptySegment(const std::shared_ptr<Segment>& segment);
@@ -243,7 +267,9 @@ class RocksdbPageStore final : public PageStore {
   Counters counters_;
   std::atomic<uint64_t> index_bytes_{0};  // relaxed: a measurement, from MeasureIndex
   std::atomic<bool> full_{false};         // relaxed: for GetStats
-  Mutex reclaim_mu_;                      // one reclaim at a time; held during its I/O
+  RoomLedger disk_ledger_;
+  RoomLedger capacity_ledger_;
+  Mutex reclaim_mu_;  // one reclaim at a time; held during its I/O
 
   Mutex scrub_mu_;  // one scrub at a time; held during its I/O
   std::optional<PageKey> scrub_cursor_ ABSL_GUARDED_BY(scrub_mu_);

@@ -1,4 +1,4 @@
-// Space of RocksdbPageStore: the guards before a put, eviction, emptying of segments, scrub.
+// Upkeep of RocksdbPageStore: eviction, emptying of segments, scrub.
 #include <algorithm>
 #include <utility>
 
@@ -8,78 +8,6 @@
 #include "kvstore/store_errors.h"
 
 namespace pagetide {
-
-// What a put leaves free beside its own room: a segment for the survivors of reclaim, and a part of
-// one for the index, which writes new files before it drops the old ones.
-uint64_t RocksdbPageStore::Slack() const {
-  return segment_bytes_ + segment_bytes_ / 4;
-}
-// Reclaim starts above the high water and goes down to the low one, so that puts rarely wait. Puts
-// need their slack, hence the second terms.
-uint64_t RocksdbPageStore::HighWater() const {
-  return std::min(options_.capacity_bytes / 16 * 15,
-                  options_.capacity_bytes - Slack() - segment_bytes_ / 2);
-}
-uint64_t RocksdbPageStore::LowWater() const {
-  return std::min(options_.capacity_bytes / 16 * 14,
-                  options_.capacity_bytes - Slack() - segment_bytes_);
-}
-
-void RocksdbPageStore::MeasureIndex() {
-  index_bytes_.store(db_->PhysicalBytes(), std::memory_order_relaxed);
-}
-
-absl::Status RocksdbPageStore::CheckDiskRoom(absl::string_view what, uint64_t reserve,
-                                             uint64_t bytes) {
-  const auto free = options_.file_system->FreeBytes(options_.dir);
-  if (!free.ok()) return free.status();
-  if (*free >= reserve + bytes) return absl::OkStatus();
-  full_.store(true, std::memory_order_relaxed);
-  return StoreFullError(absl::StrCat(what, ": disk"), reserve + bytes, *free);
-}
-
-absl::Status RocksdbPageStore::WaitForRoom(uint64_t bytes, Durability level,
-                                           MonotonicTime deadline) {
-  PT_RETURN_IF_ERROR(CheckDiskRoom("put page", options_.min_free_bytes, bytes));
-  if (options_.capacity_bytes == 0) {
-    full_.store(false, std::memory_order_relaxed);
-    return absl::OkStatus();
-  }
-  if (PhysicalBytes() + bytes > HighWater()) {
-    MeasureIndex();  // here a few hundred kilobytes count, and upkeep may be long at work
-    // In a store that is full what may be lost is dropped at once; a save waits for its room.
-    const bool is_dropped = level == Durability::kCache && full_.load(std::memory_order_relaxed);
-    const MonotonicTime give_up =
-        std::min(deadline, options_.clock->MonotonicNow() +
-                               (is_dropped ? absl::ZeroDuration() : options_.put_wait));
-    MutexLock lock(&upkeep_mu_);
-    room_wanted_ = true;
-    upkeep_wake_.SignalAll();
-    // The slack stays free, or reclaim itself could not go on.
-    const uint64_t seen = reclaims_done_;
-    while (PhysicalBytes() + bytes + Slack() > options_.capacity_bytes && !stopping_) {
-      const absl::Duration left = give_up - options_.clock->MonotonicNow();
-      // Two rounds of reclaim that made no room: everything that is left is protected.
-      if (left <= absl::ZeroDuration() || reclaims_done_ >= seen + 2) {
-        full_.store(true, std::memory_order_relaxed);
-        const uint64_t used = PhysicalBytes() + Slack();
-        return StoreFullError("put page: capacity", bytes,
-                              options_.capacity_bytes > used ? options_.capacity_bytes - used : 0);
-      }
-      room_wanted_ = true;
-      upkeep_wake_.SignalAll();
-      room_made_.WaitWithTimeout(&upkeep_mu_, left);
-    }
-  }
-  full_.store(false, std::memory_order_relaxed);
-  return absl::OkStatus();
-}
-
-bool RocksdbPageStore::HasRoomAgain() const {
-  const auto free = options_.file_system->FreeBytes(options_.dir);
-  return free.ok() && *free >= options_.min_free_bytes &&
-         (options_.capacity_bytes == 0 || PhysicalBytes() <= HighWater());
-}
 
 void RocksdbPageStore::WaitForUpkeep() {
   MutexLock lock(&upkeep_mu_);
@@ -168,6 +96,12 @@ uint64_t RocksdbPageStore::EvictPages(uint64_t bytes) {
     counters_.pages_evicted.fetch_add(1, std::memory_order_relaxed);
   }
   return freed;
+}
+
+absl::StatusOr<RoomLedger::Hold> RocksdbPageStore::HoldRoomToEmpty(const Segment& segment) {
+  const uint64_t live = segment.live_bytes.load(std::memory_order_relaxed);
+  if (live == 0) return RoomLedger::Hold();  // nothing to copy
+  return HoldDiskRoom(absl::StrCat("empty segment ", segment.id), ReclaimReserve(), live);
 }
 
 absl::StatusOr<bool> RocksdbPageStore::EmptySegment(const std::shared_ptr<Segment>& segment) {
@@ -271,6 +205,7 @@ absl::StatusOr<uint64_t> RocksdbPageStore::ReclaimTo(uint64_t target) {
   const uint64_t before = segments_->TotalBytes();
   bool may_evict = true;
   absl::flat_hash_set<uint64_t> left_out;  // cannot be emptied in this round
+  std::vector<uint64_t> without_room;  // of those; an eviction may leave less to copy, or nothing
   for (;;) {
     MeasureIndex();
     if (PhysicalBytes() <= target) break;
@@ -280,12 +215,22 @@ absl::StatusOr<uint64_t> RocksdbPageStore::ReclaimTo(uint64_t target) {
     // counts.
     if (segment != nullptr && (dead * 2 >= segments_->SizeOf(segment->id) ||
                                (!may_evict && dead >= segment_bytes_ / 8))) {
+      const absl::StatusOr<RoomLedger::Hold> room = HoldRoomToEmpty(*segment);
+      if (!room.ok()) {
+        left_out.insert(segment->id);
+        without_room.push_back(segment->id);
+        continue;
+      }
       PT_ASSIGN_OR_RETURN(const bool is_gone, EmptySegment(segment));
       if (!is_gone) left_out.insert(segment->id);
       continue;
     }
     if (!may_evict) break;
     may_evict = EvictPages(std::max<uint64_t>(segment_bytes_ / 4, 1)) > 0;
+    if (may_evict) {
+      for (const uint64_t id : without_room) left_out.erase(id);
+      without_room.clear();
+    }
     // The head may hold the dead bytes: end it, so that it can be chosen.
     if (!may_evict) segments_->SealHead(segment_bytes_ / 8);
   }
@@ -299,6 +244,7 @@ absl::StatusOr<uint64_t> RocksdbPageStore::Compact(MonotonicTime deadline) {
   const uint64_t before = segments_->TotalBytes();
   segments_->SealHead(/*min_dead_bytes=*/1);
   absl::flat_hash_set<uint64_t> left_out;
+  absl::Status no_room;  // for the copies of some segment
   // As many steps as there are segments now, so that this ends under concurrent writes. What is
   // nine tenths live is not worth its copying.
   for (size_t left = segments_->All().size(); left > 0; --left) {
@@ -306,10 +252,17 @@ absl::StatusOr<uint64_t> RocksdbPageStore::Compact(MonotonicTime deadline) {
     uint64_t dead = 0;
     const std::shared_ptr<Segment> best = segments_->MostDead(left_out, &dead);
     if (best == nullptr || dead * 10 < segments_->SizeOf(best->id)) break;
+    const absl::StatusOr<RoomLedger::Hold> room = HoldRoomToEmpty(*best);
+    if (!room.ok()) {
+      no_room.Update(room.status());
+      left_out.insert(best->id);
+      continue;
+    }
     PT_ASSIGN_OR_RETURN(const bool is_gone, EmptySegment(best));
     if (!is_gone) left_out.insert(best->id);
   }
   const uint64_t after = segments_->TotalBytes();
+  if (after >= before && !no_room.ok()) return no_room;
   return before > after ? before - after : 0;
 }
 

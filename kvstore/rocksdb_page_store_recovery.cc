@@ -62,6 +62,8 @@ absl::Status RocksdbPageStore::Recover() {
   PT_ASSIGN_OR_RETURN(segments_,
                       SegmentFiles::Open({options_.dir + "/segments", options_.file_system,
                                           segment_bytes_, last_known_id}));
+  // RocksDB made its folder itself, and a process that was killed may have left either unsynced.
+  PT_RETURN_IF_ERROR(options_.file_system->SyncDir(options_.dir));
   PT_RETURN_IF_ERROR(ForgetAbsentSegments(lengths));
   PT_RETURN_IF_ERROR(RecoverPages(lengths));
   PT_RETURN_IF_ERROR(RecoverManifestsAndLeases());
@@ -88,6 +90,11 @@ absl::Status RocksdbPageStore::ForgetAbsentSegments(
   return absent.empty() ? absl::OkStatus() : db_->WriteDurableLengths(absent);
 }
 
+absl::Status RocksdbPageStore::ReadFromDiskBeyond(Segment* segment, uint64_t durable_bytes) {
+  PT_RETURN_IF_ERROR(segment->file->Sync());
+  return segment->file->DropCacheFrom(durable_bytes);
+}
+
 absl::Status RocksdbPageStore::RecoverPages(std::span<const SegmentFiles::DurableLength> lengths) {
   absl::flat_hash_map<uint64_t, uint64_t> durable;
   for (const auto& length : lengths) durable[length.segment] = length.bytes;
@@ -100,9 +107,9 @@ absl::Status RocksdbPageStore::RecoverPages(std::span<const SegmentFiles::Durabl
   };
   std::vector<Found> found;
   std::vector<PageKey> unusable;
+  absl::flat_hash_set<uint64_t> read_from_disk;  // segments
   absl::Status status;
-  PT_RETURN_IF_ERROR(db_->ForEachPage(std::nullopt, [&](const PageKey& key,
-                                                        const StoreDatabase::StoredPage* page) {
+  const auto recover = [&](const PageKey& key, const StoreDatabase::StoredPage* page) {
     PagePlace place;
     if (page != nullptr) {
       place = {segments_->Find(page->segment), page->offset, page->header_bytes,
@@ -113,9 +120,14 @@ absl::Status RocksdbPageStore::RecoverPages(std::span<const SegmentFiles::Durabl
       unusable.push_back(key);
       return true;
     }
-    if (place.offset + place.record_bytes() > durable[place.segment->id] && !page->quarantined) {
+    const uint64_t durable_bytes = durable[place.segment->id];
+    if (place.offset + place.record_bytes() > durable_bytes && !page->quarantined) {
       ++recovery_.verified_records;
-      const absl::Status ok = VerifyOnDisk(key, place, page->header.meta.checksum);
+      absl::Status ok;
+      if (read_from_disk.insert(place.segment->id).second) {
+        ok = ReadFromDiskBeyond(place.segment.get(), durable_bytes);
+      }
+      if (ok.ok()) ok = VerifyOnDisk(key, place, page->header.meta.checksum);
       if (!ok.ok() && !absl::IsDataLoss(ok) && !absl::IsUnimplemented(ok)) {
         status = ok;  // the disk cannot be read: opening would throw good pages away
         return false;
@@ -129,7 +141,8 @@ absl::Status RocksdbPageStore::RecoverPages(std::span<const SegmentFiles::Durabl
     found.push_back(
         {access.ok() ? *access : 0, page->header.meta, std::move(place), page->quarantined});
     return true;
-  }));
+  };
+  PT_RETURN_IF_ERROR(db_->ForEachPage(std::nullopt, recover));
   PT_RETURN_IF_ERROR(status);
   // Their places will be written again: the entries have to go first (SyncAll follows in Recover).
   for (const PageKey& key : unusable) PT_RETURN_IF_ERROR(db_->DeletePage(key));

@@ -8,6 +8,8 @@
 
 #include <algorithm>
 #include <cstdio>
+#include <filesystem>
+#include <fstream>
 #include <random>
 #include <thread>
 #include <utility>
@@ -22,6 +24,14 @@ namespace {
 
 constexpr char kDeletedSuffix[] = ".deleted";
 constexpr uint64_t kSector = 512;
+
+// Of a file that is that long.
+void ZeroFile(const std::string& path, uint64_t offset, uint64_t bytes) {
+  std::fstream file(path, std::ios::in | std::ios::out | std::ios::binary);
+  file.seekp(static_cast<std::streamoff>(offset));
+  const std::string zeros(bytes, '\0');
+  if (!file.write(zeros.data(), static_cast<std::streamsize>(bytes)).flush()) std::perror("write");
+}
 
 rocksdb::IOStatus ToIOStatus(const absl::Status& s) {
   return s.ok() ? rocksdb::IOStatus::OK() : rocksdb::IOStatus::IOError(std::string(s.message()));
@@ -60,6 +70,7 @@ class FaultyDisk::SegmentFile final : public File {
     disk_->WaitWhileStuck();
     return disk_->SyncFile(path_);
   }
+  absl::Status DropCacheFrom(uint64_t offset) override { return disk_->DropCache(path_, offset); }
   absl::StatusOr<uint64_t> Size() const override { return real_->Size(); }
 
  private:
@@ -228,7 +239,13 @@ bool FaultyDisk::EndWrite(const std::string& path, Range range) {
 
 absl::Status FaultyDisk::SyncFile(const std::string& path) {
   ++num_syncs_;
-  if (fail_syncs_) return absl::UnavailableError(absl::StrCat("fdatasync ", path, ": EIO"));
+  if (fail_syncs_) {
+    MutexLock lock(&mu_);
+    FileState& state = files_[path];
+    state.lost.insert(state.lost.end(), state.unsynced.begin(), state.unsynced.end());
+    state.unsynced.clear();
+    return absl::UnavailableError(absl::StrCat("fdatasync ", path, ": EIO"));
+  }
   std::multiset<Range> covered;
   {
     MutexLock lock(&mu_);
@@ -247,6 +264,22 @@ absl::Status FaultyDisk::SyncFile(const std::string& path) {
     }
     state.synced_size = std::max(state.synced_size, range.offset + range.bytes);
   }
+  return absl::OkStatus();
+}
+
+absl::Status FaultyDisk::DropCache(const std::string& path, uint64_t from) {
+  PT_RETURN_IF_ERROR(CheckPower());
+  MutexLock lock(&mu_);
+  std::vector<Range>& lost = files_[path].lost;
+  for (Range& range : lost) {
+    const uint64_t end = range.offset + range.bytes;
+    const uint64_t begin = std::max(from, range.offset);
+    if (begin >= end) continue;
+    ZeroFile(path, begin, end - begin);
+    dropped_bytes_ += end - begin;
+    range.bytes = begin - range.offset;
+  }
+  std::erase_if(lost, [](const Range& range) { return range.bytes == 0; });
   return absl::OkStatus();
 }
 
@@ -287,6 +320,12 @@ void FaultyDisk::DropUnsynced(uint64_t seed) {
         dropped_bytes_ += n;
       }
     }
+    for (const Range& range : state.lost) {
+      const uint64_t end = std::min(kept, range.offset + range.bytes);
+      if (range.offset >= end) continue;
+      ZeroFile(path, range.offset, end - range.offset);
+      dropped_bytes_ += end - range.offset;
+    }
     dropped_bytes_ += size - kept;
     if (::ftruncate(fd, static_cast<off_t>(kept)) != 0) std::perror("ftruncate");
     ::close(fd);
@@ -301,14 +340,23 @@ void FaultyDisk::DropUnsynced(uint64_t seed) {
       ::unlink((path + kDeletedSuffix).c_str());
     }
   }
+  for (const std::string& dir : created_dirs_) {
+    std::error_code ignored;
+    if (rng() % 2 == 0) std::filesystem::remove_all(dir, ignored);
+  }
   files_.clear();
   created_.clear();
+  created_dirs_.clear();
   deleted_.clear();
   power_off_ = false;
 }
 
-absl::Status FaultyDisk::CreateDirs(const std::string& dir) {
-  return Posix()->CreateDirs(dir);
+absl::StatusOr<bool> FaultyDisk::CreateDir(const std::string& dir) {
+  PT_RETURN_IF_ERROR(CheckPower());
+  PT_ASSIGN_OR_RETURN(const bool created, Posix()->CreateDir(dir));
+  MutexLock lock(&mu_);
+  if (created) created_dirs_.insert(dir);
+  return created;
 }
 
 absl::StatusOr<std::unique_ptr<File>> FaultyDisk::CreateFile(const std::string& path) {
@@ -325,8 +373,8 @@ absl::StatusOr<std::unique_ptr<File>> FaultyDisk::OpenFile(const std::string& pa
   PT_ASSIGN_OR_RETURN(std::unique_ptr<File> real, Posix()->OpenFile(path));
   PT_ASSIGN_OR_RETURN(const uint64_t size, real->Size());
   MutexLock lock(&mu_);
-  files_[path] = FileState{};
-  files_[path].synced_size = size;
+  // What was not synced when it was closed is not for being opened again.
+  if (const auto [it, is_new] = files_.try_emplace(path); is_new) it->second.synced_size = size;
   return std::make_unique<SegmentFile>(this, path, std::move(real));
 }
 
@@ -346,10 +394,16 @@ absl::Status FaultyDisk::SyncDir(const std::string& dir) {
   PT_RETURN_IF_ERROR(CheckPower());
   if (fail_syncs_) return absl::UnavailableError(absl::StrCat("fsync folder ", dir, ": EIO"));
   if (ignore_syncs_) return absl::OkStatus();
+  const auto is_in_dir = [&dir](const std::string& path) {
+    return std::filesystem::path(path).parent_path() == dir;
+  };
   MutexLock lock(&mu_);
-  for (const std::string& path : deleted_) ::unlink((path + kDeletedSuffix).c_str());
-  deleted_.clear();
-  created_.clear();
+  for (const std::string& path : deleted_) {
+    if (is_in_dir(path)) ::unlink((path + kDeletedSuffix).c_str());
+  }
+  for (std::set<std::string>* entries : {&deleted_, &created_, &created_dirs_}) {
+    std::erase_if(*entries, is_in_dir);
+  }
   return absl::OkStatus();
 }
 

@@ -5,8 +5,8 @@
 // Everything is written through to real files; what no completed sync covered is remembered. After
 // CutPower() every call fails, as on a machine that is off; DropUnsynced() then makes the real
 // files what such a machine would find: unsynced bytes are gone, or torn, sector by sector; files
-// created or deleted without a folder sync are back to before. Thread-safe. Outlives the stores
-// that use it; DropUnsynced when none does.
+// and folders created, or files deleted, without a sync of their folder are back to before.
+// Thread-safe. Outlives the stores that use it; DropUnsynced when none does.
 #ifndef PAGETIDE_TESTS_FAULT_FAULTY_DISK_H_
 #define PAGETIDE_TESTS_FAULT_FAULTY_DISK_H_
 
@@ -42,7 +42,8 @@ class FaultyDisk final : public FileSystem {
 
   // Syncs answer OK and do nothing: the planted bug "acknowledge before fsync".
   void set_ignore_syncs(bool on) { ignore_syncs_ = on; }
-  // Syncs answer UNAVAILABLE.
+  // Syncs answer UNAVAILABLE, and what they should have written is clean to the kernel and not on
+  // the disk: reads see it until the cache is dropped or the power, no later sync writes it.
   void set_fail_syncs(bool on) { fail_syncs_ = on; }
   // Writes of segment files answer RESOURCE_EXHAUSTED.
   void set_full(bool on) { full_ = on; }
@@ -58,7 +59,7 @@ class FaultyDisk final : public FileSystem {
   uint64_t num_syncs() const { return num_syncs_; }
   uint64_t dropped_bytes() const;
 
-  absl::Status CreateDirs(const std::string& dir) override;
+  absl::StatusOr<bool> CreateDir(const std::string& dir) override;
   absl::StatusOr<std::unique_ptr<File>> CreateFile(const std::string& path) override;
   absl::StatusOr<std::unique_ptr<File>> OpenFile(const std::string& path) override;
   absl::Status DeleteFile(const std::string& path) override;
@@ -80,6 +81,7 @@ class FaultyDisk final : public FileSystem {
   struct FileState {
     std::multiset<Range> being_written;  // a sync does not cover them
     std::multiset<Range> unsynced;
+    std::vector<Range> lost;  // a sync of them failed: read as written until the cache is dropped
     uint64_t synced_size = 0;
     bool is_index = false;  // appended to only
   };
@@ -93,6 +95,7 @@ class FaultyDisk final : public FileSystem {
   bool EndWrite(const std::string& path, Range range) ABSL_LOCKS_EXCLUDED(mu_);
   void BeginWrite(const std::string& path, Range range) ABSL_LOCKS_EXCLUDED(mu_);
   absl::Status SyncFile(const std::string& path) ABSL_LOCKS_EXCLUDED(mu_);
+  absl::Status DropCache(const std::string& path, uint64_t from) ABSL_LOCKS_EXCLUDED(mu_);
 
   std::atomic<bool> power_off_{false};
   std::atomic<bool> ignore_syncs_{false};
@@ -110,6 +113,7 @@ class FaultyDisk final : public FileSystem {
   std::string unreadable_file_ ABSL_GUARDED_BY(mu_);
   std::map<std::string, FileState> files_ ABSL_GUARDED_BY(mu_);
   std::set<std::string> created_ ABSL_GUARDED_BY(mu_);  // folder not synced since
+  std::set<std::string> created_dirs_ ABSL_GUARDED_BY(mu_);
   std::set<std::string> deleted_ ABSL_GUARDED_BY(mu_);  // kept as PATH.deleted until it is
   uint64_t dropped_bytes_ ABSL_GUARDED_BY(mu_) = 0;
   std::unique_ptr<rocksdb::Env> env_;

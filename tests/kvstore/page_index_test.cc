@@ -13,8 +13,11 @@
 namespace pagetide {
 namespace {
 
+using ::testing::Contains;
 using ::testing::ElementsAre;
 using ::testing::IsEmpty;
+using ::testing::Not;
+using ::testing::UnorderedElementsAre;
 
 constexpr uint64_t kAll = uint64_t{1} << 40;
 
@@ -77,6 +80,30 @@ TEST_F(PageIndexTest, TwoPagesThatAreEachOthersParentsCanBothGo) {
   EXPECT_THAT(Victims(), ElementsAre(b.meta.key));
   EXPECT_TRUE(index_.Erase(b.meta.key).has_value());
   EXPECT_THAT(Victims(), IsEmpty());
+}
+
+TEST_F(PageIndexTest, APageOfAReplacedVersionIsKeptWhileItMayBeLoaded) {
+  const PageIndex::Grace grace{.put_bytes = kAll, .time = absl::Seconds(30)};
+  const TestPage replaced = MakeTestPage(1), deleted = MakeTestPage(2), shared = MakeTestPage(3);
+  const std::vector<ManifestPageRef> all = {replaced.ref(), deleted.ref(), shared.ref()};
+  for (const TestPage* page : {&replaced, &deleted, &shared}) Publish(*page);
+  ASSERT_THAT(index_.Protect(all), IsEmpty());
+  ASSERT_THAT(index_.Protect(std::vector{shared.ref()}), IsEmpty());
+  clock_.Advance(absl::Hours(1));
+  index_.UnprotectWithGrace(std::vector{replaced.ref(), shared.ref()});
+  index_.Unprotect(std::vector{deleted.ref()});
+  EXPECT_THAT(Victims(grace), ElementsAre(deleted.meta.key));
+  clock_.Advance(absl::Seconds(29));
+  EXPECT_THAT(Victims(grace), ElementsAre(deleted.meta.key));
+  clock_.Advance(absl::Seconds(1));
+  EXPECT_THAT(Victims(grace), UnorderedElementsAre(deleted.meta.key, replaced.meta.key))
+      << "another manifest still names the third";
+  // Bytes end it as well.
+  index_.UnprotectWithGrace(std::vector{shared.ref()});
+  EXPECT_THAT(Victims({.put_bytes = 4096, .time = absl::Seconds(30)}),
+              Not(Contains(shared.meta.key)));
+  Publish(MakeTestPage(4));
+  EXPECT_THAT(Victims({.put_bytes = 4096, .time = absl::Seconds(30)}), Contains(shared.meta.key));
 }
 
 }  // namespace

@@ -294,6 +294,136 @@ uint64_t RocksdbPageStoreTest::BytesOnDisk() {
   return bytes;
 }
 
+// Holds whoever comes to a failpoint there.
+class Gate {
+ public:
+  void Pass() {
+    MutexLock lock(&mu_);
+    ++num_arrived_;
+    changed_.SignalAll();
+    while (!is_open_) changed_.Wait(&mu_);
+  }
+  void AwaitArrival() {
+    MutexLock lock(&mu_);
+    while (num_arrived_ == 0) changed_.Wait(&mu_);
+  }
+  void Open() {
+    MutexLock lock(&mu_);
+    is_open_ = true;
+    changed_.SignalAll();
+  }
+
+ private:
+  Mutex mu_;
+  CondVar changed_;
+  int num_arrived_ ABSL_GUARDED_BY(mu_) = 0;
+  bool is_open_ ABSL_GUARDED_BY(mu_) = false;
+};
+
+// Two puts, the second while the first one stands at the failpoint: let in, and not ended.
+TEST_F(RocksdbPageStoreTest, OfTwoPutsThatDoNotBothFitOnTheDiskOneIsRefused) {
+  RocksdbPageStoreOptions options = Options();
+  options.min_free_bytes = kMiB;
+  Open(options);
+  disk_.set_free_bytes(options.min_free_bytes + 3 * kMiB / 2);
+  const TestPage first = MakeTestPage(1, kMiB), second = MakeTestPage(2, kMiB);
+  Gate gate;
+  SetFailpointObserver([&gate](const char* name) {
+    if (absl::string_view(name) == "put.before_body") gate.Pass();
+  });
+  PutPageResult put;
+  std::thread writer([&] { put = Put(first); });
+  gate.AwaitArrival();
+  const absl::Status refused = Put(MakeTestPage(3, kMiB)).status;
+  gate.Open();
+  writer.join();
+  SetFailpointObserver(nullptr);
+  EXPECT_TRUE(put.status.ok()) << put.status;
+  EXPECT_EQ(GetReason(refused), "STORE_FULL") << refused;
+  EXPECT_TRUE(Put(second).status.ok()) << "nobody else is on the way now";
+}
+
+TEST_F(RocksdbPageStoreTest, OfTwoPutsThatDoNotBothFitIntoTheCapacityOneIsRefused) {
+  RocksdbPageStoreOptions options = Options();
+  options.capacity_bytes = 8 * kMiB;
+  Open(options);
+  const TestPage first = MakeTestPage(1, 4 * kMiB), second = MakeTestPage(2, 4 * kMiB);
+  Gate gate;
+  SetFailpointObserver([&gate](const char* name) {
+    if (absl::string_view(name) == "put.admitted") gate.Pass();
+  });
+  PutPageResult put;
+  std::thread writer([&] { put = Put(first); });
+  gate.AwaitArrival();
+  const absl::Status refused = Put(second).status;
+  gate.Open();
+  writer.join();
+  SetFailpointObserver(nullptr);
+  EXPECT_TRUE(put.status.ok()) << put.status;
+  EXPECT_EQ(GetReason(refused), "STORE_FULL") << refused;
+  EXPECT_LE(BytesOnDisk(), options.capacity_bytes);
+}
+
+TEST_F(RocksdbPageStoreTest, TheLastOfTheDiskIsForWhatReleasesOnly) {
+  RocksdbPageStoreOptions options = Options();
+  Open(options);
+  const TestPage pinned = MakeTestPage(1), free_page = MakeTestPage(2);
+  ASSERT_TRUE(Put(pinned).status.ok());
+  ASSERT_TRUE(Put(free_page).status.ok());
+  ASSERT_TRUE(Save("s", {pinned})->committed);
+  ASSERT_TRUE(store_->CompareAndSetRecord("k", "k", 0, "v", kForEver).ok());
+  const auto lease = store_->AcquireLease("l", 1, absl::Seconds(60), kForEver);
+  ASSERT_TRUE(lease.ok()) << lease.status();
+  Retention pin;
+  pin.pinned_until = clock_.WallNow() + absl::Hours(1);
+  ASSERT_TRUE(store_->SetRetention({&pinned.meta.key, 1}, pin, std::nullopt, kForEver).ok());
+
+  disk_.set_free_bytes(100 * kKiB);
+  const absl::Status record = store_->CompareAndSetRecord("k", "k", 1, "w", kForEver).status();
+  EXPECT_EQ(record.code(), absl::StatusCode::kResourceExhausted) << record;
+  EXPECT_EQ(GetReason(record), "STORE_FULL");
+  EXPECT_EQ(store_->GetRecord("k", "k", kForEver)->value, "v") << "a refusal changes nothing";
+  EXPECT_EQ(GetReason(store_->AcquireLease("m", 1, absl::Seconds(60), kForEver).status()),
+            "STORE_FULL");
+  EXPECT_EQ(
+      GetReason(
+          store_->SetRetention({&free_page.meta.key, 1}, pin, std::nullopt, kForEver).status()),
+      "STORE_FULL");
+  EXPECT_EQ(Stats().protected_pages, 1u);
+  EXPECT_EQ(GetReason(Save("t", {free_page}).status()), "STORE_FULL");
+  // Whatever lets go goes through.
+  EXPECT_TRUE(store_->SetRetention({&pinned.meta.key, 1}, {}, std::nullopt, kForEver).ok());
+  EXPECT_TRUE(store_->ReleaseLease(*lease, kForEver).ok());
+  EXPECT_TRUE(store_->CompareAndSetRecord("k", "k", 1, std::nullopt, kForEver).ok());
+  EXPECT_TRUE(store_->DeleteManifest("s", 1, std::nullopt, kForEver).ok());
+  EXPECT_EQ(Stats().protected_pages, 0u);
+  EXPECT_EQ(*store_->DeletePages({&pinned.meta.key, 1}, kForEver), 1u);
+  disk_.set_free_bytes(0);
+  EXPECT_TRUE(Put(pinned).status.ok()) << "and nothing has failed for good";
+}
+
+TEST_F(RocksdbPageStoreTest, CopiesOfReclaimLeaveTheirReserve) {
+  RocksdbPageStoreOptions options = Options();
+  options.min_free_bytes = 4 * kMiB;
+  Open(options);
+  std::vector<TestPage> pages;
+  std::vector<PageKey> gone;
+  for (uint64_t i = 0; i < 16; ++i) {
+    pages.push_back(MakeTestPage(i, 128 * kKiB));
+    ASSERT_TRUE(Put(pages.back()).status.ok());
+    if (i % 2 == 0) gone.push_back(pages.back().meta.key);
+  }
+  ASSERT_EQ(*store_->DeletePages(gone, kForEver), 8u);
+  disk_.set_free_bytes(kMiB + 64 * kKiB);
+  EXPECT_EQ(GetReason(store_->Compact(kForEver).status()), "STORE_FULL");
+  // Less than puts may have, enough for copies.
+  disk_.set_free_bytes(2 * kMiB);
+  const auto reclaimed = store_->Compact(kForEver);
+  ASSERT_TRUE(reclaimed.ok()) << reclaimed.status();
+  EXPECT_GT(*reclaimed, 0u);
+  for (uint64_t i = 1; i < 16; i += 2) EXPECT_EQ(Get(pages[i]), GetOutcome::kHit);
+}
+
 TEST_F(RocksdbPageStoreTest, StaysWithinItsCapacityWithAFifthPinned) {
   RocksdbPageStoreOptions options = Options();
   options.capacity_bytes = 32 * kMiB;
@@ -568,6 +698,29 @@ TEST_F(RocksdbPageStoreTest, APagePutForAManifestIsNotEvictedBeforeItIsNamed) {
   EXPECT_LT(saved, 100);
 }
 
+TEST_F(RocksdbPageStoreTest, TheVersionBeforeCanStillBeLoadedWhenANewOneWasSaved) {
+  RocksdbPageStoreOptions options = Options();
+  options.capacity_bytes = 16 * kMiB;
+  Open(options);  // by the fake clock: no grace ends by time
+  const TestPage old_page = MakeTestPage(1, 128 * kKiB), new_page = MakeTestPage(2, 128 * kKiB);
+  ASSERT_TRUE(Put(old_page).status.ok());
+  ASSERT_TRUE(Save("s", {old_page})->committed);
+  for (uint64_t i = 10; i < 120; ++i) {
+    ASSERT_TRUE(Put(MakeTestPage(i, 128 * kKiB), Durability::kProcess).status.ok());
+  }
+  ASSERT_TRUE(Put(new_page).status.ok());
+  ASSERT_TRUE(Save("s", {new_page}, 1)->committed);
+  // The oldest of all pages would be the first to go, and 15 are not an eighth of the capacity.
+  store_->WaitForUpkeep();
+  const uint64_t evicted = Stats().pages_evicted;
+  for (uint64_t i = 200; i < 215; ++i) {
+    ASSERT_TRUE(Put(MakeTestPage(i, 128 * kKiB), Durability::kProcess).status.ok());
+  }
+  store_->WaitForUpkeep();
+  EXPECT_GT(Stats().pages_evicted, evicted);
+  EXPECT_EQ(Get(old_page), GetOutcome::kHit);
+}
+
 TEST_F(RocksdbPageStoreTest, CompactGivesBackDeadBytes) {
   Open();
   std::vector<TestPage> pages;
@@ -587,32 +740,6 @@ TEST_F(RocksdbPageStoreTest, CompactGivesBackDeadBytes) {
   Open();
   for (uint64_t i = 1; i < 64; i += 2) EXPECT_EQ(Get(pages[i]), GetOutcome::kHit);
 }
-
-// Holds whoever comes to a failpoint there.
-class Gate {
- public:
-  void Pass() {
-    MutexLock lock(&mu_);
-    ++num_arrived_;
-    changed_.SignalAll();
-    while (!is_open_) changed_.Wait(&mu_);
-  }
-  void AwaitArrival() {
-    MutexLock lock(&mu_);
-    while (num_arrived_ == 0) changed_.Wait(&mu_);
-  }
-  void Open() {
-    MutexLock lock(&mu_);
-    is_open_ = true;
-    changed_.SignalAll();
-  }
-
- private:
-  Mutex mu_;
-  CondVar changed_;
-  int num_arrived_ ABSL_GUARDED_BY(mu_) = 0;
-  bool is_open_ ABSL_GUARDED_BY(mu_) = false;
-};
 
 TEST_F(RocksdbPageStoreTest, ASegmentStaysWhileAPutIntoItHasNotEnded) {
   Open();
@@ -647,6 +774,21 @@ TEST_F(RocksdbPageStoreTest, ASegmentStaysWhileAPutIntoItHasNotEnded) {
   // Now it can go.
   EXPECT_GE(*store_->Compact(kForEver), 4 * 128 * kKiB);
   EXPECT_EQ(Get(page), GetOutcome::kHit);
+}
+
+TEST_F(RocksdbPageStoreTest, APowerCutAfterTheFirstBarrierDoesNotTakeTheFolderAway) {
+  for (uint64_t seed = 0; seed < 8; ++seed) {
+    RocksdbPageStoreOptions options = Options();
+    options.dir = absl::StrCat(dir_.path(), "/", seed, "/nodes/store");
+    Open(options);
+    const TestPage page = MakeTestPage(seed);
+    ASSERT_TRUE(Put(page).status.ok());
+    disk_.CutPower();
+    store_.reset();
+    disk_.DropUnsynced(seed);
+    Open(options);
+    EXPECT_EQ(Get(page), GetOutcome::kHit) << "seed " << seed;
+  }
 }
 
 TEST_F(RocksdbPageStoreTest, APowerCutDuringReclaimLosesNothingProtected) {
@@ -699,6 +841,33 @@ TEST_F(RocksdbPageStoreTest, AFailedFsyncIsNeverFollowedByAnAcknowledgement) {
   Open();
   EXPECT_EQ(Get(before), GetOutcome::kHit);
   EXPECT_TRUE(Put(after).status.ok());
+}
+
+TEST_F(RocksdbPageStoreTest, AnOpeningDoesNotVouchForWhatAFailedFsyncLeftInThePageCache) {
+  Open();
+  const TestPage before = MakeTestPage(1), lost = MakeTestPage(2);
+  ASSERT_TRUE(Put(before).status.ok());
+  ASSERT_TRUE(Put(lost, Durability::kProcess).status.ok());
+  disk_.set_fail_syncs(true);
+  EXPECT_EQ(GetReason(store_->Barrier(Durability::kLocal, kForEver)), "STORE_FAILED");
+  disk_.set_fail_syncs(false);
+  EXPECT_EQ(Get(lost), GetOutcome::kHit) << "the page cache has it, the disk has not";
+  Open();
+  EXPECT_EQ(store_->recovery().verified_records, 1u);
+  EXPECT_EQ(store_->recovery().dropped_entries, 1u);
+  EXPECT_FALSE(Holds(lost));
+  EXPECT_EQ(Save("s", {lost})->missing.size(), 1u);
+  EXPECT_EQ(Get(before), GetOutcome::kHit);
+  // Put again it is as durable as any.
+  ASSERT_TRUE(Put(lost).status.ok());
+  ASSERT_TRUE(Save("s", {before, lost})->committed);
+  disk_.CutPower();
+  store_.reset();
+  disk_.DropUnsynced(1);
+  Open();
+  EXPECT_EQ(store_->recovery().lost_manifest_pages, 0u);
+  EXPECT_EQ(Get(before), GetOutcome::kHit);
+  EXPECT_EQ(Get(lost), GetOutcome::kHit);
 }
 
 TEST_F(RocksdbPageStoreTest, AFullDiskRefusesPutsServesReadsAndRecovers) {

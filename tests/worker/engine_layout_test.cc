@@ -139,6 +139,59 @@ TEST(EngineLayoutTest, SlotMapsNameEachBlockOnceAndNeverTheNullBlock) {
   EXPECT_THAT(layout->Slots({3, {1, 7, 2}}, 3, 9), ::testing::ElementsAre(7, 28, 29, 30, 31, 8));
 }
 
+TEST(EngineLayoutTest, RowsWithScalesAndPackedRowsMoveAsAWhole) {
+  ModelSpec scaled = HeadsModel()->spec();
+  scaled.geometry.groups[0].scale = LayerGroupSpec::ScaleKind::kPerTokenAndHead;
+  ModelSpec packed = TestModel(8)->spec();
+  packed.geometry.groups[0] = {.layers = {0, 1}, .packed_row_bytes = 100};
+  for (const ModelSpec& model_spec : {scaled, packed}) {
+    const auto model = Model::Create(model_spec);
+    ASSERT_TRUE(model.ok()) << model.status();
+    const GroupGeometry& group = model->geometry().group(0);
+    const bool has_v = group.v_row_bytes() > 0;
+    EXPECT_EQ(group.k_row_bytes(), has_v ? 3 * 8 * 4 + 3 * 4 : 100);
+    EnginePoolSpec spec{.block_tokens = 4, .num_blocks = 4, .groups = {}};
+    EngineGroupSpec& engine = spec.groups.emplace_back();
+    if (has_v) engine.k_type = engine.v_type = DataType::kF32;
+    engine.kv_heads = has_v ? 3 : 1;
+    uint64_t at = 0;
+    for (int layer = 0; layer < 2; ++layer) {
+      EngineGroupSpec::Layer& planes = engine.layers.emplace_back();
+      planes.k.offset = at;
+      at += 16 * group.k_row_bytes();
+      if (has_v) planes.v.emplace().offset = at;
+      at += 16 * group.v_row_bytes();
+    }
+    const int fd = MakeEngineFd(at);
+    const auto memory = EngineMemory::Map(fd, at);
+    close(fd);
+    ASSERT_TRUE(memory.ok()) << memory.status();
+    const auto layout = EngineLayout::Create(model->geometry(), spec, {*memory});
+    ASSERT_TRUE(layout.ok()) << layout.status();
+    for (const RowKind kind : {RowKind::kK, RowKind::kV}) {
+      const uint32_t row_bytes = group.row_bytes(kind);
+      std::vector<std::byte> rows = RowOracle::Rows(Tokens(1, 3), 0, 3, 0, 1, kind, row_bytes);
+      const std::vector<int64_t> slots = {15, 4, 6};
+      const EngineLayout::Rows run{rows.data(), slots};
+      ASSERT_TRUE(layout->Move(EngineLayout::Direction::kToEngine, 0, 1, kind, {&run, 1}).ok());
+      const auto& planes = engine.layers[1];
+      if (row_bytes == 0) continue;
+      const uint64_t offset = kind == RowKind::kK ? planes.k.offset : planes.v->offset;
+      for (size_t i = 0; i < slots.size(); ++i) {
+        EXPECT_EQ(std::memcmp((*memory)->data() + offset + slots[i] * row_bytes,
+                              rows.data() + i * row_bytes, row_bytes),
+                  0);
+      }
+    }
+    engine.heads = EngineHeads::kHnd;
+    const auto apart = EngineLayout::Create(model->geometry(), spec, {*memory});
+    // The scales of three heads stand behind them all; of one head nothing can lie apart.
+    EXPECT_EQ(apart.status().code(),
+              has_v ? absl::StatusCode::kInvalidArgument : absl::StatusCode::kOk)
+        << apart.status();
+  }
+}
+
 TEST(EngineMemoryTest, TakesOnlyMemoryThatCannotShrinkUnderTheWorker) {
   const auto code = [](int fd, uint64_t size) {
     const auto memory = EngineMemory::Map(fd, size);
