@@ -73,8 +73,9 @@ class PagedKvBackend final : public KvBackend {
     }
     std::vector<int64_t> positions(pending_);
     std::iota(positions.begin(), positions.end(), length_);
-    kernels::AttendHost({shape_, runs.data(), static_cast<int64_t>(runs.size()), q.data(),
-                         positions.data(), pending_, out.data(), nullptr});
+    kernels::AttendHost(kernels::AttentionArgs{shape_, runs.data(),
+                                               static_cast<int64_t>(runs.size()), q.data(),
+                                               positions.data(), pending_, out.data(), nullptr});
     return absl::OkStatus();
   }
   absl::Status Commit() override {
