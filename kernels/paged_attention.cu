@@ -325,8 +325,9 @@ int AttendCuda(const AttentionBatch& batch, void* workspace, CudaStream stream) 
       device::Launch(IndexRunsKernel, sequences, kIndexThreads, 0, stream, batch, plan, memory);
   if (error != cudaSuccess) return error;
   const Choice choice = Choose(plan, shape);
+  // The kernel's limit is the process's: never lowered, so that no other thread's launch fails by it.
   error = cudaFuncSetAttribute(choice.kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                               plan.shared_bytes);
+                               SharedLimit());
   if (error != cudaSuccess) return error;
   const dim3 grid(
       static_cast<unsigned>(plan.row_blocks) * static_cast<unsigned>(shape.num_kv_heads),

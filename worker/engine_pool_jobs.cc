@@ -22,6 +22,18 @@ absl::Status TooManyJobs(absl::string_view whose, size_t num, size_t limit) {
       kRetryDelay);
 }
 
+// The blocks that the slot maps name, each once. Whatever group they are of: groups may share one
+// memory.
+std::vector<uint32_t> BlocksOf(const EngineTransfer& transfer) {
+  std::vector<uint32_t> blocks;
+  for (const EngineSlotMap& map : transfer.maps) {
+    blocks.insert(blocks.end(), map.blocks.begin(), map.blocks.end());
+  }
+  std::sort(blocks.begin(), blocks.end());
+  blocks.erase(std::unique(blocks.begin(), blocks.end()), blocks.end());
+  return blocks;
+}
+
 }  // namespace
 
 // The job as its transfer sees it. A transfer that was stopped touches no entry of the table but by
@@ -275,33 +287,28 @@ void EnginePools::EndJob(uint64_t number, Job& job, absl::Status status, Leftove
 absl::Status EnginePools::TakeBlocks(const Pool& pool, EngineJobKind kind,
                                      const EngineTransfer& transfer) {
   const bool is_write = kind == EngineJobKind::kLoad;
-  for (uint64_t m = 0; m < transfer.maps.size(); ++m) {
-    for (uint32_t block : transfer.maps[m].blocks) {
-      const auto at = busy_blocks_.find({pool.ref.generation, m << 32 | block});
-      if (at == busy_blocks_.end() || (!is_write && at->second > 0)) continue;
-      return WithRetryDelay(
-          WithReason(absl::FailedPreconditionError(absl::StrCat(
-                         "slot_maps[", m, "]: block ", block, " is being ",
-                         at->second < 0 ? "written by another load" : "read by a store")),
-                     "BLOCK_BUSY", {{"block", absl::StrCat(block)}}),
-          kRetryDelay);
-    }
+  const std::vector<uint32_t> blocks = BlocksOf(transfer);
+  for (uint32_t block : blocks) {
+    const auto at = busy_blocks_.find({pool.ref.generation, block});
+    if (at == busy_blocks_.end() || (!is_write && at->second > 0)) continue;
+    return WithRetryDelay(
+        WithReason(absl::FailedPreconditionError(absl::StrCat(
+                       "slot_maps: block ", block, " is being ",
+                       at->second < 0 ? "written by another load" : "read by a store")),
+                   "BLOCK_BUSY", {{"block", absl::StrCat(block)}}),
+        kRetryDelay);
   }
-  for (uint64_t m = 0; m < transfer.maps.size(); ++m) {
-    for (uint32_t block : transfer.maps[m].blocks) {
-      int& users = busy_blocks_[{pool.ref.generation, m << 32 | block}];
-      users = is_write ? -1 : users + 1;
-    }
+  for (uint32_t block : blocks) {
+    int& users = busy_blocks_[{pool.ref.generation, block}];
+    users = is_write ? -1 : users + 1;
   }
   return absl::OkStatus();
 }
 
 void EnginePools::GiveBlocksBack(const Job& job) {
-  for (uint64_t m = 0; m < job.transfer->maps.size(); ++m) {
-    for (uint32_t block : job.transfer->maps[m].blocks) {
-      const auto at = busy_blocks_.find({job.info.pool.generation, m << 32 | block});
-      if (--at->second <= 0) busy_blocks_.erase(at);
-    }
+  for (uint32_t block : BlocksOf(*job.transfer)) {
+    const auto at = busy_blocks_.find({job.info.pool.generation, block});
+    if (--at->second <= 0) busy_blocks_.erase(at);
   }
 }
 

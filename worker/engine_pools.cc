@@ -80,7 +80,11 @@ absl::StatusOr<EnginePoolRef> EnginePools::Register(const Tenant& tenant, ModelH
       MutexLock lock(&mu_);
       if (is_stopped_) return absl::UnavailableError("register an engine pool: the worker stops");
       const auto at = pools_.find(key);
-      if (at == pools_.end()) {
+      // Of a pool of this name that ended by itself a job may still be writing to its memory.
+      const uint64_t unended = at == pools_.end() ? UnendedGeneration(key) : 0;
+      if (unended != 0) {
+        before = unended;
+      } else if (at == pools_.end()) {
         TenantState& state = tenants_[tenant.name];
         if (pools_.size() >= options_.max_pools ||
             state.num_pools >= options_.max_pools_per_tenant) {
@@ -100,8 +104,10 @@ absl::StatusOr<EnginePoolRef> EnginePools::Register(const Tenant& tenant, ModelH
         SetGauges();
         return ref;
       }
-      before = at->second->ref.generation;
-      EndPool(at, absl::CancelledError("its engine pool was registered again"), &left);
+      if (at != pools_.end()) {
+        before = at->second->ref.generation;
+        EndPool(at, absl::CancelledError("its engine pool was registered again"), &left);
+      }
     }
     Finish(std::move(left));
     MutexLock lock(&mu_);
@@ -165,6 +171,15 @@ bool EnginePools::HasJobs(uint64_t generation) const {
   return std::any_of(jobs_.begin(), jobs_.end(), [&](const auto& entry) {
     return !entry.second.info.has_ended() && entry.second.info.pool.generation == generation;
   });
+}
+
+uint64_t EnginePools::UnendedGeneration(const PoolKey& key) const {
+  for (const auto& [number, job] : jobs_) {
+    if (!job.info.has_ended() && PoolKey(job.tenant, job.info.pool.name) == key) {
+      return job.info.pool.generation;
+    }
+  }
+  return 0;
 }
 
 bool EnginePools::AwaitJobs(uint64_t generation, MonotonicTime deadline) {

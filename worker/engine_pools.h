@@ -175,7 +175,7 @@ class EnginePools {
   static constexpr absl::Duration kLookAgain = absl::Milliseconds(100);
 
   using PoolKey = std::pair<std::string, std::string>;  // tenant, name
-  using Block = std::pair<uint64_t, uint64_t>;          // generation, group << 32 | block
+  using Block = std::pair<uint64_t, uint64_t>;          // generation, block
 
   void RunQueue();
   // The next job that may run now, made to run; 0: none.
@@ -197,6 +197,8 @@ class EnginePools {
   void EndPool(std::map<PoolKey, PoolPtr>::iterator at, const absl::Status& because,
                Leftovers* left) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
   bool HasJobs(uint64_t generation) const ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
+  // Of a pool of this name, registered or not, that has jobs which have not ended; 0: none.
+  uint64_t UnendedGeneration(const PoolKey& key) const ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
   // False when some still run at the deadline.
   bool AwaitJobs(uint64_t generation, MonotonicTime deadline) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
   // A queued job whose time is up ends; ended ones are forgotten after a while.

@@ -6,6 +6,7 @@
 #include <utility>
 
 #include "absl/strings/str_cat.h"
+#include "absl/time/clock.h"
 #include "base/error_info.h"
 #include "base/log.h"
 #include "base/status_macros.h"
@@ -15,6 +16,7 @@ namespace {
 
 // How soon a job that waits for a copy of a sequence's tail notices that it was stopped.
 constexpr absl::Duration kForkSlice = absl::Milliseconds(200);
+constexpr absl::Duration kForkPause = absl::Milliseconds(10);
 
 // A sequence of the transfer's own, closed at the end.
 class OwnSequence {
@@ -77,6 +79,8 @@ absl::StatusOr<SequenceInfo> ForkOf(const EngineTransfer& transfer, const Engine
     const bool waits = absl::IsDeadlineExceeded(fork.status()) || absl::IsAborted(fork.status()) ||
                        GetReason(fork.status()) == error_reason::kPoolExhausted;
     if (!waits || slice == transfer.deadline) return fork.status();
+    // A full line of waiting calls answers at once.
+    if (!absl::IsDeadlineExceeded(fork.status())) absl::SleepFor(kForkPause);
   }
 }
 
@@ -126,6 +130,34 @@ std::vector<RowSpan> WantedRows(std::span<const RowSpan> held, const EngineSlotM
     if (from < to) wanted.push_back({from, to});
   }
   return wanted;
+}
+
+// Whether the next token behind `end` finds in the engine's blocks all that layer groups that
+// forget rows let it see.
+absl::Status CheckWindows(const EngineTransfer& transfer, const SequenceContents& contents,
+                          uint64_t end) {
+  const PageGeometry& geometry = transfer.host->model().geometry();
+  for (uint32_t g = 0; g < geometry.num_groups(); ++g) {
+    const GroupTraits traits = TraitsOf(geometry.group(g).spec());
+    if (!traits.forgets() || end == 0) continue;
+    const auto first =
+        static_cast<uint64_t>(std::max<int64_t>(0, traits.FirstVisible(static_cast<int64_t>(end))));
+    const uint64_t mapped = MapOf(transfer, g).first_token;
+    if (mapped > first || (mapped > 0 && traits.keep_tokens > 0)) {
+      return WithReason(
+          absl::FailedPreconditionError(absl::StrCat(
+              "slot_maps of layer group ", g, " begin at token ", mapped, "; behind ", end,
+              " tokens its window begins at ", traits.keep_tokens > 0 ? 0 : first)),
+          "WINDOW_NOT_MAPPED", {{"group", absl::StrCat(g)}});
+    }
+    for (uint64_t row = first; row < end; ++row) {
+      if (!Holds(contents.held[g], row)) {
+        return absl::FailedPreconditionError(
+            absl::StrCat("layer group ", g, " no longer holds row ", row, " of ", end));
+      }
+    }
+  }
+  return absl::OkStatus();
 }
 
 // Rows of tokens [at, at + count) of all groups into an append's frames.
@@ -184,7 +216,14 @@ absl::Status LoadIntoEngine(const EngineTransfer& transfer, EngineTransferJob* j
   uint64_t end = info.length;
   uint64_t at = end;
   for (const EngineSlotMap& map : transfer.maps) at = std::min(at, map.first_token);
-  progress.usable_tokens = at;
+  // Of a model with groups that forget rows only the whole is of use: a window in front of `end`
+  // is not the one that a shorter prefix would need.
+  bool needs_all = false;
+  for (uint32_t g = 0; g < geometry.num_groups(); ++g) {
+    needs_all = needs_all || TraitsOf(geometry.group(g).spec()).forgets();
+  }
+  if (needs_all) PT_RETURN_IF_ERROR(CheckWindows(transfer, contents, end));
+  progress.usable_tokens = needs_all ? 0 : at;
   job->Report(progress);
 
   absl::Status lost;
@@ -205,7 +244,7 @@ absl::Status LoadIntoEngine(const EngineTransfer& transfer, EngineTransferJob* j
             (span.end - 1) / geometry.page_tokens() - span.begin / geometry.page_tokens() + 1;
       }
     }
-    if (GetReason(status) == "PREFIX_LOST" && lost.ok()) {
+    if (GetReason(status) == "PREFIX_LOST" && lost.ok() && !needs_all) {
       // What stands in front of the lost page is loaded all the same.
       PT_ASSIGN_OR_RETURN(info, host->Get(transfer.tenant, sequence.id()));
       end = std::min(end, info.length);
@@ -214,7 +253,7 @@ absl::Status LoadIntoEngine(const EngineTransfer& transfer, EngineTransferJob* j
     }
     PT_RETURN_IF_ERROR(status);
     at = next;
-    progress.usable_tokens = at;
+    if (!needs_all || at == end) progress.usable_tokens = at;
     job->Report(progress);
   }
   return lost;
