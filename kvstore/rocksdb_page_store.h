@@ -7,8 +7,9 @@
 // on. Capacity is physical bytes of segments and index. A background thread drops what no manifest
 // protects, by recency and cost, empties half-dead segments, removes expired manifests and records
 // the order of accesses; another verifies cold records at a bounded rate. Above the engine, a guard
-// refuses puts (RESOURCE_EXHAUSTED, STORE_FULL) while the disk has less than min_free_bytes: that
-// room is the index's, so that manifests can still be written, down to the last of it. Thread-safe.
+// refuses puts (RESOURCE_EXHAUSTED, STORE_FULL) while the disk has less than min_free_bytes and
+// nothing may be dropped for them: that room is the index's, so that manifests can still be
+// written, down to the last of it. Thread-safe.
 // Reads take no lock while they wait for the disk.
 #ifndef PAGETIDE_KVSTORE_ROCKSDB_PAGE_STORE_H_
 #define PAGETIDE_KVSTORE_ROCKSDB_PAGE_STORE_H_
@@ -38,7 +39,8 @@ namespace pagetide {
 struct RocksdbPageStoreOptions {
   // Folder of the store; made if absent. One process at a time (RocksDB's lock file).
   std::string dir;
-  // Physical bytes that segments and index may take. 0: bounded by the disk only.
+  // Physical bytes that segments and index may take. 0: bounded by the disk only; pages are dropped
+  // when it is full.
   uint64_t capacity_bytes = 0;
   // Length of a segment file. 0: a sixteenth of the capacity, within 1 MiB and 64 MiB.
   uint64_t segment_bytes = 0;
@@ -49,7 +51,7 @@ struct RocksdbPageStoreOptions {
   // are read whatever they were written with. Anything but kNone also marks the folder, so that a
   // program too old to read compressed records refuses it (docs/store_format.md).
   PageCompression compression = PageCompression::kNone;
-  // How long a put waits for reclaim when the store is at its capacity.
+  // How long a put waits for reclaim when the store is at its capacity or the disk is full.
   absl::Duration put_wait = absl::Seconds(2);
   // A page is not evicted before an eighth of the capacity was put after it, or before this time
   // has passed: its writer may be about to name it in a manifest. The same holds from the moment at
@@ -240,6 +242,9 @@ class RocksdbPageStore final : public PageStore {
   // Verifies up to `max_pages` from where the last call ended.
   absl::StatusOr<ScrubStep> ScrubSome(uint64_t max_pages, MonotonicTime deadline)
       ABSL_EXCLUSIVE_LOCKS_REQUIRED(scrub_mu_);
+  // Physical bytes to come down to: the low water, or less where the disk itself has not the
+  // `wanted` bytes that a put was refused (0: none was).
+  uint64_t ReclaimTarget(uint64_t wanted) const;
   // Brings physical bytes to at most `target`. Returns bytes given back; stops when nothing may go.
   absl::StatusOr<uint64_t> ReclaimTo(uint64_t target);
   uint64_t EvictPages(uint64_t bytes);
@@ -287,6 +292,8 @@ class RocksdbPageStore final : public PageStore {
   CondVar room_made_;
   bool stopping_ ABSL_GUARDED_BY(upkeep_mu_) = false;
   bool room_wanted_ ABSL_GUARDED_BY(upkeep_mu_) = false;
+  // The most that a put was refused since reclaim last looked.
+  uint64_t wanted_bytes_ ABSL_GUARDED_BY(upkeep_mu_) = 0;
   uint64_t reclaims_done_ ABSL_GUARDED_BY(upkeep_mu_) = 0;
   uint64_t upkeep_rounds_ ABSL_GUARDED_BY(upkeep_mu_) =
       0;                         // whole rounds; reclaim is their first part

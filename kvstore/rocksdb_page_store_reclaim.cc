@@ -22,11 +22,13 @@ void RocksdbPageStore::WaitForUpkeep() {
 void RocksdbPageStore::RunUpkeep(MonotonicTime opened) {
   MonotonicTime next_access = opened + options_.access_period;
   for (bool stop = false; !stop;) {
+    uint64_t wanted_bytes = 0;
     {
       MutexLock lock(&upkeep_mu_);
       if (!stopping_ && !room_wanted_) upkeep_wake_.WaitWithTimeout(&upkeep_mu_, absl::Seconds(1));
       stop = stopping_;
       room_wanted_ = false;
+      wanted_bytes = std::exchange(wanted_bytes_, 0);
     }
     MeasureIndex();
     index_.ApplyExpiries();
@@ -37,9 +39,9 @@ void RocksdbPageStore::RunUpkeep(MonotonicTime opened) {
       const absl::Status s = RemoveExpiredManifests();
       if (!s.ok()) LogWarning("store", "expired manifests: ", s.ToString());
     }
-    if (!stop && options_.capacity_bytes != 0 && PhysicalBytes() > LowWater() &&
-        CheckNotFailed().ok()) {
-      const auto reclaimed = ReclaimTo(LowWater());
+    const uint64_t target = ReclaimTarget(wanted_bytes);
+    if (!stop && PhysicalBytes() > target && CheckNotFailed().ok()) {
+      const auto reclaimed = ReclaimTo(target);
       if (!reclaimed.ok()) LogWarning("store", "reclaim: ", reclaimed.status().ToString());
     }
     {
@@ -82,7 +84,10 @@ void RocksdbPageStore::WriteAccessOrder() {
 
 uint64_t RocksdbPageStore::EvictPages(uint64_t bytes) {
   uint64_t freed = 0;
-  const PageIndex::Grace grace{options_.capacity_bytes / 8, options_.put_grace};
+  // Without a capacity the disk is the bound, and what is held is what fits.
+  const uint64_t capacity =
+      options_.capacity_bytes != 0 ? options_.capacity_bytes : PhysicalBytes();
+  const PageIndex::Grace grace{capacity / 8, options_.put_grace};
   for (const PageKey& key : index_.PickVictims(bytes, grace)) {
     const KeyedLock::Hold hold(&keys_, {absl::StrCat("p", key.digest.view())});
     const std::optional<PagePlace> place = index_.Erase(key);

@@ -1,5 +1,6 @@
 // Room of RocksdbPageStore: what a write asks before it takes any of the disk or of the capacity.
 #include <algorithm>
+#include <limits>
 #include <optional>
 #include <utility>
 
@@ -91,6 +92,7 @@ absl::StatusOr<RocksdbPageStore::PutRoom> RocksdbPageStore::WaitForRoom(uint64_t
     const absl::Duration left = give_up - options_.clock->MonotonicNow();
     // Also for who cannot wait: the next one finds room then.
     room_wanted_ = true;
+    wanted_bytes_ = std::max(wanted_bytes_, bytes);
     upkeep_wake_.SignalAll();
     // Two rounds of reclaim that made no room: everything that is left is protected.
     if (left <= absl::ZeroDuration() || reclaims_done_ >= *reclaims_seen + 2 || stopping_) {
@@ -99,6 +101,23 @@ absl::StatusOr<RocksdbPageStore::PutRoom> RocksdbPageStore::WaitForRoom(uint64_t
     }
     room_made_.WaitWithTimeout(&upkeep_mu_, left);
   }
+}
+
+uint64_t RocksdbPageStore::ReclaimTarget(uint64_t wanted) const {
+  const uint64_t target =
+      options_.capacity_bytes != 0 ? LowWater() : std::numeric_limits<uint64_t>::max();
+  if (wanted == 0) return target;
+  const uint64_t mark = disk_ledger_.Mark();
+  const absl::StatusOr<uint64_t> free = options_.file_system->FreeBytes(options_.dir);
+  if (!free.ok()) return target;  // the put that wants them says so
+  const uint64_t needed = options_.min_free_bytes + disk_ledger_.Outstanding(mark) + wanted;
+  if (*free >= needed) return target;
+  // No more at once than the put and a segment, whatever is lacking: where somebody else fills the
+  // disk, one refused put must not cost all that is held. Half a segment beyond, so that not every
+  // put has to wait.
+  const uint64_t step = std::min(needed - *free, wanted + segment_bytes_) + segment_bytes_ / 2;
+  const uint64_t physical = PhysicalBytes();
+  return std::min(target, physical > step ? physical - step : 0);
 }
 
 bool RocksdbPageStore::HasRoomAgain() const {

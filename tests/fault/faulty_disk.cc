@@ -420,6 +420,18 @@ absl::StatusOr<std::vector<std::string>> FaultyDisk::List(const std::string& dir
 absl::StatusOr<uint64_t> FaultyDisk::FreeBytes(const std::string& dir) {
   PT_RETURN_IF_ERROR(CheckPower());
   if (free_bytes_ != 0) return free_bytes_.load();
+  if (disk_bytes_ != 0) {
+    uint64_t used = 0;
+    std::error_code ec;
+    for (std::filesystem::recursive_directory_iterator it(dir, ec), end; !ec && it != end;
+         it.increment(ec)) {
+      std::error_code gone;
+      if (absl::EndsWith(it->path().string(), kDeletedSuffix)) continue;
+      const uint64_t size = it->is_regular_file(gone) ? it->file_size(gone) : 0;
+      if (!gone) used += size;
+    }
+    return disk_bytes_ > used ? disk_bytes_ - used : 0;
+  }
   return Posix()->FreeBytes(dir);
 }
 

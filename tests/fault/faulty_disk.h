@@ -54,6 +54,8 @@ class FaultyDisk final : public FileSystem {
   // While on, each read, write and sync of a segment file that begins waits.
   void set_stuck(bool on);
   uint64_t num_reads() const { return num_reads_; }
+  // A disk of that size with nothing on it but the folder that is asked for; 0: the machine's.
+  void set_disk_bytes(uint64_t bytes) { disk_bytes_ = bytes; }
   // What FreeBytes answers; 0: the truth.
   void set_free_bytes(uint64_t bytes) { free_bytes_ = bytes; }
   uint64_t num_syncs() const { return num_syncs_; }
@@ -103,6 +105,7 @@ class FaultyDisk final : public FileSystem {
   std::atomic<bool> full_{false};
   std::atomic<bool> fail_reads_{false};
   mutable std::atomic<uint64_t> num_reads_{0};
+  std::atomic<uint64_t> disk_bytes_{0};
   std::atomic<uint64_t> free_bytes_{0};
   std::atomic<uint64_t> num_syncs_{0};
   mutable Mutex stuck_mu_;

@@ -402,6 +402,53 @@ TEST_F(RocksdbPageStoreTest, TheLastOfTheDiskIsForWhatReleasesOnly) {
   EXPECT_TRUE(Put(pinned).status.ok()) << "and nothing has failed for good";
 }
 
+TEST_F(RocksdbPageStoreTest, AFullDiskDropsWhatMayGoBeforeItRefusesAPut) {
+  RocksdbPageStoreOptions options = Options();
+  options.min_free_bytes = 4 * kMiB;
+  Open(options);  // without a capacity
+  disk_.set_disk_bytes(12 * kMiB);
+  std::vector<TestPage> saved;
+  for (uint64_t i = 0; i < 160; ++i) {  // 20 MiB
+    const TestPage page = MakeTestPage(i, 128 * kKiB);
+    const PutPageResult put = Put(page);
+    ASSERT_TRUE(put.status.ok()) << i << ": " << put.status;
+    if (i % 20 == 0) {
+      ASSERT_TRUE(Save(absl::StrCat("s", i), {page})->committed);
+      saved.push_back(page);
+    }
+    EXPECT_GE(*disk_.FreeBytes(dir_.path()), 3 * kMiB) << "the index's room";
+  }
+  for (const TestPage& page : saved) EXPECT_EQ(Get(page), GetOutcome::kHit);
+  EXPECT_GT(Stats().pages_evicted, 60u);
+  EXPECT_GT(Stats().logical_bytes, 5 * kMiB) << "no more than was needed";
+  EXPECT_EQ(Stats().state, "serving");
+}
+
+TEST_F(RocksdbPageStoreTest, AFullDiskOfProtectedPagesRefusesPutsUntilSomethingIsReleased) {
+  RocksdbPageStoreOptions options = Options();
+  options.min_free_bytes = 4 * kMiB;
+  Open(options);
+  disk_.set_disk_bytes(8 * kMiB);
+  absl::Status refused;
+  uint64_t num_saved = 0;
+  for (; num_saved < 100; ++num_saved) {
+    const TestPage page = MakeTestPage(num_saved, 128 * kKiB);
+    refused = Put(page).status;
+    if (!refused.ok()) break;
+    ASSERT_TRUE(Save(absl::StrCat("s", num_saved), {page})->committed);
+  }
+  EXPECT_EQ(GetReason(refused), "STORE_FULL") << refused;
+  EXPECT_EQ(Stats().state, "full");
+  EXPECT_EQ(Stats().pages_evicted, 0u);
+  ASSERT_GT(num_saved, 16u);
+  for (uint64_t i = 0; i < 16; ++i) {
+    ASSERT_TRUE(store_->DeleteManifest(absl::StrCat("s", i), 1, std::nullopt, kForEver).ok());
+  }
+  EXPECT_TRUE(Put(MakeTestPage(1000, 128 * kKiB)).status.ok());
+  EXPECT_EQ(Stats().state, "serving");
+  EXPECT_TRUE(Holds(MakeTestPage(num_saved - 1, 128 * kKiB)));
+}
+
 TEST_F(RocksdbPageStoreTest, CopiesOfReclaimLeaveTheirReserve) {
   RocksdbPageStoreOptions options = Options();
   options.min_free_bytes = 4 * kMiB;
