@@ -233,12 +233,20 @@ TEST(EnginePoolsTest, OfAWindowOnlyTheRowsThatAreLeftAreWritten) {
   ASSERT_EQ(pools.Store(ref, tokens, {map}).state, EngineJobState::kDone);
   // The window's blocks begin where its engine has them.
   const EngineSlotMap full = engine.Allocate(0, tokens.size(), &random);
-  const EngineSlotMap window = engine.Allocate(40, tokens.size(), &random);
+  const EngineSlotMap window = engine.Allocate(36, tokens.size(), &random);
   const EngineJobInfo job = pools.Load(ref, tokens, {full, window});
   ASSERT_EQ(job.state, EngineJobState::kDone) << job.status;
   EXPECT_EQ(job.progress.usable_tokens, tokens.size());
   engine.ExpectGroup(0, tokens, full, 0, tokens.size());
-  engine.ExpectGroup(1, tokens, window, 40, tokens.size());
+  engine.ExpectGroup(1, tokens, window, 36, tokens.size());
+  EXPECT_EQ(engine.WrongBytes(), 0);
+  // The next token sees row 39: blocks that begin behind it are of no use, and nothing is written.
+  const EngineJobInfo behind =
+      pools.Load(ref, tokens, {full, engine.Allocate(40, tokens.size(), &random)});
+  EXPECT_EQ(behind.state, EngineJobState::kFailed);
+  EXPECT_EQ(GetReason(behind.status), "WINDOW_NOT_MAPPED");
+  EXPECT_EQ(behind.progress.usable_tokens, 0u);
+  EXPECT_EQ(behind.progress.moved_bytes, 0u);
   EXPECT_EQ(engine.WrongBytes(), 0);
 }
 

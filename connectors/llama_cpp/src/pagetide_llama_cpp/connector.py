@@ -32,6 +32,7 @@ _log = logging.getLogger("pagetide.llama_cpp")
 # Pages of a load are held for so long, however busy the machine. One that a dead engine leaves behind costs the
 # worker frames until then.
 _LEASE_SECONDS = 10.0
+_FEW_TOKENS = 8
 _LIMITS = {value: name[len("REUSE_LIMIT_"):].lower() for name, value in types_pb2.ReuseLimit.items()}
 
 
@@ -246,9 +247,7 @@ class Connector:
         known = self._known_rows()
         report.live_tokens = _common_prefix(known, tokens)
         try:
-            if known.size < self._llama.n_tokens:
-                raise Refused(f"the context holds {self._llama.n_tokens - known.size} rows of inputs that are "
-                              "not tokens, or of a state that was loaded")
+            self._forget_foreign_rows(tokens, known.size)
             self._reuse(tokens, report)
         except pagetide.PageTideError as error:
             if error.reason == "MODEL_NOT_FOUND":
@@ -271,6 +270,18 @@ class Connector:
         _log.info("prompt of %d tokens: %d live, %d loaded, %d offered: %s", report.prompt_tokens,
                   report.live_tokens, report.loaded_tokens, report.offered_tokens, report.reason)
         return report
+
+    def _forget_foreign_rows(self, tokens: list[int], num_known: int) -> None:
+        """The wrapper goes on from the longest prefix that input_ids has; Refused where that takes in rows that
+        went past us. A few (the first token is that of every prompt) are not worth it."""
+        held = _common_prefix(self._llama.input_ids[:self._llama.n_tokens], tokens)
+        if held <= num_known:
+            return
+        if held >= _FEW_TOKENS or self._context is None:
+            raise Refused(f"the context holds {held - num_known} rows of inputs that are not tokens, or of a "
+                          "state that was loaded")
+        self._context.clear()
+        self._known = self._known[:0]
 
     def keep(self) -> None:
         """Hands pages that have filled since prepare() to the store thread. eval() calls it."""
