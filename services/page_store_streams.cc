@@ -39,7 +39,7 @@ class PageStoreServiceImpl::PutStream final : public grpc::ServerReadReactor<grp
     const absl::Status taken = TakeMessage();
     message_.Clear();
     if (!taken.ok()) {
-      Finish(ToGrpcStatus(taken));
+      Refuse(taken);
     } else if (buffered_bytes_ >= service_.options_.max_stream_bytes / 2) {
       RunTask([this] {
         StoreFullPages();
@@ -72,9 +72,14 @@ class PageStoreServiceImpl::PutStream final : public grpc::ServerReadReactor<grp
   template <typename Task>
   void RunTask(Task task) {
     const absl::Status scheduled = service_.executor_.Schedule(std::move(task));
-    if (!scheduled.ok()) {
-      Finish(ToGrpcStatus(WithRetryDelay(scheduled, absl::Milliseconds(100))));
-    }
+    if (!scheduled.ok()) Refuse(WithRetryDelay(scheduled, absl::Milliseconds(100)));
+  }
+
+  // What the stream held is free before its client knows.
+  void Refuse(const absl::Status& status) {
+    pages_.clear();
+    Hold(0);
+    Finish(ToGrpcStatus(status));
   }
 
   bool IsLastPageFull() const {
@@ -162,7 +167,7 @@ class PageStoreServiceImpl::PutStream final : public grpc::ServerReadReactor<grp
   }
 
   void End() {
-    if (!IsLastPageFull()) return Finish(ToGrpcStatus(CutPageError("the stream ended")));
+    if (!IsLastPageFull()) return Refuse(CutPageError("the stream ended"));
     StoreFullPages();
     const bool any_ok = std::any_of(results_.begin(), results_.end(),
                                     [](const PutPageResult& r) { return r.status.ok(); });

@@ -275,9 +275,9 @@ class Connector:
         """The wrapper goes on from the longest prefix that input_ids has; Refused where that takes in rows that
         went past us. A few (the first token is that of every prompt) are not worth it."""
         held = _common_prefix(self._llama.input_ids[:self._llama.n_tokens], tokens)
-        if held <= num_known:
+        if held <= num_known or self._context is None:
             return
-        if held >= _FEW_TOKENS or self._context is None:
+        if held >= _FEW_TOKENS:
             raise Refused(f"the context holds {held - num_known} rows of inputs that are not tokens, or of a "
                           "state that was loaded")
         self._context.clear()
