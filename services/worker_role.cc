@@ -195,7 +195,7 @@ absl::StatusOr<std::unique_ptr<WorkerRole>> WorkerRole::Start(Options options, P
                                       }},
         store, clock);
     parts->fence = std::make_unique<WorkerFence>(worker_id, worker->incarnation(),
-                                                 parts->store_lease.get(), store, clock);
+                                                 parts->store_lease.get(), store);
   }
   parts->parking = std::make_unique<Parking>(Parking::Options{.lease_ttl = options.store_lease_ttl},
                                              worker, store, parts->fence.get());

@@ -32,12 +32,11 @@ uint64_t LeaseEpochOf(absl::string_view fence_value) {
 }
 
 WorkerFence::WorkerFence(absl::string_view worker_id, uint64_t incarnation, StoreLeaseKeeper* lease,
-                         PageStore* store, const Clock* clock)
+                         PageStore* store)
     : ownership_key_(absl::StrCat("worker/", worker_id)),
       incarnation_(incarnation),
       lease_(lease),
-      store_(store),
-      clock_(clock) {}
+      store_(store) {}
 
 absl::StatusOr<WriteFence> WorkerFence::Get(MonotonicTime deadline) {
   switch (lease_->AwaitFirst(deadline)) {

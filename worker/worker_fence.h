@@ -7,7 +7,7 @@
 // says under which grant of the lease "worker/<id>" it was written, and gives way to later grants
 // only: whoever stalls between looking at its lease and writing the record takes nothing back.
 //
-// Thread-safe. Lease, store and clock outlive it.
+// Thread-safe. Lease and store outlive it.
 #ifndef PAGETIDE_WORKER_WORKER_FENCE_H_
 #define PAGETIDE_WORKER_WORKER_FENCE_H_
 
@@ -36,7 +36,7 @@ class WorkerFence {
  public:
   // `lease` is the lease "worker/<worker_id>".
   WorkerFence(absl::string_view worker_id, uint64_t incarnation, StoreLeaseKeeper* lease,
-              PageStore* store, const Clock* clock);
+              PageStore* store);
 
   // Waits for the first lease until the deadline. FAILED_PRECONDITION (STALE_EPOCH) when another
   // incarnation has the lease that was ours; UNAVAILABLE when it ran out or was never granted.
@@ -49,7 +49,6 @@ class WorkerFence {
   const uint64_t incarnation_;
   StoreLeaseKeeper* const lease_;
   PageStore* const store_;
-  const Clock* const clock_;
 
   Mutex mu_;
   uint64_t lease_epoch_ ABSL_GUARDED_BY(mu_) = 0;  // that fence_ was advanced for

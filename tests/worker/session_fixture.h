@@ -29,7 +29,7 @@ class SessionWorker {
   SessionWorker(PageStore* store, const Setup& setup)
       : lease_({.name = absl::StrCat("worker/", setup.id), .incarnation = setup.incarnation}, store,
                setup.lease_clock),
-        fence_(setup.id, setup.incarnation, &lease_, store, setup.lease_clock) {
+        fence_(setup.id, setup.incarnation, &lease_, store) {
     Worker::Options options;
     options.id = setup.id;
     options.incarnation = setup.incarnation;

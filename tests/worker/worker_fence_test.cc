@@ -17,7 +17,7 @@ namespace {
 struct Life {
   Life(uint64_t incarnation, PageStore* store, Clock* clock)
       : lease({.name = "worker/a", .incarnation = incarnation}, store, clock),
-        fence("a", incarnation, &lease, store, clock) {}
+        fence("a", incarnation, &lease, store) {}
   StoreLeaseKeeper lease;
   WorkerFence fence;
 };
