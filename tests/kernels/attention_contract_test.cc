@@ -299,12 +299,8 @@ void ExpectClose(const Problem& p, const Result& got, const Result& want) {
 class AttentionContractTest : public testing::TestWithParam<std::string> {
  protected:
   void SetUp() override {
-    if (GetParam() == "host") {
-      device_ = std::make_unique<HostKernelDevice>();
-      return;
-    }
     std::string why_not;
-    device_ = MakeCudaKernelDevice(&why_not);
+    device_ = MakeKernelDevice(GetParam(), &why_not);
     if (device_ == nullptr) GTEST_SKIP() << why_not;
   }
 

@@ -22,12 +22,8 @@ constexpr KvType kAllTypes[] = {KvType::kF32,    KvType::kF16,  KvType::kBF16, K
 class KernelContractTest : public testing::TestWithParam<std::string> {
  protected:
   void SetUp() override {
-    if (GetParam() == "host") {
-      device_ = std::make_unique<HostKernelDevice>();
-      return;
-    }
     std::string why_not;
-    device_ = MakeCudaKernelDevice(&why_not);
+    device_ = MakeKernelDevice(GetParam(), &why_not);
     if (device_ == nullptr) GTEST_SKIP() << why_not;
   }
 

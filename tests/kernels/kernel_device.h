@@ -109,6 +109,13 @@ class HostKernelDevice final : public KernelDevice {
 // kernels_emulated_test the device source runs on the CPU instead (emulated_cuda/).
 std::unique_ptr<KernelDevice> MakeCudaKernelDevice(std::string* why_not);
 
+// The device of a suite's parameter: "host", else the CUDA one.
+inline std::unique_ptr<KernelDevice> MakeKernelDevice(const std::string& name,
+                                                      std::string* why_not) {
+  if (name == "host") return std::make_unique<HostKernelDevice>();
+  return MakeCudaKernelDevice(why_not);
+}
+
 }  // namespace pagetide::kernels
 
 #endif  // PAGETIDE_TESTS_KERNELS_KERNEL_DEVICE_H_

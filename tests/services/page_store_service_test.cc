@@ -88,6 +88,20 @@ INSTANTIATE_TEST_SUITE_P(RemoteRocksdb, PageStoreContract, ::testing::Values(&Ma
 
 // ---- bad input and plain protobuf clients ------------------------------------------------------
 
+// The first message of a put of `page` at PROCESS, with the first `body_bytes` of its body.
+v1::PutPagesRequest FirstOf(const TestPage& page, size_t body_bytes) {
+  v1::PutPagesRequest request;
+  request.set_level(v1::DURABILITY_PROCESS);
+  v1::PageHeader* header = request.mutable_header();
+  header->set_page_key(page.meta.key.digest.ToBytes());
+  header->set_fingerprint(page.meta.fingerprint.ToBytes());
+  header->set_body_bytes(page.meta.body_bytes);
+  header->mutable_checksum()->set_low(page.meta.checksum.low);
+  header->mutable_checksum()->set_high(page.meta.checksum.high);
+  request.set_body(std::string(reinterpret_cast<const char*>(page.body.data()), body_bytes));
+  return request;
+}
+
 class PageStoreServiceTest : public ::testing::Test {
  protected:
   // What a client without our raw path sends and gets.
@@ -100,18 +114,6 @@ class PageStoreServiceTest : public ::testing::Test {
     }
     writer->WritesDone();
     return writer->Finish();
-  }
-  v1::PutPagesRequest FirstOf(const TestPage& page, size_t body_bytes) {
-    v1::PutPagesRequest request;
-    request.set_level(v1::DURABILITY_PROCESS);
-    v1::PageHeader* header = request.mutable_header();
-    header->set_page_key(page.meta.key.digest.ToBytes());
-    header->set_fingerprint(page.meta.fingerprint.ToBytes());
-    header->set_body_bytes(page.meta.body_bytes);
-    header->mutable_checksum()->set_low(page.meta.checksum.low);
-    header->mutable_checksum()->set_high(page.meta.checksum.high);
-    request.set_body(std::string(reinterpret_cast<const char*>(page.body.data()), body_bytes));
-    return request;
   }
   uint64_t NumPages() { return store_.GetStats(MonotonicTime::InfiniteFuture())->pages; }
 
@@ -189,16 +191,8 @@ TEST(PutMemoryTest, StreamsHoldNoMoreThanTheyMayAndGiveItBack) {
   const auto stub = v1::PageStoreService::NewStub(served.channel());
   const TestPage page = MakeTestPage(1, 4 << 20);
   const auto part = [&](int i) {
+    if (i == 0) return FirstOf(page, 1 << 20);
     v1::PutPagesRequest request;
-    if (i == 0) {
-      request.set_level(v1::DURABILITY_PROCESS);
-      v1::PageHeader* header = request.mutable_header();
-      header->set_page_key(page.meta.key.digest.ToBytes());
-      header->set_fingerprint(page.meta.fingerprint.ToBytes());
-      header->set_body_bytes(page.meta.body_bytes);
-      header->mutable_checksum()->set_low(page.meta.checksum.low);
-      header->mutable_checksum()->set_high(page.meta.checksum.high);
-    }
     request.set_body(
         std::string(reinterpret_cast<const char*>(page.body.data()) + (i << 20), 1 << 20));
     return request;

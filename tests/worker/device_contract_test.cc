@@ -102,7 +102,7 @@ TEST_P(DeviceContractTest, AgreesWithAByteArray) {
   std::mt19937 random(11);
   auto pool = MakePool(4096);
   std::vector<std::byte> model(4096);
-  for (int step = 0; step < 1000; ++step) {
+  for (int step = 0; step < 3000; ++step) {
     const size_t n = random() % 300;
     const size_t at = random() % (4096 - n);
     const size_t from = random() % (4096 - n);
