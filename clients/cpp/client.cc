@@ -5,6 +5,7 @@
 #include "absl/strings/str_cat.h"
 #include "base/log.h"
 #include "base/status_macros.h"
+#include "clients/cpp/inputs.h"
 #include "clients/cpp/request_id.h"
 #include "rpc/model_codec.h"
 
@@ -100,6 +101,7 @@ absl::StatusOr<std::unique_ptr<Sequence>> Client::OpenOn(std::shared_ptr<WorkerC
   request.set_request_id(NewRequestId());
   request.set_model_digest(model->digest().ToHex());
   request.mutable_tokens()->Add(prompt.begin(), prompt.end());
+  AddInputs(options.inputs, request.mutable_inputs());
   request.set_allow_full_reuse(options.allow_full_reuse);
   request.set_no_reuse(options.no_reuse);
   request.set_assignment_id(std::string(assignment_id));
@@ -107,6 +109,7 @@ absl::StatusOr<std::unique_ptr<Sequence>> Client::OpenOn(std::shared_ptr<WorkerC
     v1::PlanPromptRequest plan;
     plan.set_model_digest(request.model_digest());
     *plan.mutable_tokens() = request.tokens();
+    *plan.mutable_inputs() = request.inputs();
     plan.set_allow_full_reuse(options.allow_full_reuse);
     plan.set_min_chunk_tokens(options.min_chunk_tokens);
     for (const std::string& name : options.sessions) plan.add_sessions(name);
@@ -135,6 +138,7 @@ absl::StatusOr<std::unique_ptr<Sequence>> Client::Open(std::shared_ptr<const Mod
   v1::AssignSequenceRequest request;
   request.mutable_prompt()->set_model(model->digest().ToHex());
   request.mutable_prompt()->mutable_tokens()->Add(prompt.begin(), prompt.end());
+  AddInputs(options.inputs, request.mutable_prompt()->mutable_inputs());
   request.set_sticky_worker_id(options.sticky_worker_id);
   for (const std::string& id : options.exclude_worker_ids) request.add_exclude_worker_ids(id);
 

@@ -62,6 +62,9 @@ struct OpenOptions {
   // > 0: also runs of at least so many tokens of a session that stand elsewhere in the prompt.
   // Approximate: see PrefixService.PlanPrompt.
   uint32_t min_chunk_tokens = 0;
+  // What decides rows besides the tokens in front of them (images), ascending. BeginAppend takes
+  // those of the tokens that it appends again.
+  std::vector<PositionedInput> inputs;
 };
 
 struct LoadOptions {

@@ -11,6 +11,7 @@
 #include "base/status_macros.h"
 #include "clients/cpp/batch_step.h"
 #include "clients/cpp/in_place_rows.h"
+#include "clients/cpp/inputs.h"
 #include "clients/cpp/request_id.h"
 #include "clients/cpp/row_checks.h"
 
@@ -100,7 +101,7 @@ absl::Status Sequence::Refresh() {
 }
 
 absl::StatusOr<std::unique_ptr<PendingAppend>> Sequence::BeginAppend(
-    std::span<const uint32_t> tokens, bool will_attend) {
+    std::span<const uint32_t> tokens, bool will_attend, std::span<const PositionedInput> inputs) {
   std::unique_ptr<PendingAppend> append(new PendingAppend(this));
   append->append_id_ = NewRequestId();
   SetDeadline(&append->context_, worker_->call_options().timeout);
@@ -114,6 +115,7 @@ absl::StatusOr<std::unique_ptr<PendingAppend>> Sequence::BeginAppend(
   header->set_append_id(append->append_id_);
   header->set_expected_length(length());
   header->mutable_tokens()->Add(tokens.begin(), tokens.end());
+  AddInputs(inputs, header->mutable_inputs());
   header->set_pin_prefix(will_attend);
   PT_RETURN_IF_ERROR(append->Write(EncodeMessage(message)));
   return append;

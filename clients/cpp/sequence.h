@@ -29,6 +29,7 @@
 #include "absl/time/time.h"
 #include "clients/cpp/worker_connection.h"
 #include "core/geometry.h"
+#include "core/keys.h"
 #include "core/model.h"
 #include "pagetide/v1/sequence.pb.h"
 #include "pagetide/v1/sequence_edit.pb.h"
@@ -125,9 +126,10 @@ class Sequence {
   absl::Status Refresh();
 
   // will_attend: the whole sequence is made resident and stays pinned until the write ends, so that
-  // Attend under it never waits for frames.
-  absl::StatusOr<std::unique_ptr<PendingAppend>> BeginAppend(std::span<const uint32_t> tokens,
-                                                             bool will_attend = true);
+  // Attend under it never waits for frames. inputs: those at the positions of these tokens.
+  absl::StatusOr<std::unique_ptr<PendingAppend>> BeginAppend(
+      std::span<const uint32_t> tokens, bool will_attend = true,
+      std::span<const PositionedInput> inputs = {});
   // num_tokens: 1 to 1024.
   absl::StatusOr<std::unique_ptr<PendingStep>> BeginStep(uint32_t num_tokens,
                                                          bool will_attend = true);

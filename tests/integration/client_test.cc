@@ -9,6 +9,7 @@
 
 #include "absl/strings/str_cat.h"
 #include "base/error_info.h"
+#include "clients/cpp/attention_merge.h"
 #include "clients/cpp/batch_step.h"
 #include "clients/cpp/in_place_rows.h"
 #include "decoder/decoder.h"
@@ -30,11 +31,15 @@ class ClientTest : public ::testing::Test {
     Start("pagetide-store", {absl::StrCat("--data-dir=", dir_ / "store")}, &store_);
     const std::string store = absl::StrCat("--store=", store_->Address("grpc"));
     Start("pagetide-router", {store}, &router_);
-    Start("pagetide-worker",
-          {"--worker-id=w1", store, absl::StrCat("--router=", router_->Address("grpc")),
-           absl::StrCat("--local-socket=", dir_ / "w1.sock"), "--pool-bytes=8MiB"},
-          &worker_);
+    StartWorker("w1", &worker_);
     decoder_ = Decoder::Create(DecoderConfig()).value();
+  }
+  void StartWorker(const std::string& id, std::unique_ptr<ChildProcess>* worker) {
+    Start("pagetide-worker",
+          {absl::StrCat("--worker-id=", id), absl::StrCat("--store=", store_->Address("grpc")),
+           absl::StrCat("--router=", router_->Address("grpc")),
+           absl::StrCat("--local-socket=", dir_ / absl::StrCat(id, ".sock")), "--pool-bytes=8MiB"},
+          worker);
   }
   void Start(const std::string& program, std::vector<std::string> args,
              std::unique_ptr<ChildProcess>* process) {
@@ -153,6 +158,96 @@ TEST_F(ClientTest, ReadsBackWhatWasAppendedAndStopsWhenToldTo) {
   const absl::Status stopped = sequence->ReadRows(
       0, 0, 0, {}, [](const RowsPart&) { return absl::OutOfRangeError("enough"); });
   EXPECT_EQ(stopped.message(), "enough");
+}
+
+// Rows [begin, end) of every layer of `oracle`.
+void AppendRowsOf(LocalKvBackend& oracle, size_t row_bytes, PendingAppend& append,
+                  uint32_t num_layers, size_t begin, size_t end) {
+  for (uint32_t layer = 0; layer < num_layers; ++layer) {
+    const auto part = [&](auto rows) {
+      return rows.subspan(begin * row_bytes, (end - begin) * row_bytes);
+    };
+    ASSERT_TRUE(append.WriteRows(0, layer, RowKind::kK, 0, part(oracle.k_rows(layer))).ok());
+    ASSERT_TRUE(append.WriteRows(0, layer, RowKind::kV, 0, part(oracle.v_rows(layer))).ok());
+  }
+  ASSERT_TRUE(append.Commit().ok());
+}
+
+// docs/sequence_algebra.md, "A context over several workers".
+TEST_F(ClientTest, TwoWorkersHoldOneContextAndTheirAttentionMerges) {
+  std::unique_ptr<ChildProcess> other;
+  StartWorker("w2", &other);
+  auto client = MakeClient(true);
+  const auto model = Register(*client);
+  const GroupGeometry& group = model->geometry().group(0);
+  const size_t row_bytes = decoder_->config().row_bytes();
+  const std::vector<uint32_t> tokens = Tokens(700, 11);
+  constexpr size_t kCut = 433;
+  LocalKvBackend oracle(decoder_->config());
+  ASSERT_TRUE(decoder_->Prefill(tokens, oracle).ok());
+
+  OpenOptions on_w1;
+  on_w1.exclude_worker_ids = {"w2"};
+  auto whole = client->Open(model, tokens, on_w1).value();
+  ASSERT_EQ(whole->worker_id(), "w1");
+  AppendRowsOf(oracle, row_bytes, **whole->BeginAppend(tokens), group.num_layers(), 0, 700);
+  auto front = whole->Fork(kCut).value();
+  // The rest stands behind the front: what names the front is an input of it, so that its pages are
+  // never taken for those of a prompt that begins with the rest.
+  OpenOptions on_w2;
+  on_w2.exclude_worker_ids = {"w1"};
+  on_w2.inputs = {{0, Sha256Of(std::string(reinterpret_cast<const char*>(tokens.data()),
+                                           kCut * sizeof(tokens[0])))}};
+  const std::span<const uint32_t> rest = std::span(tokens).subspan(kCut);
+  auto back = client->Open(model, rest, on_w2).value();
+  ASSERT_EQ(back->worker_id(), "w2");
+  ASSERT_EQ(back->length(), 0u);
+  AppendRowsOf(oracle, row_bytes, **back->BeginAppend(rest, true, on_w2.inputs), group.num_layers(),
+               kCut, 700);
+  ASSERT_EQ(client->Open(model, rest, on_w2).value()->length(), rest.size() - 1) << "found again";
+  OpenOptions without = on_w2;
+  without.inputs.clear();
+  ASSERT_EQ(client->Open(model, rest, without).value()->length(), 0u) << "another context";
+
+  constexpr uint32_t kQueries = 6, kHeads = 8;
+  const uint32_t k_dim = group.spec().k_dim, v_dim = group.spec().v_dim;
+  std::vector<float> queries(kQueries * kHeads * k_dim);
+  for (size_t i = 0; i < queries.size(); ++i) {
+    queries[i] = std::sin(static_cast<float>(i * i % 1009));
+  }
+  struct Answer {
+    std::vector<float> outputs, lse;
+  };
+  const auto attend = [&](Sequence& sequence, uint32_t layer, uint64_t first_position) {
+    Answer answer{std::vector<float>(kQueries * kHeads * v_dim),
+                  std::vector<float>(kQueries * kHeads)};
+    AttendCall call;
+    call.layer = layer;
+    call.query_heads = kHeads;
+    call.first_position = first_position;
+    call.queries = queries;
+    call.outputs = std::span(answer.outputs);
+    call.log_sum_exp = std::span(answer.lse);
+    const absl::Status status = sequence.Attend(call);
+    EXPECT_TRUE(status.ok()) << status;
+    return answer;
+  };
+  // Causal in each part: the queries' places in the back, and behind all of the front.
+  for (const uint64_t first : {uint64_t{kCut}, uint64_t{kCut + 100}, uint64_t{694}}) {
+    for (uint32_t layer = 0; layer < group.num_layers(); ++layer) {
+      const Answer all = attend(*whole, layer, first);
+      const Answer a = attend(*front, layer, first);
+      const Answer b = attend(*back, layer, first - kCut);
+      const AttentionPart parts[] = {{a.outputs, a.lse}, {b.outputs, b.lse}};
+      Answer merged = all;
+      ASSERT_TRUE(MergeAttention(parts, std::span(merged.outputs), std::span(merged.lse)).ok());
+      EXPECT_NE(a.outputs, all.outputs);
+      for (size_t i = 0; i < all.outputs.size(); ++i) {
+        ASSERT_NEAR(merged.outputs[i], all.outputs[i], 2e-6) << layer << ' ' << i;
+      }
+      for (size_t i = 0; i < all.lse.size(); ++i) ASSERT_NEAR(merged.lse[i], all.lse[i], 4e-6);
+    }
+  }
 }
 
 // One step of three sequences: rows as the oracle has them, for each its own.

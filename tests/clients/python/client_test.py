@@ -90,6 +90,27 @@ def test_a_second_open_reuses_what_the_first_appended(client: pagetide.Client) -
     assert client.lookup(model, tokens[:64], allow_full_reuse=True).reused_tokens == 64
 
 
+def test_prompts_with_other_inputs_share_only_what_stands_before_them(client: pagetide.Client) -> None:
+    model = client.register_model(spec())
+    tokens = tokens_of(100, 50 + client._use_local_plane)
+    cat = [pagetide.Input(40, b"c" * 32)]
+    with client.open(model, tokens, inputs=cat, no_reuse=True) as first:
+        with first.begin_append(tokens, inputs=cat) as append:
+            append.write_block(0, len(tokens), block_of(model, tokens, 0, len(tokens)))
+            append.commit()
+    assert client.lookup(model, tokens, inputs=cat).reused_tokens == 96
+    assert client.plan(model, tokens, inputs=cat).plan.reuse.reused_tokens == 96
+    for other in ([], [pagetide.Input(40, b"d" * 32)], [pagetide.Input(41, b"c" * 32)]):
+        assert client.lookup(model, tokens, inputs=other).reused_tokens == 32, other
+        with client.open(model, tokens, inputs=other) as second:
+            assert second.length == 32
+            answer = second.extend_match(tokens[32:], inputs=cat)
+            assert (answer.extended_tokens, second.length) == (64, 96)
+    for wrong in ([pagetide.Input(40, b"short")], [*cat, pagetide.Input(39, b"c" * 32)]):
+        with pytest.raises(pagetide.InvalidArgument, match="inputs"):
+            client.open(model, tokens, inputs=wrong)
+
+
 def test_steps_over_shared_memory_and_rpc_give_the_same_rows(client: pagetide.Client) -> None:
     model = client.register_model(spec())
     tokens = tokens_of(40, 7 + client._use_local_plane)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import pathlib
 import tempfile
-from typing import Iterator
+from typing import Iterator, Sequence
 
 import numpy as np
 import pytest
@@ -37,8 +38,9 @@ class Layers:
         self.k = random.standard_normal((LAYERS, n, HEADS, K_DIM)).astype(np.float16)
         self.v = random.standard_normal((LAYERS, n, HEADS, V_DIM)).astype(np.float16)
 
-    def append_to(self, sequence: pagetide.Sequence, tokens: np.ndarray) -> None:
-        with sequence.begin_append(tokens) as append:
+    def append_to(self, sequence: pagetide.Sequence, tokens: np.ndarray,
+                  inputs: Sequence[pagetide.Input] = ()) -> None:
+        with sequence.begin_append(tokens, inputs=inputs) as append:
             self.write(append, range(LAYERS))
             append.commit()
 
@@ -83,6 +85,34 @@ def test_attention_over_committed_rows(client: pagetide.Client) -> None:
         for group, wrong in ((1, queries), (0, queries[:, :, :31]), (0, queries[0]), (0, queries[:0])):
             with pytest.raises(ValueError):
                 sequence.attend(group, 0, wrong, 47)
+
+
+def test_parts_on_two_workers_merge_to_one_attention(client: pagetide.Client) -> None:
+    model = client.register_model(spec())
+    tokens, cut = tokens_of(90, 34), 37
+    rows, front, back = Layers(90, 6), Layers(0, 0), Layers(0, 0)
+    for part, begin, end in ((front, 0, cut), (back, cut, 90)):
+        part.n, part.k, part.v = end - begin, rows.k[:, begin:end], rows.v[:, begin:end]
+    behind = [pagetide.Input(0, hashlib.sha256(tokens[:cut].astype("<u4").tobytes()).digest())]
+    with client.open(model, tokens[:cut], no_reuse=True, exclude_worker_ids=["w1"]) as here, \
+            client.open(model, tokens[cut:], no_reuse=True, exclude_worker_ids=["w0"],
+                        inputs=behind) as there:
+        front.append_to(here, tokens[:cut])
+        back.append_to(there, tokens[cut:], behind)
+        for first in (cut, 87):
+            queries = queries_of(3, first)
+            parts = [here.attend(0, 2, queries, first), there.attend(0, 2, queries, first - cut)]
+            rows.expect(2, queries, first, pagetide.merge_attention(parts))
+            rows.expect(2, queries, first, pagetide.merge_attention(parts[::-1]))
+        empty = pagetide.Attention(np.zeros_like(parts[0].outputs),
+                                   np.full_like(parts[0].log_sum_exp, -np.inf))
+        rows.expect(2, queries, 87, pagetide.merge_attention([empty, *parts]))
+        alone = pagetide.merge_attention([empty, empty])
+        assert not alone.outputs.any() and np.isneginf(alone.log_sum_exp).all()
+        with pytest.raises(ValueError, match="no parts"):
+            pagetide.merge_attention([])
+        with pytest.raises(ValueError, match="part 1 has outputs"):
+            pagetide.merge_attention([parts[0], here.attend(0, 2, queries[:2], 87)])
 
 
 def test_attention_sees_the_rows_of_its_append_layer_by_layer(client: pagetide.Client) -> None:

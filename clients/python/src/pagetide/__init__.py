@@ -13,7 +13,7 @@ pagetide.aio has the same for asyncio (pagetide.sync is made from it). Messages 
 in pagetide.v1.
 """
 
-from pagetide._attention import Attention
+from pagetide._attention import Attention, merge_attention
 from pagetide._messages import RowsPart
 from pagetide.engine_memory import EngineLayout, EngineMemory
 from pagetide.errors import (Aborted, AlreadyExists, Cancelled, DataLoss, DeadlineExceeded,
@@ -23,7 +23,7 @@ from pagetide.errors import (Aborted, AlreadyExists, Cancelled, DataLoss, Deadli
 from pagetide.lease import PageLease
 from pagetide.local_plane import LocalPlane
 from pagetide.model import Group, Model, RowKind, row_bytes
-from pagetide.options import Retention
+from pagetide.options import Input, Retention
 from pagetide.retry import CallOptions, RetryPolicy
 from pagetide.sync.appends import PendingAppend
 from pagetide.sync.calls import WorkerConnection
@@ -36,9 +36,9 @@ from pagetide.sync.steps import BatchStep, PendingStep
 __all__ = [
     "Aborted", "AlreadyExists", "Attention", "BatchStep", "CallOptions", "Cancelled", "Client",
     "DataLoss", "DeadlineExceeded", "EngineJob", "EngineLayout", "EngineMemory", "EnginePool",
-    "Export", "FailedPrecondition", "Group", "Internal", "InvalidArgument", "LocalPlane", "Model",
+    "Export", "FailedPrecondition", "Group", "Input", "Internal", "InvalidArgument", "LocalPlane", "Model",
     "NotFound", "PageLease", "PageTideError", "PendingAppend", "PendingStep", "PermissionDenied",
     "ResourceExhausted", "Retention", "RetryPolicy", "RowKind", "RowsPart", "Sequence",
     "SequenceMoved", "Unauthenticated", "Unavailable", "Unimplemented", "WorkerConnection",
-    "row_bytes"
+    "merge_attention", "row_bytes"
 ]

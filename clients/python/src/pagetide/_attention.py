@@ -1,9 +1,9 @@
-"""Attention that a worker computes on its CPU: requests, and what comes back. Pure."""
+"""Attention that a worker computes: requests, and what comes back. Pure."""
 
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import Any, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -17,10 +17,28 @@ Floats = npt.NDArray[np.float32]
 
 @dataclasses.dataclass(frozen=True)
 class Attention:
-    """Of consecutive queries in one layer. Parts over disjoint rows are combined by their log_sum_exp."""
+    """Of consecutive queries in one layer. merge_attention makes one of parts over disjoint rows."""
 
     outputs: Floats      # [num_queries, query_heads, v_dim]
     log_sum_exp: Floats  # [num_queries, query_heads], of the scaled scores
+
+
+def merge_attention(parts: Sequence[Attention]) -> Attention:
+    """The attention over all rows, of parts for the same queries over rows that have none in common, such
+    as those that several workers hold. Equal in value to one call over all rows, not in every bit. A part
+    without rows (log_sum_exp of minus infinity) counts for nothing."""
+    if not parts:
+        raise ValueError("merge_attention: no parts")
+    shape = parts[0].outputs.shape
+    for i, part in enumerate(parts):
+        if part.outputs.shape != shape or part.log_sum_exp.shape != shape[:-1]:
+            raise ValueError(f"merge_attention: part {i} has outputs {part.outputs.shape} and "
+                             f"log_sum_exp {part.log_sum_exp.shape}, expected {shape} and {shape[:-1]}")
+    lse = np.stack([part.log_sum_exp for part in parts]).astype(np.float64)
+    total = np.logaddexp.reduce(lse, axis=0)
+    weights = np.exp(lse - np.where(np.isneginf(total), 0.0, total))  # [num_parts, num_queries, query_heads]
+    outputs = sum(weight[..., np.newaxis] * part.outputs for weight, part in zip(weights, parts))
+    return Attention(np.asarray(outputs, np.float32), total.astype(np.float32))
 
 
 def attend_request(model: Model, sequence_id: str, epoch: int, group: int, layer: int,

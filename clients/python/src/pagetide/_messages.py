@@ -12,6 +12,7 @@ import numpy.typing as npt
 
 from pagetide.errors import DataLoss, Internal, Unavailable
 from pagetide.model import Group, Model, RowKind
+from pagetide.options import Input
 from pagetide.v1 import prefix_pb2, router_pb2, sequence_pb2, session_pb2, types_pb2
 
 Tokens = Union[Seq[int], npt.NDArray[np.integer[Any]]]
@@ -72,23 +73,28 @@ class RowsPart:
     rows: Bytes  # [num_tokens, row_bytes], read-only
 
 
-def prompt_message(model: Model, tokens: Tokens) -> router_pb2.Prompt:
-    return router_pb2.Prompt(model=model.digest, tokens=token_list(tokens))
+def input_list(inputs: Seq[Input]) -> list[prefix_pb2.InputDigest]:
+    return [prefix_pb2.InputDigest(position=one.position, digest=one.digest) for one in inputs]
 
 
-def open_request(model: Model, tokens: Tokens, allow_full_reuse: bool, no_reuse: bool,
-                 plan: Optional[prefix_pb2.PromptPlan],
+def prompt_message(model: Model, tokens: Tokens, inputs: Seq[Input]) -> router_pb2.Prompt:
+    return router_pb2.Prompt(model=model.digest, tokens=token_list(tokens), inputs=input_list(inputs))
+
+
+def open_request(model: Model, tokens: Tokens, inputs: Seq[Input], allow_full_reuse: bool,
+                 no_reuse: bool, plan: Optional[prefix_pb2.PromptPlan],
                  assignment_id: str = "") -> sequence_pb2.OpenSequenceRequest:
     return sequence_pb2.OpenSequenceRequest(
         request_id=new_request_id(), model_digest=model.digest, tokens=token_list(tokens),
-        allow_full_reuse=allow_full_reuse, no_reuse=no_reuse, assignment_id=assignment_id,
-        plan=plan)
+        inputs=input_list(inputs), allow_full_reuse=allow_full_reuse, no_reuse=no_reuse,
+        assignment_id=assignment_id, plan=plan)
 
 
-def lookup_request(model: Model, tokens: Tokens,
+def lookup_request(model: Model, tokens: Tokens, inputs: Seq[Input],
                    allow_full_reuse: bool) -> prefix_pb2.LookupPrefixRequest:
     return prefix_pb2.LookupPrefixRequest(
-        model_digest=model.digest, tokens=token_list(tokens), allow_full_reuse=allow_full_reuse)
+        model_digest=model.digest, tokens=token_list(tokens), inputs=input_list(inputs),
+        allow_full_reuse=allow_full_reuse)
 
 
 def load_request(name: str, version: Optional[int], model: Optional[Model],
@@ -238,11 +244,12 @@ class SequenceBase:
         """Names the sequence in requests: its id and the ownership period that was seen last."""
         return types_pb2.SequenceRef(sequence_id=self.id, epoch=self.state.epoch)
 
-    def _header(self, append_id: str, tokens: Tokens,
+    def _header(self, append_id: str, tokens: Tokens, inputs: Seq[Input],
                 pin_prefix: bool) -> sequence_pb2.AppendTokensRequest:
         return sequence_pb2.AppendTokensRequest(header=sequence_pb2.AppendHeader(
             request_id=append_id, sequence=self.ref(), append_id=append_id,
-            expected_length=self.length, tokens=token_list(tokens), pin_prefix=pin_prefix))
+            expected_length=self.length, tokens=token_list(tokens), inputs=input_list(inputs),
+            pin_prefix=pin_prefix))
 
     def _read_request(self, group: int, begin: int, end: int,
                       layers: Seq[int]) -> sequence_pb2.ReadRowsRequest:

@@ -9,6 +9,15 @@ from pagetide.v1 import sequence_edit_pb2
 
 
 @dataclasses.dataclass(frozen=True)
+class Input:
+    """What decides rows besides the tokens in front of them, such as an image: pages from the one that
+    holds token `position` on are shared only with prompts that have the same there."""
+
+    position: int  # token index it belongs to; those of a prompt ascend
+    digest: bytes  # SHA-256 of it
+
+
+@dataclasses.dataclass(frozen=True)
 class Retention:
     """How long the pages under tokens [begin, end) are worth keeping in the store."""
 

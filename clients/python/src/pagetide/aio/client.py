@@ -19,6 +19,7 @@ from pagetide.aio.steps import BatchStep, begin_batch_step
 from pagetide.engine_memory import EngineLayout, EngineMemory
 from pagetide.errors import FailedPrecondition, NotFound, PageTideError, Unavailable
 from pagetide.model import Model
+from pagetide.options import Input
 from pagetide.retry import CallOptions, RetryPolicy
 from pagetide.v1 import (engine_pool_pb2, model_pb2, prefix_pb2, router_pb2, router_pb2_grpc, sequence_edit_pb2,
                          sequence_pb2, session_pb2, types_pb2)
@@ -108,20 +109,21 @@ class Client:
         return list(response.workers)
 
     async def assign(self, model: Model, tokens: m.Tokens, sticky_worker_id: str = "",
-                     exclude_worker_ids: Seq[str] = ()) -> router_pb2.AssignSequenceResponse:
+                     exclude_worker_ids: Seq[str] = (), *,
+                     inputs: Seq[Input] = ()) -> router_pb2.AssignSequenceResponse:
         """The worker that can start this prompt soonest. Unavailable (NO_WORKER) when there is none."""
         response: router_pb2.AssignSequenceResponse = await self._ask_router(
             "assign sequence", "AssignSequence", router_pb2.AssignSequenceRequest(
-                request_id=m.new_request_id(), prompt=m.prompt_message(model, tokens),
+                request_id=m.new_request_id(), prompt=m.prompt_message(model, tokens, inputs),
                 sticky_worker_id=sticky_worker_id, exclude_worker_ids=exclude_worker_ids))
         return response
 
-    async def explain(self, model: Model, tokens: m.Tokens,
-                      sticky_worker_id: str = "") -> router_pb2.ExplainPlacementResponse:
+    async def explain(self, model: Model, tokens: m.Tokens, sticky_worker_id: str = "", *,
+                      inputs: Seq[Input] = ()) -> router_pb2.ExplainPlacementResponse:
         """assign without effect, with the table of candidates and the reason in words."""
         response: router_pb2.ExplainPlacementResponse = await self._ask_router(
             "explain placement", "ExplainPlacement", router_pb2.ExplainPlacementRequest(
-                prompt=m.prompt_message(model, tokens), sticky_worker_id=sticky_worker_id))
+                prompt=m.prompt_message(model, tokens, inputs), sticky_worker_id=sticky_worker_id))
         return response
 
     # --- workers ---
@@ -137,10 +139,10 @@ class Client:
                 self._workers[address] = worker
             return worker
 
-    async def _place(self, model: Model, tokens: m.Tokens) -> WorkerConnection:
+    async def _place(self, model: Model, tokens: m.Tokens, inputs: Seq[Input]) -> WorkerConnection:
         if self._router is None:
             return self.connect_worker(self._worker_address, self._worker_local_socket)
-        assigned = await self.assign(model, tokens)
+        assigned = await self.assign(model, tokens, inputs=inputs)
         return self.connect_worker(assigned.address, assigned.local_socket)
 
     async def _serving_workers(self, worker_id: str) -> list[WorkerConnection]:
@@ -169,51 +171,53 @@ class Client:
 
     # --- prompts ---
 
-    async def lookup(self, model: Model, tokens: m.Tokens,
-                     allow_full_reuse: bool = False) -> types_pb2.PrefixReuse:
+    async def lookup(self, model: Model, tokens: m.Tokens, allow_full_reuse: bool = False, *,
+                     inputs: Seq[Input] = ()) -> types_pb2.PrefixReuse:
         """How much of a prompt the worker it would go to could reuse, and why not more. No effect."""
-        worker = await self._place(model, tokens)
-        request = m.lookup_request(model, tokens, allow_full_reuse)
+        worker = await self._place(model, tokens, inputs)
+        request = m.lookup_request(model, tokens, inputs, allow_full_reuse)
         response = await unary(self._options, worker.prefixes.LookupPrefix, request)
         reuse: types_pb2.PrefixReuse = response.reuse
         return reuse
 
     async def plan(self, model: Model, tokens: m.Tokens, sessions: Seq[str] = (),
-                   allow_full_reuse: bool = False,
-                   min_chunk_tokens: int = 0) -> prefix_pb2.PlanPromptResponse:
+                   allow_full_reuse: bool = False, min_chunk_tokens: int = 0, *,
+                   inputs: Seq[Input] = ()) -> prefix_pb2.PlanPromptResponse:
         """What an open of a prompt would reuse: pages found by their keys, or the best of `sessions` (at
         most 16 names), each with the reason why not more. No effect; open(plan=response.plan) does it.
 
         min_chunk_tokens: above 0 also runs of at least so many tokens of a session that stand elsewhere in
         the prompt, their K turned to it. Approximate, and never found by other prompts."""
-        worker = await self._place(model, tokens)
+        worker = await self._place(model, tokens, inputs)
         response: prefix_pb2.PlanPromptResponse = await unary(
             self._options, worker.prefixes.PlanPrompt, prefix_pb2.PlanPromptRequest(
                 model_digest=model.digest, tokens=m.token_list(tokens), sessions=sessions,
-                allow_full_reuse=allow_full_reuse, min_chunk_tokens=min_chunk_tokens))
+                inputs=m.input_list(inputs), allow_full_reuse=allow_full_reuse, min_chunk_tokens=min_chunk_tokens))
         return response
 
     async def open(self, model: Model, tokens: m.Tokens, *, allow_full_reuse: bool = False,
                    no_reuse: bool = False, sticky_worker_id: str = "",
                    exclude_worker_ids: Seq[str] = (),
-                   plan: Optional[prefix_pb2.PromptPlan] = None) -> Sequence:
+                   plan: Optional[prefix_pb2.PromptPlan] = None,
+                   inputs: Seq[Input] = ()) -> Sequence:
         """Opens a prompt on the worker that can start it soonest. Does not wait for restores: the
         sequence's length is what is reused (wait_ready). A worker that does not answer is left out and
         another one asked for.
 
         allow_full_reuse: reuse even the last token (engines usually need its logits).
         no_reuse: reuse nothing, to measure. sticky_worker_id: stay with this worker if it is alive.
-        plan: of plan(), for the same tokens.
+        plan: of plan(), for the same tokens and inputs. inputs: what decides rows besides the tokens; given
+        to begin_append again, those of the tokens that it appends.
         """
         if self._router is None:
             worker = self.connect_worker(self._worker_address, self._worker_local_socket)
             return await self._open_on(worker, model, m.open_request(
-                model, tokens, allow_full_reuse, no_reuse, plan))
+                model, tokens, inputs, allow_full_reuse, no_reuse, plan))
         excluded = list(exclude_worker_ids)
         last: Optional[PageTideError] = None
         for _ in range(self._max_assignments):
             try:
-                assigned = await self.assign(model, tokens, sticky_worker_id, excluded)
+                assigned = await self.assign(model, tokens, sticky_worker_id, excluded, inputs=inputs)
             except PageTideError:
                 if last is None:
                     raise
@@ -221,7 +225,7 @@ class Client:
             worker = self.connect_worker(assigned.address, assigned.local_socket)
             try:
                 return await self._open_on(worker, model, m.open_request(
-                    model, tokens, allow_full_reuse, no_reuse, plan, assigned.assignment_id))
+                    model, tokens, inputs, allow_full_reuse, no_reuse, plan, assigned.assignment_id))
             except Unavailable as error:
                 _log.info("open on worker %s: %s", assigned.worker_id, error)
                 last = error

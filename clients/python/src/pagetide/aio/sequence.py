@@ -21,7 +21,7 @@ from pagetide.aio.steps import PendingStep, begin_step
 from pagetide.errors import (Aborted, Internal, NotFound, PageTideError, SequenceMoved, Unavailable,
                              from_rpc_error)
 from pagetide.lease import PageLease
-from pagetide.options import set_seconds
+from pagetide.options import Input, set_seconds
 from pagetide.retry import RetryLoop
 from pagetide.v1 import prefix_pb2, sequence_pb2, session_pb2, types_pb2
 
@@ -76,10 +76,12 @@ class Sequence(SequenceEdits):
         response = await self._call("sequences", "GetSequence", request)
         self.state = response.state
 
-    async def begin_append(self, tokens: m.Tokens, pin_prefix: bool = False) -> PendingAppend:
-        """Prefill: rows of many tokens, layer by layer; all or nothing at commit()."""
+    async def begin_append(self, tokens: m.Tokens, pin_prefix: bool = False,
+                           inputs: Seq[Input] = ()) -> PendingAppend:
+        """Prefill: rows of many tokens, layer by layer; all or nothing at commit(). inputs: those at the
+        positions of these tokens."""
         append = PendingAppend(self, m.new_request_id())
-        await append.send(self._header(append.append_id, tokens, pin_prefix))
+        await append.send(self._header(append.append_id, tokens, inputs, pin_prefix))
         return append
 
     async def begin_step(self, num_tokens: int, pin_prefix: bool = False,
@@ -175,14 +177,15 @@ class Sequence(SequenceEdits):
         return Sequence(self._client, self.worker, self.model, response.state)
 
     async def extend_match(self, tokens: m.Tokens, claim: Optional[float] = None,
-                           wait: Optional[float] = None,
-                           allow_full_reuse: bool = False) -> prefix_pb2.ExtendMatchResponse:
+                           wait: Optional[float] = None, allow_full_reuse: bool = False,
+                           inputs: Seq[Input] = ()) -> prefix_pb2.ExtendMatchResponse:
         """At a boundary of a prefill's chunks: takes over what others have committed since of `tokens`, the
         prompt from here on. claim: seconds for which the first page that nobody has is the caller's to
         compute. wait: seconds to wait for a page that another one has claimed."""
         request = prefix_pb2.ExtendMatchRequest(
             request_id=m.new_request_id(), sequence=self.ref(), expected_length=self.length,
-            tokens=m.token_list(tokens), allow_full_reuse=allow_full_reuse)
+            tokens=m.token_list(tokens), inputs=m.input_list(inputs),
+            allow_full_reuse=allow_full_reuse)
         set_seconds(request.claim, claim)
         set_seconds(request.wait, wait)
         response: prefix_pb2.ExtendMatchResponse = await self._call("prefixes", "ExtendMatch", request)
