@@ -386,10 +386,10 @@ absl::StatusOr<LocalPlane::StagedRows> LocalPlane::FindStaged(SequenceId sequenc
                     entry.reservation.num_tokens};
 }
 
-void LocalPlane::Release(uint64_t reservation_id) {
+void LocalPlane::Release(SequenceId sequence, uint64_t reservation_id) {
   MutexLock lock(&mu_);
   const auto it = reservations_.find(reservation_id);
-  if (it == reservations_.end()) return;
+  if (it == reservations_.end() || it->second.reservation.sequence != sequence) return;
   it->second.buffer->Free(it->second.offset);
   staging_bytes_ -= it->second.reservation.num_bytes;
   reservations_.erase(it);

@@ -79,8 +79,8 @@ class LocalPlane {
   };
   // NOT_FOUND unless the reservation has staging and belongs to `sequence`.
   absl::StatusOr<StagedRows> FindStaged(SequenceId sequence, uint64_t reservation_id) const;
-  // Frees the region. OK if there is none.
-  void Release(uint64_t reservation_id);
+  // Frees the region of a reservation of `sequence`. Does nothing if there is none.
+  void Release(SequenceId sequence, uint64_t reservation_id);
 
   // NOT_FOUND (LOCAL_CLIENT_NOT_FOUND) unless this worker welcomed the client and it is still
   // there.

@@ -164,7 +164,7 @@ absl::StatusOr<v1::ReserveSlotsResponse> SequenceServiceImpl::Reserve(
   }
   if (staged.ok()) return response;
   for (const PendingSlot& slot : slots) {  // all or nothing
-    if (local_plane_ != nullptr) local_plane_->Release(slot.pending_id);
+    if (local_plane_ != nullptr) local_plane_->Release(slot.sequence, slot.pending_id);
     const absl::Status aborted = host->Abort(call.tenant, slot.sequence, slot.pending_id);
     if (!aborted.ok()) LogWarning("worker", "abort reservation: ", aborted.message());
   }
@@ -251,7 +251,7 @@ absl::StatusOr<CommitResult> SequenceServiceImpl::WriteAndCommit(
                           : target.host->Accept(call.tenant, target.handle, item.reservation_id(),
                                                 indices, TokensOf(item.tokens())));
   worker_->NoteSequence(*target.host, commit.info);
-  if (local_plane_ != nullptr) local_plane_->Release(item.reservation_id());
+  if (local_plane_ != nullptr) local_plane_->Release(id, item.reservation_id());
   return commit;
 }
 
@@ -302,8 +302,13 @@ grpc::Status SequenceServiceImpl::AbortReservation(grpc::ServerContext* context,
     PT_ASSIGN_OR_RETURN(const SequenceTarget target,
                         FindSequence(*worker_, request->sequence_id()));
     PT_RETURN_IF_ERROR(CheckEpoch(target.host, call.tenant, target.id, request->epoch()));
-    if (local_plane_ != nullptr) local_plane_->Release(request->reservation_id());
-    return target.host->Abort(call.tenant, target.id, request->reservation_id());
+    // First no commit can take its rows any more, then they are somebody else's to write.
+    const absl::Status aborted =
+        target.host->Abort(call.tenant, target.id, request->reservation_id());
+    if (aborted.ok() && local_plane_ != nullptr) {
+      local_plane_->Release(target.id, request->reservation_id());
+    }
+    return aborted;
   };
   return ToGrpcStatus(abort());
 }
@@ -396,6 +401,7 @@ absl::StatusOr<AttendOutput> SequenceServiceImpl::AttendItem(const CallContext& 
                           .query_heads = request.query_heads(),
                           .first_position = request.first_position(),
                           .scale = request.scale(),
+                          .allow_behind_end = request.allow_behind_end(),
                           .queries = queries};
   return target.host->Attend(call.tenant, query, call.deadline);
 }

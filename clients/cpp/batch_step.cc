@@ -60,7 +60,12 @@ absl::Status BatchStep::Reserve(uint32_t num_tokens, bool will_attend) {
     out->set_num_tokens(num_tokens);
   }
   request.set_pin_prefix(will_attend);
+  const absl::Duration lease = worker.step_lease();
+  request.mutable_lease()->set_seconds(absl::ToInt64Seconds(lease));
+  request.mutable_lease()->set_nanos(
+      static_cast<int32_t>(absl::ToInt64Nanoseconds(lease % absl::Seconds(1))));
   const auto reserve = [&] {
+    lease_ends_ = Clock::Real()->MonotonicNow() + lease;
     request.set_request_id(NewRequestId());
     request.set_local_client_id(staging_ == nullptr ? 0 : staging_->client_id());
     return CallUnary(worker.call_options(), worker.sequences(), &Service::ReserveSlots, request);
@@ -114,10 +119,22 @@ BatchStep::~BatchStep() {
   }
 }
 
+absl::Status BatchStep::CheckHeld(const Item& item) const {
+  const absl::string_view why = !item.is_open           ? "it is over"
+                                : item.may_be_committed ? "a commit of it got no answer"
+                                : Clock::Real()->MonotonicNow() >= lease_ends_
+                                    ? "its lease has ended"
+                                    : "";
+  if (why.empty()) return absl::OkStatus();
+  return absl::FailedPreconditionError(
+      absl::StrCat("write rows of a step of ", item.sequence->id(), ": ", why));
+}
+
 absl::Status BatchStep::WriteRows(size_t i, uint32_t group, uint32_t layer,
                                   std::span<const std::byte> k_rows,
                                   std::span<const std::byte> v_rows) {
   Item& item = items_[i];
+  PT_RETURN_IF_ERROR(CheckHeld(item));
   PT_RETURN_IF_ERROR(CheckLayer(item.sequence->model(), group, layer));
   const PageGeometry& geometry = item.sequence->model().geometry();
   const uint32_t n = item.slot.num_tokens();
@@ -210,6 +227,7 @@ absl::Status BatchStep::CommitCall(size_t begin, size_t end,
       }
     }
   }
+  for (size_t i = begin; i < end; ++i) items_[i].may_be_committed = true;
   WorkerConnection& worker = items_[0].sequence->worker();
   PT_ASSIGN_OR_RETURN(
       const v1::CommitStepResponse response,
@@ -220,6 +238,7 @@ absl::Status BatchStep::CommitCall(size_t begin, size_t end,
   }
   for (size_t i = begin; i < end; ++i) {
     const v1::CommitStepResponse::Result& result = response.results(static_cast<int>(i - begin));
+    items_[i].may_be_committed = false;
     if (result.code() != 0) {
       const absl::Status status(static_cast<absl::StatusCode>(result.code()), result.message());
       (*results)[i] = result.reason().empty() ? status : WithReason(status, result.reason());

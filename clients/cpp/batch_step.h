@@ -19,6 +19,7 @@
 
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
+#include "base/clock.h"
 #include "clients/cpp/sequence.h"
 #include "pagetide/v1/sequence.pb.h"
 
@@ -40,6 +41,8 @@ class BatchStep {
   bool is_local() const { return staging_ != nullptr; }
 
   // The rows of all reserved tokens of sequence i in one layer: [num_tokens, row_bytes] each.
+  // FAILED_PRECONDITION when the slots are not held any more: the lease has ended (ClientOptions),
+  // or a Commit took them or may have. What they were shared with may be another step's by then.
   absl::Status WriteRows(size_t i, uint32_t group, uint32_t layer,
                          std::span<const std::byte> k_rows, std::span<const std::byte> v_rows);
   // Sees committed rows of sequence i and those written here.
@@ -64,17 +67,22 @@ class BatchStep {
     v1::ReserveSlotsResponse::Slot slot;
     std::span<std::byte> region;  // in staging_
     std::vector<UnsentRows> unsent;
-    bool is_open = false;  // reserved, and neither committed nor given back
+    bool is_open = false;           // reserved, and neither committed nor given back
+    bool may_be_committed = false;  // a commit was sent and has no answer
   };
 
   BatchStep() = default;
   absl::Status Reserve(uint32_t num_tokens, bool will_attend);
+  absl::Status CheckHeld(const Item& item) const;
   // Commits items [begin, end) in one call.
   absl::Status CommitCall(size_t begin, size_t end,
                           std::span<const std::span<const uint32_t>> tokens,
                           std::vector<absl::Status>* results);
 
   std::vector<Item> items_;
+  // Of the reservations, counted from before they were asked for. The worker gives their staging to
+  // others a while after it.
+  MonotonicTime lease_ends_;
   std::shared_ptr<LocalStaging> staging_;  // shared with the connection; null: rows go by RPC
 };
 

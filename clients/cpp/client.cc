@@ -36,6 +36,11 @@ absl::Status ClientOptions::Validate() const {
     return absl::InvalidArgumentError(absl::StrCat("client options: max_assignments is ",
                                                    max_assignments, ", must be at least 1"));
   }
+  if (step_lease <= absl::ZeroDuration() || step_lease > absl::Minutes(5)) {
+    return absl::InvalidArgumentError(absl::StrCat("client options: step_lease is ",
+                                                   absl::FormatDuration(step_lease),
+                                                   ", must be above 0 and at most 5m"));
+  }
   return absl::OkStatus();
 }
 
@@ -85,6 +90,7 @@ std::shared_ptr<WorkerConnection> Client::ConnectWorker(absl::string_view addres
     options.address = std::string(address);
     if (options_.use_local_plane) options.local_socket = std::string(local_socket);
     options.staging_bytes = options_.staging_bytes;
+    options.step_lease = options_.step_lease;
     options.call = options_.call;
     options.channel = options_.channel;
     worker = std::make_shared<WorkerConnection>(std::move(options));

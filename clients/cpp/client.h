@@ -43,9 +43,12 @@ struct ClientOptions {
   bool use_local_plane = true;
   // Shared memory asked of each worker on this host.
   uint64_t staging_bytes = 4 << 20;
+  // For how long a step's slots are held, and its rows may be written: above 0, at most 5 minutes.
+  absl::Duration step_lease = absl::Seconds(30);
   ChannelOptions channel;
 
-  // INVALID_ARGUMENT unless exactly one of router_address and worker_address is set.
+  // INVALID_ARGUMENT unless exactly one of router_address and worker_address is set, and for a
+  // step_lease out of its range.
   absl::Status Validate() const;
 };
 

@@ -66,6 +66,7 @@ class WorkerConnection {
     std::string address;       // gRPC, as clients dial it
     std::string local_socket;  // empty: no local plane
     uint64_t staging_bytes = 4 << 20;
+    absl::Duration step_lease = absl::Seconds(30);
     CallOptions call;
     ChannelOptions channel;
   };
@@ -73,6 +74,7 @@ class WorkerConnection {
 
   const std::string& address() const { return options_.address; }
   const CallOptions& call_options() const { return options_.call; }
+  absl::Duration step_lease() const { return options_.step_lease; }
   v1::SequenceService::StubInterface* sequences() const { return sequences_.get(); }
   v1::SequenceEditService::StubInterface* edits() const { return edits_.get(); }
   v1::PrefixService::StubInterface* prefixes() const { return prefixes_.get(); }

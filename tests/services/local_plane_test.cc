@@ -238,6 +238,35 @@ TEST_F(LocalPlaneTest, RowsWrittenIntoStagingAreCommittedAndReadInPlace) {
   munmap(staging, welcome.staging_bytes());
 }
 
+// A reservation's region goes to the next one when it is given back: only its own sequence may.
+TEST_F(LocalPlaneTest, NobodyFreesTheStagingOfAnothersReservation) {
+  PlaneClient plane(path());
+  v1::LocalWelcome welcome;
+  ASSERT_TRUE(plane.Hello(Hello(), &welcome));
+  auto mine = client_->Open({});
+  auto other = client_->Open({});
+  ASSERT_TRUE(mine.ok() && other.ok());
+  const v1::ReserveSlotsResponse slots = Reserve(mine->state(), welcome.client_id(), 20);
+  ASSERT_TRUE(status_.ok()) << status_;
+  const uint64_t staged = Memory().staging_bytes();
+  ASSERT_GT(staged, 0u);
+  const auto abort = [&](const v1::SequenceState& state) {
+    TestContext context;
+    v1::AbortReservationRequest request;
+    request.set_sequence_id(state.sequence_id());
+    request.set_epoch(state.epoch());
+    request.set_reservation_id(slots.slots(0).reservation_id());
+    v1::AbortReservationResponse response;
+    return FromGrpcStatus(client_->sequences().AbortReservation(&context, request, &response));
+  };
+  ASSERT_TRUE(abort(other->state()).ok()) << "a reservation that is not there is given back";
+  EXPECT_EQ(Memory().staging_bytes(), staged);
+  EXPECT_EQ(client_->Get(mine->state().sequence_id())->pending_tokens(), 20);
+  ASSERT_TRUE(abort(mine->state()).ok());
+  EXPECT_EQ(Memory().staging_bytes(), 0u);
+  EXPECT_EQ(client_->Get(mine->state().sequence_id())->pending_tokens(), 0);
+}
+
 TEST_F(LocalPlaneTest, DescriptorsAreSealed) {
   PlaneClient plane(path());
   v1::LocalWelcome welcome;

@@ -6,6 +6,7 @@ import asyncio
 import hashlib
 import pathlib
 import tempfile
+import time
 from typing import Iterator, Sequence
 
 import numpy as np
@@ -101,7 +102,8 @@ def test_parts_on_two_workers_merge_to_one_attention(client: pagetide.Client) ->
         back.append_to(there, tokens[cut:], behind)
         for first in (cut, 87):
             queries = queries_of(3, first)
-            parts = [here.attend(0, 2, queries, first), there.attend(0, 2, queries, first - cut)]
+            parts = [here.attend(0, 2, queries, first, allow_behind_end=True),
+                     there.attend(0, 2, queries, first - cut)]
             rows.expect(2, queries, first, pagetide.merge_attention(parts))
             rows.expect(2, queries, first, pagetide.merge_attention(parts[::-1]))
         empty = pagetide.Attention(np.zeros_like(parts[0].outputs),
@@ -112,7 +114,9 @@ def test_parts_on_two_workers_merge_to_one_attention(client: pagetide.Client) ->
         with pytest.raises(ValueError, match="no parts"):
             pagetide.merge_attention([])
         with pytest.raises(ValueError, match="part 1 has outputs"):
-            pagetide.merge_attention([parts[0], here.attend(0, 2, queries[:2], 87)])
+            pagetide.merge_attention([parts[0], there.attend(0, 2, queries[:2], 5)])
+        with pytest.raises(pagetide.InvalidArgument, match="not within the committed positions"):
+            here.attend(0, 2, queries, 87)
 
 
 def test_attention_sees_the_rows_of_its_append_layer_by_layer(client: pagetide.Client) -> None:
@@ -155,6 +159,34 @@ def test_attention_under_a_step_sees_its_rows(client: pagetide.Client) -> None:
             step.attend(0, 0, queries, 4)
         with pytest.raises(pagetide.FailedPrecondition, match="is over"):
             step.commit(tokens)
+
+
+@pytest.mark.parametrize("local", [True, False], ids=["local", "rpc"])
+def test_a_step_writes_nothing_when_its_slots_are_not_held_any_more(fleet: Fleet, local: bool) -> None:
+    with pagetide.Client(router=fleet.router.grpc, use_local_plane=local, step_lease=0.3) as client:
+        model = client.register_model(spec())
+        tokens = tokens_of(2, 35)
+        block = block_of(model, tokens, 0, 2)
+        with client.open(model, tokens, no_reuse=True) as sequence:
+            with sequence.begin_step(2) as step:
+                write_part(step, block, model, 2)
+                time.sleep(0.35)  # a lease of the real worker, in real time
+                with pytest.raises(pagetide.FailedPrecondition, match="its lease has ended"):
+                    write_part(step, block, model, 2)
+                if local:
+                    with pytest.raises(pagetide.FailedPrecondition, match="its lease has ended"):
+                        assert step.region is None
+                else:
+                    assert step.region is None
+            with sequence.begin_step(2) as step:
+                write_part(step, block, model, 2)
+                step.commit(tokens)
+                with pytest.raises(pagetide.FailedPrecondition, match="is over"):
+                    write_part(step, block, model, 2)
+            assert sequence.length == 2
+    for lease in (0, 301):
+        with pytest.raises(ValueError, match="step_lease"):
+            pagetide.Client(router=fleet.router.grpc, step_lease=lease)
 
 
 def write_part(part: object, block: np.ndarray, model: pagetide.Model, n: int) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import time
 from typing import Any, Optional, Sequence as Seq
 
 import numpy.typing as npt
@@ -19,12 +21,21 @@ def reserve_item(sequence: m.SequenceBase, num_tokens: int,
         sequence=sequence.ref(), num_tokens=num_tokens, parents=parents)
 
 
+@dataclasses.dataclass(frozen=True)
+class ReservedSlot:
+    slot: sequence_pb2.ReserveSlotsResponse.Slot
+    region: Optional[m.Bytes]  # of shared memory; None: rows go by RPC
+    lease_ends: float          # time.monotonic(), counted from before the slots were asked for
+
+
 class StepBase:
     """One sequence's part of a step: its rows, in the shared region or kept until they are sent."""
 
-    def __init__(self, sequence: m.SequenceBase, slot: sequence_pb2.ReserveSlotsResponse.Slot,
-                 region: Optional[m.Bytes], is_tree: bool = False) -> None:
+    def __init__(self, sequence: m.SequenceBase, reserved: ReservedSlot, is_tree: bool = False) -> None:
+        slot, region = reserved.slot, reserved.region
         self._slot = slot
+        self._lease_ends = reserved.lease_ends
+        self._may_be_committed = False  # a commit was sent and has no answer
         self._is_tree = is_tree
         self._end_position = slot.first_position  # behind what is committed
         self._base = sequence
@@ -51,11 +62,17 @@ class StepBase:
     @property
     def region(self) -> Optional[m.Bytes]:
         """The rows in shared memory, [group][layer][K: num_tokens rows][V: num_tokens rows]; None when
-        the worker is on another host. Writing here is write_rows without a copy."""
+        the worker is on another host. Writing here is write_rows without a copy. Not to be written after a
+        commit, nor once the client's step_lease is over: it may be another step's by then."""
+        if self._region is not None:
+            self._check_held()
         return self._region
 
     def write_rows(self, group: int, layer: int, k_rows: m.Rows, v_rows: m.Rows = b"") -> None:
-        """The rows of all reserved tokens in one layer: [num_tokens, row_bytes] each."""
+        """The rows of all reserved tokens in one layer: [num_tokens, row_bytes] each. FailedPrecondition
+        when the slots are not held any more: the client's step_lease is over, or a commit took them or may
+        have."""
+        self._check_held()
         model, n = self._base.model, self.num_tokens
         own = model.groups[group]
         k, v = m.as_bytes(k_rows), m.as_bytes(v_rows)
@@ -76,6 +93,13 @@ class StepBase:
     def _check_open(self) -> None:
         if not self._is_open:
             raise FailedPrecondition(f"step of {self._base.id} is over")
+
+    def _check_held(self) -> None:
+        self._check_open()
+        if self._may_be_committed:
+            raise FailedPrecondition(f"step of {self._base.id}: a commit of it got no answer")
+        if time.monotonic() >= self._lease_ends:
+            raise FailedPrecondition(f"step of {self._base.id}: its lease has ended")
 
     def _attend_request(self, group: int, layer: int, queries: npt.NDArray[Any], first_position: int,
                         scale: float) -> sequence_pb2.AttendRequest:
@@ -111,8 +135,13 @@ class StepBase:
             tokens=taken, rows=self._unsent, rows_in_staging=self.is_local,
             indices=indices)
 
+    def _sent(self) -> None:
+        """Its commit goes out now."""
+        self._may_be_committed = True
+
     def _committed(self, result: sequence_pb2.CommitStepResponse.Result) -> Optional[PageTideError]:
         """Takes over the sequence's new state, or says why there is none."""
+        self._may_be_committed = False
         if result.code != 0:
             return make_error(result.code, result.message, result.reason)
         self._is_open = False

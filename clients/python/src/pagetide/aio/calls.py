@@ -65,9 +65,10 @@ async def unary_once(options: CallOptions, method: Any, request: Any) -> Any:
 class WorkerConnection:
     """Channel, stubs and local planes to one worker, shared by the sequences opened there. Thread-safe."""
 
-    def __init__(self, address: str, local_socket: str, staging_bytes: int, options: CallOptions,
-                 credentials: Optional[grpc.ChannelCredentials]) -> None:
+    def __init__(self, address: str, local_socket: str, staging_bytes: int, step_lease: float,
+                 options: CallOptions, credentials: Optional[grpc.ChannelCredentials]) -> None:
         self.address = address
+        self.step_lease = step_lease  # seconds
         self.options = options
         self._local_socket = local_socket
         self._staging_bytes = staging_bytes
@@ -81,6 +82,11 @@ class WorkerConnection:
         self._lock = threading.Lock()  # never held across a wait
         self._planes: dict[str, LocalPlane] = {}  # by model digest
         self._planes_again_at: dict[str, float] = {}  # by model digest: not asked for before
+
+    def learn_local_socket(self, local_socket: str) -> None:
+        """Who made this connection may not have known the socket."""
+        if not self._local_socket:
+            self._local_socket = local_socket
 
     async def plane(self, model: Model) -> Optional[LocalPlane]:
         """Shared memory for a model, connected on first use and again after its worker ended; None when the

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from types import TracebackType
 from typing import Any, Optional, Sequence as Seq
 
@@ -11,10 +12,11 @@ import numpy.typing as npt
 
 from pagetide import _messages as m
 from pagetide._attention import Attention
-from pagetide._step import StepBase, check_one_result, reserve_item
+from pagetide._step import ReservedSlot, StepBase, check_one_result, reserve_item
 from pagetide.aio.calls import SequenceCalls
 from pagetide.errors import (DeadlineExceeded, Internal, NotFound, PageTideError, Unavailable,
                              from_rpc_error)
+from pagetide.options import set_seconds
 from pagetide.v1 import sequence_pb2
 
 _log = logging.getLogger("pagetide")
@@ -25,9 +27,8 @@ _MAX_COMMIT_BYTES = 3 << 20
 class PendingStep(StepBase):
     """Reserved slots. Leaving its `async with` block without commit() gives them back."""
 
-    def __init__(self, sequence: SequenceCalls, slot: sequence_pb2.ReserveSlotsResponse.Slot,
-                 region: Optional[m.Bytes], is_tree: bool) -> None:
-        super().__init__(sequence, slot, region, is_tree)
+    def __init__(self, sequence: SequenceCalls, reserved: ReservedSlot, is_tree: bool) -> None:
+        super().__init__(sequence, reserved, is_tree)
         self._sequence = sequence
 
     async def __aenter__(self) -> "PendingStep":
@@ -50,9 +51,11 @@ class PendingStep(StepBase):
     async def commit(self, tokens: m.Tokens, indices: Seq[int] = ()) -> None:
         """Fewer tokens than reserved: the rest is dropped. indices: which reserved slots the tokens take,
         ascending, one for each (speculative decoding); none: the first ones."""
+        item = self._commit_item(tokens, indices)
+        self._sent()
         response = await self._sequence._call(  # noqa: SLF001
             "sequences", "CommitStep", sequence_pb2.CommitStepRequest(
-                request_id=m.new_request_id(), items=[self._commit_item(tokens, indices)]))
+                request_id=m.new_request_id(), items=[item]))
         error = self._committed(check_one_result(self._sequence, response))
         if error is not None:
             raise error
@@ -114,6 +117,8 @@ class BatchStep:
                 if size > _MAX_COMMIT_BYTES and end > begin:
                     break
                 end += 1
+            for step in self._steps[begin:end]:
+                step._sent()  # noqa: SLF001
             response = await self._sequences[0]._call(  # noqa: SLF001
                 "sequences", "CommitStep", sequence_pb2.CommitStepRequest(
                     request_id=m.new_request_id(), items=items[begin:end]))
@@ -144,18 +149,24 @@ async def _give_back(steps: Seq[tuple[SequenceCalls, StepBase]]) -> None:
 
 async def _reserve(sequences: Seq[SequenceCalls],
                    items: Seq[sequence_pb2.ReserveSlotsRequest.Item],
-                   pin_prefix: bool) -> list[tuple[Any, Optional[m.Bytes]]]:
+                   pin_prefix: bool) -> list[ReservedSlot]:
     """A slot and its region of shared memory for each item; no regions where the rows go by RPC."""
     first = sequences[0]
+    lease = first.worker.step_lease
+    lease_ends = 0.0
     plane = await first.worker.plane(first.model)
     staged = sum(first.model.staged_bytes(item.num_tokens) for item in items)
     if plane is not None and staged > plane.staging_bytes:
         plane = None
 
     async def reserve() -> Any:
-        return await first._call("sequences", "ReserveSlots", sequence_pb2.ReserveSlotsRequest(  # noqa: SLF001
+        nonlocal lease_ends
+        lease_ends = time.monotonic() + lease
+        request = sequence_pb2.ReserveSlotsRequest(
             request_id=m.new_request_id(), items=items, pin_prefix=pin_prefix,
-            local_client_id=0 if plane is None else plane.client_id))
+            local_client_id=0 if plane is None else plane.client_id)
+        set_seconds(request.lease, lease)
+        return await first._call("sequences", "ReserveSlots", request)  # noqa: SLF001
 
     try:
         response = await reserve()
@@ -168,14 +179,15 @@ async def _reserve(sequences: Seq[SequenceCalls],
         response = await reserve()
     if len(response.slots) != len(items):
         raise Internal(f"reserve slots: {len(response.slots)} slots, expected {len(items)}")
-    return [(slot, None if plane is None else plane.region(slot.staging_offset, slot.staging_bytes))
-            for slot in response.slots]
+    return [ReservedSlot(
+        slot, None if plane is None else plane.region(slot.staging_offset, slot.staging_bytes), lease_ends)
+        for slot in response.slots]
 
 
 async def begin_step(sequence: SequenceCalls, num_tokens: int, pin_prefix: bool,
                      parents: Seq[int]) -> PendingStep:
     slots = await _reserve([sequence], [reserve_item(sequence, num_tokens, parents)], pin_prefix)
-    return PendingStep(sequence, *slots[0], is_tree=len(parents) > 0)
+    return PendingStep(sequence, slots[0], is_tree=len(parents) > 0)
 
 
 async def begin_batch_step(sequences: Seq[SequenceCalls], num_tokens: int,
@@ -187,5 +199,4 @@ async def begin_batch_step(sequences: Seq[SequenceCalls], num_tokens: int,
                 f"begin step: {sequence.id} is of model {sequence.model.name} on {sequence.worker.address}, "
                 f"{first.id} of {first.model.name} on {first.worker.address}")
     slots = await _reserve(sequences, [reserve_item(s, num_tokens) for s in sequences], pin_prefix)
-    return BatchStep(sequences, [StepBase(sequence, slot, region)
-                                 for sequence, (slot, region) in zip(sequences, slots)])
+    return BatchStep(sequences, [StepBase(sequence, slot) for sequence, slot in zip(sequences, slots)])
