@@ -443,43 +443,82 @@ absl::StatusOr<uint64_t> Parking::TakeOver(SequenceId id, const StoreRecord& rec
   return epoch;
 }
 
+void Parking::GiveBack(const Tenant& tenant, SequenceId id, uint64_t epoch,
+                       MonotonicTime deadline) {
+  const absl::Status given =
+      store_->CompareAndSetRecord(kOwnerRecordKind, RecordKey(id), epoch, kParkedValue, deadline)
+          .status();
+  Count("give_up", given);
+  if (given.ok() || GetReason(given) == error_reason::kVersionMismatch) return;
+  MutexLock lock(&mu_);
+  owned_.insert_or_assign(id, Owned{tenant.name, epoch, /*is_idle=*/true});
+}
+
+absl::StatusOr<ResumedSequence> Parking::ResumeAlone(const Tenant& tenant, SequenceId id,
+                                                     absl::string_view model_digest,
+                                                     MonotonicTime deadline, bool* was_taken_over) {
+  PT_RETURN_IF_ERROR(CheckStore());
+  PT_RETURN_IF_ERROR(fence_->Get(deadline).status());
+  PT_ASSIGN_OR_RETURN(Parked parked, Read(tenant, id, deadline));
+  PT_RETURN_IF_ERROR(worker_->CheckModel(parked.state, model_digest, deadline));
+  const absl::StatusOr<StoreRecord> record =
+      store_->GetRecord(kOwnerRecordKind, RecordKey(id), deadline);
+  if (absl::IsNotFound(record.status())) return NotParked(id);
+  PT_RETURN_IF_ERROR(record.status());
+  if (record->value == MyOwnerValue()) {
+    if (const auto host = worker_->HostOfSequence(id); host.ok()) {
+      PT_ASSIGN_OR_RETURN(const SequenceInfo info, (*host)->Get(tenant, id));
+      return ResumedSequence{
+          .host = *host, .info = info, .parked_version = parked.manifest.version};
+    }
+  }
+  PT_ASSIGN_OR_RETURN(ModelHost * host,
+                      worker_->HostOfModel(parked.state.model_digest.ToHex(), deadline));
+  PT_ASSIGN_OR_RETURN(const uint64_t epoch, TakeOver(id, *record, was_taken_over, deadline));
+  // What the owner before parked last, which may be more than what was read before.
+  const absl::StatusOr<Parked> last = Read(tenant, id, deadline);
+  const absl::StatusOr<OpenResult> open =
+      last.ok() ? host->OpenSaved(tenant, last->state, last->manifest.pages, std::nullopt,
+                                  SequenceIdentity{id, epoch})
+                : last.status();
+  if (!open.ok()) {
+    GiveBack(tenant, id, epoch, deadline);
+    return open.status();
+  }
+  {
+    MutexLock lock(&mu_);
+    owned_.insert_or_assign(id, Owned{tenant.name, epoch});
+  }
+  return ResumedSequence{.host = host,
+                         .info = open->info,
+                         .restoring_pages = open->restoring_pages,
+                         .parked_version = last->manifest.version,
+                         .was_taken_over = *was_taken_over};
+}
+
 absl::StatusOr<ResumedSequence> Parking::Resume(const Tenant& tenant, SequenceId id,
+                                                absl::string_view model_digest,
                                                 MonotonicTime deadline) {
-  bool was_taken_over = false;
-  const auto resume = [&]() -> absl::StatusOr<ResumedSequence> {
-    PT_RETURN_IF_ERROR(CheckStore());
-    PT_RETURN_IF_ERROR(fence_->Get(deadline).status());
-    PT_ASSIGN_OR_RETURN(Parked parked, Read(tenant, id, deadline));
-    const absl::StatusOr<StoreRecord> record =
-        store_->GetRecord(kOwnerRecordKind, RecordKey(id), deadline);
-    if (absl::IsNotFound(record.status())) return NotParked(id);
-    PT_RETURN_IF_ERROR(record.status());
-    if (record->value == MyOwnerValue()) {
-      if (const auto host = worker_->HostOfSequence(id); host.ok()) {
-        PT_ASSIGN_OR_RETURN(const SequenceInfo info, (*host)->Get(tenant, id));
-        return ResumedSequence{
-            .host = *host, .info = info, .parked_version = parked.manifest.version};
+  {
+    MutexLock lock(&mu_);
+    while (resuming_.contains(id)) {
+      const absl::Duration left = deadline - worker_->clock().MonotonicNow();
+      if (left <= absl::ZeroDuration()) {
+        return absl::DeadlineExceededError(
+            absl::StrCat("resume sequence ", id.ToString(), ": another resume of it still runs"));
       }
+      resumed_.WaitWithTimeout(&mu_, left);
     }
-    PT_ASSIGN_OR_RETURN(ModelHost * host,
-                        worker_->HostOfModel(parked.state.model_digest.ToHex(), deadline));
-    PT_ASSIGN_OR_RETURN(const uint64_t epoch, TakeOver(id, *record, &was_taken_over, deadline));
-    // What the owner before parked last, which may be more than what was read before.
-    PT_ASSIGN_OR_RETURN(parked, Read(tenant, id, deadline));
-    PT_ASSIGN_OR_RETURN(const OpenResult open,
-                        host->OpenSaved(tenant, parked.state, parked.manifest.pages, std::nullopt,
-                                        SequenceIdentity{id, epoch}));
-    {
-      MutexLock lock(&mu_);
-      owned_.insert_or_assign(id, Owned{tenant.name, epoch});
-    }
-    return ResumedSequence{.host = host,
-                           .info = open.info,
-                           .restoring_pages = open.restoring_pages,
-                           .parked_version = parked.manifest.version,
-                           .was_taken_over = was_taken_over};
-  };
-  absl::StatusOr<ResumedSequence> resumed = resume();
+    resuming_.insert(id);
+  }
+  bool was_taken_over = false;
+  absl::StatusOr<ResumedSequence> resumed =
+      ResumeAlone(tenant, id, model_digest, deadline, &was_taken_over);
+  {
+    MutexLock lock(&mu_);
+    resuming_.erase(id);
+  }
+  resumed_.SignalAll();
   Count(was_taken_over ? "takeover" : "resume", resumed.status());
   return resumed;
 }

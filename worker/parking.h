@@ -17,6 +17,7 @@
 #include <string>
 
 #include "absl/container/flat_hash_map.h"
+#include "absl/container/flat_hash_set.h"
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
 #include "absl/strings/string_view.h"
@@ -73,8 +74,10 @@ class Parking {
   absl::StatusOr<std::optional<ParkAnswer>> FindAnswer(const Tenant& tenant, SequenceId id,
                                                        const ParkRequest& request,
                                                        MonotonicTime deadline);
+  // One at a time of a sequence: the second waits and finds it open. DEADLINE_EXCEEDED when the
+  // first is not done by then.
   absl::StatusOr<ResumedSequence> Resume(const Tenant& tenant, SequenceId id,
-                                         MonotonicTime deadline);
+                                         absl::string_view model_digest, MonotonicTime deadline);
 
   // What durable writes of a sequence that is open here carry: its own fence if it was parked or
   // resumed, the worker's otherwise. Errors of WorkerFence; FAILED_PRECONDITION (STALE_EPOCH) for a
@@ -126,6 +129,11 @@ class Parking {
   // Gives the sequence up: closed here, nobody's in the store.
   absl::Status GiveUp(const Tenant& tenant, ModelHost* host, const SequenceHandle& sequence,
                       ParkAnswer* answer, MonotonicTime deadline);
+  absl::StatusOr<ResumedSequence> ResumeAlone(const Tenant& tenant, SequenceId id,
+                                              absl::string_view model_digest,
+                                              MonotonicTime deadline, bool* was_taken_over);
+  // A resume that took the sequence over could not open it: nobody's again, now or by GiveUpIdle.
+  void GiveBack(const Tenant& tenant, SequenceId id, uint64_t epoch, MonotonicTime deadline);
   // Makes the sequence ours; returns its new epoch. FAILED_PRECONDITION (SEQUENCE_MOVED) when its
   // owner is alive, ABORTED when another was faster.
   absl::StatusOr<uint64_t> TakeOver(SequenceId id, const StoreRecord& record, bool* was_taken_over,
@@ -146,6 +154,8 @@ class Parking {
   WorkerFence* const fence_;
 
   mutable Mutex mu_;
+  CondVar resumed_;
+  absl::flat_hash_set<SequenceId> resuming_ ABSL_GUARDED_BY(mu_);
   // Sequences whose ownership record names this worker's life. Bounded by what is open, and was
   // until a moment ago.
   absl::flat_hash_map<SequenceId, Owned> owned_ ABSL_GUARDED_BY(mu_);

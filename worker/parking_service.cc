@@ -65,7 +65,7 @@ absl::StatusOr<v1::ResumeSequenceResponse> SequenceServiceImpl::Resume(
     const CallContext& call, const v1::ResumeSequenceRequest& request) {
   PT_ASSIGN_OR_RETURN(const SequenceId id, SequenceIdFromProto(request.sequence_id()));
   PT_ASSIGN_OR_RETURN(const ResumedSequence resumed,
-                      parking_->Resume(call.tenant, id, call.deadline));
+                      parking_->Resume(call.tenant, id, request.model_digest(), call.deadline));
   worker_->NoteResumed(*resumed.host, resumed.info);
   v1::ResumeSequenceResponse answer;
   *answer.mutable_state() = StateToProto(*worker_, *resumed.host, resumed.info);

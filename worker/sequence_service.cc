@@ -303,13 +303,10 @@ grpc::Status SequenceServiceImpl::CloseSequence(grpc::ServerContext* context,
     PT_RETURN_IF_ERROR(target.status());
     const bool is_durable = parking_->Owns(target->id);
     PT_RETURN_IF_ERROR(target->host->Close(call.tenant, target->id, request->epoch()));
-    if (is_durable) {
-      PT_RETURN_IF_ERROR(
-          parking_->Drop(call.tenant, target->id, request->epoch(), call.deadline).status());
-    }
     memos_->ForgetSequence(call.tenant.name, request->sequence_id());
     worker_->NoteClosed(*target->host, call.tenant, target->id);
-    return absl::OkStatus();
+    if (!is_durable) return absl::OkStatus();
+    return parking_->Drop(call.tenant, target->id, request->epoch(), call.deadline).status();
   };
   return ToGrpcStatus(close());
 }

@@ -229,22 +229,6 @@ absl::StatusOr<SaveAnswer> Sessions::Save(const Tenant& tenant, ModelHost* host,
   return answer;
 }
 
-absl::Status Sessions::CheckModel(const SessionState& state, absl::string_view model_digest,
-                                  MonotonicTime deadline) {
-  if (model_digest.empty()) return absl::OkStatus();
-  const absl::StatusOr<Digest> digest = Digest::FromHex(model_digest);
-  if (!digest.ok()) {
-    return absl::InvalidArgumentError(absl::StrCat("model_digest: ", digest.status().message()));
-  }
-  if (*digest == state.model_digest) return absl::OkStatus();
-  // Its registration is enough to say what differs: no pool is made for it.
-  if (const ModelHost* host = worker_->FindHost(model_digest)) {
-    return CheckSameModel(state, host->model());
-  }
-  PT_ASSIGN_OR_RETURN(const Model model, worker_->ReadModel(*digest, deadline));
-  return CheckSameModel(state, model);
-}
-
 absl::StatusOr<LoadedSession> Sessions::Load(const Tenant& tenant, absl::string_view name,
                                              std::optional<uint64_t> version,
                                              absl::string_view model_digest,
@@ -257,7 +241,7 @@ absl::StatusOr<LoadedSession> Sessions::Load(const Tenant& tenant, absl::string_
     if (version && *version != loaded.session.version) {
       return VersionMismatch(name, loaded.session.version, *version);
     }
-    PT_RETURN_IF_ERROR(CheckModel(loaded.session.state, model_digest, deadline));
+    PT_RETURN_IF_ERROR(worker_->CheckModel(loaded.session.state, model_digest, deadline));
     PT_ASSIGN_OR_RETURN(loaded.host,
                         worker_->HostOfModel(loaded.session.state.model_digest.ToHex(), deadline));
     PT_ASSIGN_OR_RETURN(loaded.open, loaded.host->OpenSaved(tenant, loaded.session.state, pages,

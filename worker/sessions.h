@@ -125,9 +125,6 @@ class Sessions {
                                              const WriteFence& fence, SaveAnswer* answer,
                                              MonotonicTime deadline);
   absl::Status CheckStore() const;
-  // OK if the session is of the model with this hex digest, or the digest is empty.
-  absl::Status CheckModel(const SessionState& state, absl::string_view model_digest,
-                          MonotonicTime deadline);
   // Counts `status` under its operation and reason.
   void Count(absl::string_view operation, const absl::Status& status) const;
 

@@ -169,6 +169,22 @@ absl::StatusOr<Model> Worker::ReadModel(const Digest& digest, MonotonicTime dead
   return model;
 }
 
+absl::Status Worker::CheckModel(const SessionState& state, absl::string_view model_digest,
+                                MonotonicTime deadline) {
+  if (model_digest.empty()) return absl::OkStatus();
+  const absl::StatusOr<Digest> digest = Digest::FromHex(model_digest);
+  if (!digest.ok()) {
+    return absl::InvalidArgumentError(absl::StrCat("model_digest: ", digest.status().message()));
+  }
+  if (*digest == state.model_digest) return absl::OkStatus();
+  // Its registration is enough to say what differs: no pool is made for it.
+  if (const ModelHost* host = FindHost(model_digest)) {
+    return CheckSameModel(state, host->model());
+  }
+  PT_ASSIGN_OR_RETURN(const Model model, ReadModel(*digest, deadline));
+  return CheckSameModel(state, model);
+}
+
 absl::StatusOr<uint64_t> Worker::TakeBudget(const Model& model) {
   MutexLock lock(&mu_);
   const uint64_t want = options_.model_pool_bytes == 0 ? free_bytes_ : options_.model_pool_bytes;

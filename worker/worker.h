@@ -30,6 +30,7 @@
 #include "core/model.h"
 #include "core/page_store.h"
 #include "core/sequence_id.h"
+#include "core/session_state.h"
 #include "worker/byte_gauge.h"
 #include "worker/model_host.h"
 #include "worker/pin_leases.h"
@@ -92,6 +93,10 @@ class Worker {
   absl::StatusOr<ModelHost*> HostOfModel(absl::string_view model_digest, MonotonicTime deadline);
   // A model as it is registered, without a host for it. NOT_FOUND (MODEL_NOT_FOUND), DATA_LOSS.
   absl::StatusOr<Model> ReadModel(const Digest& digest, MonotonicTime deadline);
+  // OK if saved rows are those of the model with this hex digest, or the digest is empty.
+  // FAILED_PRECONDITION (MODEL_MISMATCH), INVALID_ARGUMENT (digest), errors of ReadModel.
+  absl::Status CheckModel(const SessionState& state, absl::string_view model_digest,
+                          MonotonicTime deadline);
   // Makes a host for a model the store need not know. Returns the present one if there is one.
   absl::StatusOr<ModelHost*> AddModel(Model model, MonotonicTime deadline);
   // Nullptr when no host was made for it yet.

@@ -23,7 +23,7 @@ absl::StatusOr<std::shared_ptr<WorkerConnection>> Client::AnyWorker() {
   PT_ASSIGN_OR_RETURN(const std::vector<v1::WorkerInfo> members, ListWorkers());
   for (const v1::WorkerInfo& member : members) {
     if (member.role() == "worker" && member.state() == "serving") {
-      return ConnectWorker(member.address());
+      return ConnectWorker(member.address(), member.local_socket());
     }
   }
   return WithReason(

@@ -64,6 +64,7 @@ absl::StatusOr<std::unique_ptr<Sequence>> Client::Resume(std::shared_ptr<const M
   v1::ResumeSequenceRequest request;
   request.set_request_id(NewRequestId());
   request.set_sequence_id(std::string(sequence_id));
+  request.set_model_digest(model->digest().ToHex());
   PT_ASSIGN_OR_RETURN(v1::ResumeSequenceResponse response,
                       CallUnary(worker->call_options(), worker->sequences(),
                                 &v1::SequenceService::StubInterface::ResumeSequence, request));

@@ -9,6 +9,7 @@
 #include <thread>
 #include <vector>
 
+#include "absl/strings/match.h"
 #include "kvstore/decorating_page_store.h"
 #include "tests/worker/session_fixture.h"
 
@@ -41,13 +42,31 @@ class HookedStore final : public DecoratingPageStore {
       return absl::InvalidArgumentError("this record cannot be written");
     }
     const auto set = inner()->CompareAndSetRecord(kind, key, expected_version, value, deadline);
+    if (after_take_over && value && absl::StartsWith(*value, "worker/")) {
+      std::exchange(after_take_over, nullptr)();
+    }
     if (after_give_up && value == "parked") std::exchange(after_give_up, nullptr)();
     return set;
   }
+  absl::StatusOr<ManifestRecord> GetManifest(absl::string_view name,
+                                             MonotonicTime deadline) override {
+    if (on_read) on_read();
+    if (std::exchange(fails_next_read, false)) return absl::UnavailableError("the store is away");
+    return inner()->GetManifest(name, deadline);
+  }
   std::function<void()> before_manifest;
+  std::function<void()> after_take_over;
+  std::function<void()> on_read;
+  bool fails_next_read = false;
   std::function<void()> after_give_up;
   std::string unwritable_key;
 };
+
+bool WaitFor(const std::atomic<bool>& flag, absl::Duration timeout) {
+  const MonotonicTime end = Clock::Real()->MonotonicNow() + timeout;
+  while (!flag && Clock::Real()->MonotonicNow() < end) std::this_thread::yield();
+  return flag;
+}
 
 struct ParkingWorker : SessionWorker {
   ParkingWorker(PageStore* store, const std::string& id, uint64_t incarnation)
@@ -65,7 +84,7 @@ struct ParkingWorker : SessionWorker {
                         Soon());
   }
   absl::StatusOr<ResumedSequence> Resume(SequenceId id) {
-    return parking.Resume(tenant(), id, Soon());
+    return parking.Resume(tenant(), id, /*model_digest=*/"", Soon());
   }
   // As if the process had stood still until its lease ended.
   void LoseLease() { lease().Stop(); }
@@ -245,6 +264,59 @@ TEST_F(ParkingTest, OfManyWhoResumeOneWins) {
       3u);
 }
 
+// The second must not take the sequence over from the first, of the same worker, that is opening
+// it.
+TEST_F(ParkingTest, TwoResumesOnOneWorkerAreOne) {
+  const SequenceInfo info = Fill();
+  ASSERT_TRUE(a_.Park(info).ok());
+  std::atomic<bool> is_second_reading = false;
+  absl::StatusOr<ResumedSequence> second = absl::UnknownError("never ran");
+  std::thread other;
+  store_.after_take_over = [&] {
+    // Its own thread is the only one that reads while the first waits here.
+    store_.on_read = [&] { is_second_reading = true; };
+    other = std::thread([&] { second = b_.Resume(info.id); });
+    EXPECT_FALSE(WaitFor(is_second_reading, absl::Milliseconds(200)));
+    store_.on_read = nullptr;
+  };
+  const auto first = b_.Resume(info.id);
+  other.join();
+  ASSERT_TRUE(first.ok()) << first.status();
+  ASSERT_TRUE(second.ok()) << second.status();
+  EXPECT_EQ(second->info.epoch, first->info.epoch);
+  const std::vector<uint32_t> longer = Concat(tokens_, Tokens(9000, 30));
+  auto appended = b_.engine->Append(first->info, longer);
+  ASSERT_TRUE(appended.ok()) << appended.status();
+  const auto parked = b_.Park(*appended);
+  ASSERT_TRUE(parked.ok()) << parked.status();
+  EXPECT_EQ(parked->tokens, 100u);
+}
+
+// A refusal leaves the state as it was: others can resume what one could not open.
+TEST_F(ParkingTest, AResumeThatCannotOpenGivesTheSequenceBack) {
+  const SequenceInfo info = Fill();
+  ASSERT_TRUE(a_.Park(info).ok());
+  store_.after_take_over = [&] { store_.fails_next_read = true; };
+  EXPECT_EQ(b_.Resume(info.id).status().code(), absl::StatusCode::kUnavailable);
+  auto resumed = a_.Resume(info.id);
+  ASSERT_TRUE(resumed.ok()) << resumed.status();
+  EXPECT_EQ(WrongRows(a_, info.id, tokens_), 0u);
+  ASSERT_TRUE(a_.Park(resumed->info).ok());
+
+  // Nor can it be given back at once.
+  store_.after_take_over = [&] {
+    store_.fails_next_read = true;
+    store_.unwritable_key = absl::StrCat("sequence/", info.id.ToString());
+  };
+  EXPECT_EQ(b_.Resume(info.id).status().code(), absl::StatusCode::kUnavailable);
+  EXPECT_EQ(GetReason(a_.Resume(info.id).status()), "SEQUENCE_MOVED");
+  store_.unwritable_key.clear();
+  b_.parking.GiveUpIdle(Soon());
+  resumed = a_.Resume(info.id);
+  ASSERT_TRUE(resumed.ok()) << resumed.status();
+  EXPECT_EQ(WrongRows(a_, info.id, tokens_), 0u);
+}
+
 TEST_F(ParkingTest, EditsTellAResumedSequenceFromOneOfTheSameNumber) {
   const SequenceInfo info = Fill();
   auto own = b_.engine->OpenAndFill(Tokens(5000, 20));
@@ -389,7 +461,8 @@ TEST_F(ParkingTest, DroppingNeedsTheEpochAndTheTenant) {
   auto parked = a_.Park(info);
   ASSERT_TRUE(parked.ok()) << parked.status();
   const Tenant other{"other", DeriveTenantSalt("secret", "other")};
-  EXPECT_EQ(GetReason(b_.parking.Resume(other, info.id, Soon()).status()), "SEQUENCE_NOT_FOUND");
+  EXPECT_EQ(GetReason(b_.parking.Resume(other, info.id, "", Soon()).status()),
+            "SEQUENCE_NOT_FOUND");
   EXPECT_FALSE(b_.parking.Drop(b_.tenant(), info.id, parked->epoch - 1, Soon()).value());
   EXPECT_FALSE(b_.parking.Drop(other, info.id, parked->epoch, Soon()).value());
   EXPECT_EQ(memory_.GetStats(Soon())->manifests, 1u);

@@ -46,7 +46,12 @@ def test_a_parked_sequence_is_resumed_under_its_id_anywhere(folder: pathlib.Path
                 parked = sequence.park(ttl=3600)
                 assert (parked.is_open, parked.tokens) == (False, 60)
                 sequence.close()  # it is: leaving the block must not drop what was parked
-            with client.resume(sequence.id, worker_id="w1") as resumed:
+            other = spec("another")
+            other.weights_digest = b"o" * 32
+            with pytest.raises(pagetide.FailedPrecondition) as wrong:
+                client.resume(sequence.id, model=client.register_model(other), worker_id="w1")
+            assert wrong.value.reason == "MODEL_MISMATCH"
+            with client.resume(sequence.id, model=model, worker_id="w1") as resumed:
                 assert (resumed.id, resumed.worker_id) == (sequence.id, "w1")
                 assert resumed.state.epoch > parked.epoch - 1 and not resumed.was_taken_over
                 check_rows(resumed, tokens[:60])
