@@ -210,6 +210,7 @@ void PageDirectory::SetStored(Page& page, const Page::StoredAs& stored) {
   if (page.is_stored() && !page.is_keyed() && !page.stored()->is_shared) {
     stale_keys_.push_back(page.stored()->key);
   }
+  ForgetSealed(page);  // put again it may have another key
   page.SetStored(stored);
   UpdateUnstored(page);
   if (!page.is_keyed()) sealed_.try_emplace(stored.key, page.id());
@@ -352,6 +353,11 @@ void PageDirectory::CheckInvariants() const {
     ++num_unstored;
   }
   PT_CHECK(unstored_.size() == num_unstored);
+  for (const auto& [key, id] : sealed_) {
+    const Page* const page = Find(id);
+    PT_CHECK(page != nullptr && !page->is_keyed() && page->is_stored());
+    PT_CHECK(page->stored()->key == key);
+  }
 }
 
 }  // namespace pagetide

@@ -245,6 +245,9 @@ absl::StatusOr<CommitResult> ModelHostImpl::CommitRows(const Tenant& tenant,
         return input.position >= at && input.position < at + page_tokens();
       });
     };
+    // Over a page that was found damaged meanwhile the rows may be wrong: the next call cuts them
+    // off, and nobody else is to find them.
+    const bool may_key = ValidLength(*sequence) == sequence->length();
     for (uint32_t g = 0; g < num_groups(); ++g) {
       PageTable& table = sequence->tables[g];
       if (traits_[g].is_whole) {
@@ -268,7 +271,7 @@ absl::StatusOr<CommitResult> ModelHostImpl::CommitRows(const Tenant& tenant,
           const uint64_t at = index * page_tokens();
           claims_.Release(keys[index]);
           // The page began behind a window, with rows that the key would say are there and are not.
-          if (!HoldsFromBase(table.back(), at)) continue;
+          if (!may_key || !HoldsFromBase(table.back(), at)) continue;
           page.SetDepth(static_cast<uint32_t>(index));
           const bool is_keyed = pages_.SetKey(
               page, keys[index], index == 0 ? sequence->root : keys[index - 1], page_keys[g][t],

@@ -474,6 +474,12 @@ absl::StatusOr<OpenResult> ModelHostImpl::Open(const Tenant& tenant,
               CopyRows(g, from[g], grants[g].frame, static_cast<uint32_t>(reuse.partial_rows)).ok();
         }
         mu_.Lock();
+        // One of them may have been found damaged meanwhile.
+        is_copied = is_copied &&
+                    std::none_of(match.partial.begin(), match.partial.end(), [this](PageId id) {
+                      mu_.AssertHeld();
+                      return pages_.Get(id).state() == PageState::kQuarantined;
+                    });
       }
       for (uint32_t g = 0; g < num_groups(); ++g) {
         if (is_copied) {

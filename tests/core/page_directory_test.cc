@@ -53,6 +53,24 @@ TEST_F(PageDirectoryTest, KeyedPagesAreUnstoredUntilTheStoreTookThem) {
   pages_.CheckInvariants();
 }
 
+// The store lost a private page's record and took it again, under another key.
+TEST_F(PageDirectoryTest, APagePutAgainIsFoundByItsNewKeyOnly) {
+  const FrameId frame = pages_.AllocateFrame(0, "tenant")->frame;
+  Page& page = pages_.CreateTail(0, "tenant", frame, 0, std::nullopt);
+  page.SetFull(kRows, Checksum128());
+  pages_.SetStored(page, {KeyOf<PageKey>(1), Checksum128(), /*is_shared=*/true});
+  EXPECT_NE(pages_.FindSealed(0, KeyOf<PageKey>(1), Checksum128()), nullptr);
+  pages_.SetStored(page, {KeyOf<PageKey>(2), Checksum128(), /*is_shared=*/true});
+  EXPECT_EQ(pages_.FindSealed(0, KeyOf<PageKey>(1), Checksum128()), nullptr);
+  EXPECT_NE(pages_.FindSealed(0, KeyOf<PageKey>(2), Checksum128()), nullptr);
+  pages_.CheckInvariants();
+  pages_.Unref(page);
+  pages_.DropUnreferenced();
+  EXPECT_EQ(pages_.FindSealed(0, KeyOf<PageKey>(1), Checksum128()), nullptr);
+  EXPECT_EQ(pages_.FindSealed(0, KeyOf<PageKey>(2), Checksum128()), nullptr);
+  pages_.CheckInvariants();
+}
+
 TEST_F(PageDirectoryTest, APageThatGoesIsNoLongerUnstored) {
   Page& evicted = AddFull(1);
   Page& damaged = AddFull(2);

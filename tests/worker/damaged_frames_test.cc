@@ -56,6 +56,50 @@ TEST(DamagedFramesTest, APageThatSomebodyReadsIsFoundOnceAndIsNobodysFromThenOn)
   t.host->Quiesce();
 }
 
+// The rows may have been computed from the damage: nobody else may find them.
+TEST(DamagedFramesTest, RowsComputedOverAPageThatWasFoundDamagedGetNoKey) {
+  MemoryPageStore memory;
+  FaultInjectingPageStore store(&memory);
+  store.FailWith(absl::UnavailableError("the store is down"));
+  HostUnderTest t({.num_frames = 12, .store = &store});
+  const std::vector<uint32_t> tokens = Tokens(0, 64);
+  const std::span<const uint32_t> prefix = std::span(tokens).first(32);
+  const auto info = t.OpenAndFill(prefix);
+  ASSERT_TRUE(info.ok()) << info.status();
+  t.host->Quiesce();
+  auto slot = t.host->BeginAppend(t.tenant, {info->id, info->epoch, std::nullopt}, "a", 32,
+                                  std::span(tokens).subspan(32), {}, /*pin_prefix=*/true, t.Soon());
+  ASSERT_TRUE(slot.ok()) << slot.status();
+  uint64_t at = 0;
+  {
+    auto rows = t.host->PinRows(t.tenant, info->id, 0, 0, 0, t.Soon());
+    ASSERT_TRUE(rows.ok()) << rows.status();
+    at = (*rows)->Runs(0, RowKind::kK).front().offset;
+  }
+  std::byte byte;
+  ASSERT_TRUE(t.host->pool().Read(at + 3, {&byte, 1}).ok());
+  byte ^= std::byte{1};
+  ASSERT_TRUE(t.host->pool().Write(at + 3, {&byte, 1}).ok());
+  store.FailWith(absl::OkStatus());
+  ASSERT_TRUE(Eventually([&] {
+    t.host->Tick();
+    return t.host->Counters().checksum_failures == 1;
+  }));
+  ASSERT_TRUE(t.WriteAll(*slot, tokens).ok());
+  const auto committed = t.host->Commit(t.tenant, {info->id, info->epoch, std::nullopt},
+                                        slot->pending_id, {});
+  ASSERT_TRUE(committed.ok()) << committed.status();
+
+  // Another one computes the lost page anew, and with it all that hangs on it could be found.
+  const auto again = t.OpenAndFill(prefix);
+  ASSERT_TRUE(again.ok()) << again.status();
+  t.host->Quiesce();
+  EXPECT_EQ(t.host->LookupPrefix(t.tenant, tokens, {}, {})->reused_tokens, 32u);
+  EXPECT_EQ(memory.GetStats(MonotonicTime::InfiniteFuture())->pages, 2u) << "stored: the prefix";
+  const auto late = t.host->PinRows(t.tenant, info->id, 0, 0, 0, t.Soon());
+  EXPECT_EQ(GetReason(late.status()), "PREFIX_LOST") << late.status();
+}
+
 // Rows that are copied out of a page while a spill finds it damaged must not become rows of a good
 // page.
 class DamagedCopyTest : public ::testing::Test {
