@@ -39,17 +39,25 @@ absl::Status NameTaken(absl::string_view name, absl::string_view owner, absl::st
 ModelCatalog::ModelCatalog(Options options, PageStore* store, const Clock* clock)
     : options_(options), store_(store), clock_(clock) {}
 
+absl::Status ModelCatalog::CheckRoom(absl::string_view digest) const {
+  MutexLock lock(&mu_);
+  return CheckRoomLocked(digest);
+}
+
+absl::Status ModelCatalog::CheckRoomLocked(absl::string_view digest) const {
+  if (by_digest_.contains(digest) || by_digest_.size() < options_.max_models) {
+    return absl::OkStatus();
+  }
+  return absl::ResourceExhaustedError(absl::StrCat("register model: ", by_digest_.size(),
+                                                   " models, at most ", options_.max_models));
+}
+
 absl::Status ModelCatalog::Insert(std::shared_ptr<const Model> model, absl::string_view name) {
   const std::string digest = model->digest().ToHex();
   MutexLock lock(&mu_);
   unknown_until_.erase(digest);
-  if (!by_digest_.contains(digest)) {
-    if (by_digest_.size() >= options_.max_models) {
-      return absl::ResourceExhaustedError(absl::StrCat("register model: ", by_digest_.size(),
-                                                       " models, at most ", options_.max_models));
-    }
-    by_digest_.emplace(digest, std::move(model));
-  }
+  PT_RETURN_IF_ERROR(CheckRoomLocked(digest));
+  by_digest_.try_emplace(digest, std::move(model));
   if (!name.empty()) {
     unknown_until_.erase(name);
     if (digest_of_name_.size() < 4 * options_.max_models || digest_of_name_.contains(name)) {
@@ -77,6 +85,7 @@ absl::StatusOr<ModelCatalog::Registered> ModelCatalog::Register(const Model& mod
     if (taken.ok() && taken->value != digest) {
       return NameTaken(name, taken->value, digest);
     }
+    PT_RETURN_IF_ERROR(CheckRoom(digest));
     // The spec first, so that a name never points to nothing. Both writes create or find what is
     // there; a crash between them leaves a model without a name, which the retry completes.
     const auto put_model = store_->CompareAndSetRecord(kModelKind, digest, /*expected_version=*/0,
@@ -148,7 +157,11 @@ absl::StatusOr<std::shared_ptr<const Model>> ModelCatalog::Find(absl::string_vie
                                             "…"));
   }
   auto shared = std::make_shared<const Model>(std::move(model));
-  PT_RETURN_IF_ERROR(Insert(shared, is_digest ? absl::string_view() : digest_or_name));
+  // Known here from now on, unless there are too many: then the store is asked each time.
+  if (const absl::Status kept = Insert(shared, is_digest ? absl::string_view() : digest_or_name);
+      !kept.ok() && !absl::IsResourceExhausted(kept)) {
+    return kept;
+  }
   return shared;
 }
 

@@ -53,6 +53,9 @@ class ModelCatalog {
   absl::StatusOr<std::vector<std::shared_ptr<const Model>>> List(MonotonicTime deadline);
 
  private:
+  // RESOURCE_EXHAUSTED when the model would be one too many.
+  absl::Status CheckRoom(absl::string_view digest) const;
+  absl::Status CheckRoomLocked(absl::string_view digest) const ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
   absl::Status Insert(std::shared_ptr<const Model> model, absl::string_view name);
 
   const Options options_;

@@ -6,6 +6,7 @@
 #include <unistd.h>
 
 #include <CLI/CLI.hpp>
+#include <atomic>
 #include <cstdio>
 #include <memory>
 #include <string>
@@ -33,8 +34,12 @@ absl::Status Run(const std::string& config_path, const config::WorkerConfig& fla
   const config::WorkerConfig config = MergeWorkerConfig(file, flags);
   PT_RETURN_IF_ERROR(SetLogLevel(config.has_log_level() ? config.log_level() : "info"));
   PT_ASSIGN_OR_RETURN(WorkerRole::Options options, WorkerOptionsFromConfig(config));
-  // A router that drains this worker ends it the way an operator does.
-  options.on_drain_asked = [] { kill(getpid(), SIGTERM); };
+  // A router that drains this worker ends it the way an operator does, once: from the first signal
+  // on another one ends the process at once.
+  const auto is_draining = std::make_shared<std::atomic_flag>();  // shared with the link's thread
+  options.on_drain_asked = [is_draining] {
+    if (!is_draining->test_and_set()) kill(getpid(), SIGTERM);
+  };
   PT_ASSIGN_OR_RETURN(const WorkerStore store, OpenWorkerStore(config));
   PT_ASSIGN_OR_RETURN(const std::unique_ptr<WorkerRole> role,
                       WorkerRole::Start(options, store.get(), Clock::Real()));
@@ -42,6 +47,7 @@ absl::Status Run(const std::string& config_path, const config::WorkerConfig& fla
               role->metrics_address().c_str());
   std::fflush(stdout);
   const int signal = termination->Wait();
+  is_draining->test_and_set();
   termination->RestoreDefault();
   const uint32_t seconds =
       config.has_drain_seconds() ? config.drain_seconds() : kDefaultDrainSeconds;
