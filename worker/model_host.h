@@ -110,8 +110,8 @@ struct PromptOptions {
   // The rows that will be appended come from elsewhere: none of their pages gets a key, so that no
   // prompt finds them, and canonical_length stays 0 until the sequence is cut to nothing.
   bool is_private = false;
-  // The rows that will be appended are copies: how fast they come says nothing about a prefill. What
-  // is known of them counts whatever its restore would cost, and is not restored for it.
+  // The rows that will be appended are copies: how fast they come says nothing about a prefill.
+  // What is known of them counts whatever its restore would cost, and is not restored for it.
   bool is_copied = false;
   // Window groups give no rows up until KeepRows says which they hold.
   bool keeps_masked_rows = false;
@@ -223,6 +223,8 @@ struct AttendQuery {
   uint32_t query_heads = 0;
   uint64_t first_position = 0;
   float scale = 0;  // 0: 1 / sqrt(k_dim)
+  // Queries may lie behind the committed rows (pending_id 0 only).
+  bool allow_behind_end = false;
   std::span<const float> queries;
 };
 

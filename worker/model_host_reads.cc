@@ -193,19 +193,21 @@ absl::StatusOr<AttendOutput> ModelHostImpl::Attend(const Tenant& tenant, const A
     };
     const auto runs_seen = [&](uint64_t end) {
       std::vector<PositionedRun> runs = sequence->Runs(query.group, 0, kept_seen(end));
-      const std::vector<PositionedRun> newest = sequence->Runs(query.group, first_seen(), end);
+      const std::vector<PositionedRun> newest =
+          sequence->Runs(query.group, std::min(first_seen(), end), end);
       runs.insert(runs.end(), newest.begin(), newest.end());
       return runs;
     };
     if (query.pending_id == 0) {
-      if (last > static_cast<uint64_t>(sequence->end_position())) {
+      if (last > static_cast<uint64_t>(sequence->end_position()) && !query.allow_behind_end) {
         return absl::InvalidArgumentError(absl::StrCat(
             "attend: queries [", query.first_position, ", ", last,
             ") are not within the committed positions, which end at ", sequence->end_position()));
       }
-      PT_RETURN_IF_ERROR(check_held(rows_seen()));
+      const uint64_t end = rows_seen();
+      PT_RETURN_IF_ERROR(check_held(end));
       std::vector<Extent> seen;
-      for (const PositionedRun& run : runs_seen(rows_seen())) seen.push_back(run.extent);
+      for (const PositionedRun& run : runs_seen(end)) seen.push_back(run.extent);
       Need need = NeedOf(seen);
       Acquired got;
       const absl::Status status = Acquire(tenant.name, need, deadline, &got);
@@ -215,13 +217,13 @@ absl::StatusOr<AttendOutput> ModelHostImpl::Attend(const Tenant& tenant, const A
         }
         return status;
       }
-      // An edit or a commit may have come while this call waited for frames, and rows have gone.
-      if (sequence->closed || last > static_cast<uint64_t>(sequence->end_position()) ||
-          !check_held(rows_seen()).ok()) {
+      // An edit or a commit may have come while this call waited for frames, and rows have gone or
+      // come.
+      if (sequence->closed || rows_seen() != end || !check_held(end).ok()) {
         ReleaseAcquired(got);
         return absl::AbortedError("attend: the sequence was edited meanwhile");
       }
-      for (const PositionedRun& run : runs_seen(rows_seen())) {
+      for (const PositionedRun& run : runs_seen(end)) {
         // (NeedOf sorts.)
         if (!std::binary_search(got.pinned.begin(), got.pinned.end(), run.extent.page)) {
           ReleaseAcquired(got);

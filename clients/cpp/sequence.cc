@@ -131,6 +131,11 @@ absl::StatusOr<std::unique_ptr<PendingStep>> Sequence::BeginStep(uint32_t num_to
 
 absl::StatusOr<std::unique_ptr<InPlaceRows>> Sequence::ReadInPlace(absl::Duration lease) {
   PT_RETURN_IF_ERROR(InPlaceRows::CheckLease(lease));
+  // Loaded as another model whose rows are the same: its frames lie in that one's pool.
+  if (state_.model_digest() != model_->digest().ToHex()) {
+    return absl::FailedPreconditionError(
+        absl::StrCat("read in place: ", id(), " is held as model ", state_.model_digest()));
+  }
   PT_ASSIGN_OR_RETURN(std::shared_ptr<LocalStaging> memory,
                       worker_->SharedPool(model_->digest().ToHex()));
   v1::GetBlockTableRequest request;
@@ -192,6 +197,7 @@ absl::Status Sequence::Attend(const AttendCall& call, v1::AttendRequest* request
   request->set_query_heads(call.query_heads);
   request->set_first_position(call.first_position);
   request->set_scale(call.scale);
+  request->set_allow_behind_end(call.allow_behind_end);
   request->set_queries(call.queries.data(), call.queries.size_bytes());
   PT_ASSIGN_OR_RETURN(
       const v1::AttendResponse response,

@@ -47,6 +47,7 @@ struct AttendCall {
   uint32_t query_heads = 0;  // a multiple of the group's kv_heads
   uint64_t first_position = 0;
   float scale = 0;                 // 0: 1 / sqrt(k_dim)
+  bool allow_behind_end = false;   // queries may lie behind the rows: of a part of a context
   std::span<const float> queries;  // [num_queries, query_heads, k_dim]
   std::span<float> outputs;        // [num_queries, query_heads, v_dim]
   std::span<float> log_sum_exp;    // [num_queries, query_heads], or empty: not wanted

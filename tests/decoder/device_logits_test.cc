@@ -142,11 +142,11 @@ class DeviceLogitsTest : public testing::TestWithParam<std::string> {
 double BoundOf(kernels::KvType type) {
   switch (type) {
     case kernels::KvType::kF32:
-      return 1e-5;
+      return 1e-5;  // 7e-7 was seen
     case kernels::KvType::kBF16:
-      return 3e-2;
+      return 1e-2;  // 1.3e-3
     default:
-      return 4e-3;
+      return 2e-3;  // 1.2e-4, of q8_0 4.2e-4
   }
 }
 

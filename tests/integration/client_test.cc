@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "absl/strings/str_cat.h"
+#include "absl/time/clock.h"
 #include "base/error_info.h"
 #include "clients/cpp/attention_merge.h"
 #include "clients/cpp/batch_step.h"
@@ -49,8 +50,10 @@ class ClientTest : public ::testing::Test {
     ASSERT_TRUE(started.ok()) << started.status();
     *process = *std::move(started);
   }
-  std::unique_ptr<Client> MakeClient(bool use_local_plane) {
+  std::unique_ptr<Client> MakeClient(bool use_local_plane,
+                                     absl::Duration step_lease = absl::Seconds(30)) {
     ClientOptions options;
+    options.step_lease = step_lease;
     options.router_address = router_->Address("grpc");
     options.use_local_plane = use_local_plane;
     return Client::Create(options).value();
@@ -105,6 +108,67 @@ TEST_F(ClientTest, SharedMemoryAndRpcGiveTheSameBits) {
     }
     EXPECT_TRUE((*sequence)->Close().ok());
   }
+}
+
+// What was a step's may be another's once its lease is over or a commit took it.
+TEST_F(ClientTest, AStepWritesNothingWhenItsSlotsAreNotHeldAnyMore) {
+  for (const bool local : {true, false}) {
+    SCOPED_TRACE(local ? "shared memory" : "RPC");
+    auto client = MakeClient(local, absl::Milliseconds(300));
+    const auto model = Register(*client);
+    const size_t row_bytes = decoder_->config().row_bytes();
+    const std::vector<std::byte> row(row_bytes, std::byte{7});
+    auto sequence = client->Open(model, Tokens(2, 90)).value();
+    const uint32_t tokens[] = {65};
+    const auto write = [&](PendingStep& step) {
+      absl::Status status;
+      for (uint32_t layer = 0; layer < model->geometry().group(0).num_layers(); ++layer) {
+        status.Update(step.WriteRows(0, layer, row, row));
+      }
+      return status;
+    };
+    auto late = sequence->BeginStep(1);
+    ASSERT_TRUE(late.ok()) << late.status();
+    ASSERT_TRUE(write(**late).ok());
+    absl::SleepFor(absl::Milliseconds(350));  // the lease is a real time of a real worker
+    const absl::Status over = write(**late);
+    EXPECT_EQ(over.code(), absl::StatusCode::kFailedPrecondition);
+    EXPECT_NE(over.message().find("its lease has ended"), absl::string_view::npos) << over;
+    late->reset();
+
+    auto patient = MakeClient(local);
+    auto other = patient->Open(Register(*patient), Tokens(2, 91)).value();
+    auto step = other->BeginStep(1);
+    ASSERT_TRUE(step.ok()) << step.status();
+    ASSERT_TRUE(write(**step).ok());
+    ASSERT_TRUE((*step)->Commit(tokens).ok());
+    const absl::Status committed = write(**step);
+    EXPECT_EQ(committed.code(), absl::StatusCode::kFailedPrecondition);
+    EXPECT_NE(committed.message().find("it is over"), absl::string_view::npos) << committed;
+  }
+  ClientOptions options;
+  options.router_address = router_->Address("grpc");
+  for (const absl::Duration lease : {absl::ZeroDuration(), absl::Minutes(6)}) {
+    options.step_lease = lease;
+    EXPECT_EQ(Client::Create(options).status().code(), absl::StatusCode::kInvalidArgument);
+  }
+}
+
+TEST_F(ClientTest, AnAnswerThatIsLostEndsTheWritingOfItsStep) {
+  auto client = MakeClient(true);
+  const auto model = Register(*client);
+  auto sequence = client->Open(model, Tokens(2, 90)).value();
+  auto step = sequence->BeginStep(1);
+  ASSERT_TRUE(step.ok()) << step.status();
+  ASSERT_TRUE((*step)->is_local());
+  const std::vector<std::byte> row(decoder_->config().row_bytes(), std::byte{7});
+  ASSERT_TRUE((*step)->WriteRows(0, 0, row, row).ok());
+  const uint32_t tokens[] = {65};
+  worker_.reset();
+  EXPECT_FALSE((*step)->Commit(tokens).ok());
+  const absl::Status status = (*step)->WriteRows(0, 0, row, row);
+  EXPECT_EQ(status.code(), absl::StatusCode::kFailedPrecondition);
+  EXPECT_NE(status.message().find("got no answer"), absl::string_view::npos) << status;
 }
 
 TEST_F(ClientTest, ForkAndRewindLeaveTheOtherSequenceAlone) {
@@ -225,6 +289,7 @@ TEST_F(ClientTest, TwoWorkersHoldOneContextAndTheirAttentionMerges) {
     call.layer = layer;
     call.query_heads = kHeads;
     call.first_position = first_position;
+    call.allow_behind_end = true;
     call.queries = queries;
     call.outputs = std::span(answer.outputs);
     call.log_sum_exp = std::span(answer.lse);

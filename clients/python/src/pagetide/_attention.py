@@ -42,8 +42,8 @@ def merge_attention(parts: Sequence[Attention]) -> Attention:
 
 
 def attend_request(model: Model, sequence_id: str, epoch: int, group: int, layer: int,
-                   queries: npt.NDArray[Any], first_position: int,
-                   scale: float) -> sequence_pb2.AttendRequest:
+                   queries: npt.NDArray[Any], first_position: int, scale: float,
+                   allow_behind_end: bool = False) -> sequence_pb2.AttendRequest:
     if not 0 <= group < len(model.groups):
         raise ValueError(f"group {group}: model {model.name} has {len(model.groups)}")
     k_dim = model.spec.geometry.groups[group].k_dim
@@ -53,7 +53,7 @@ def attend_request(model: Model, sequence_id: str, epoch: int, group: int, layer
     return sequence_pb2.AttendRequest(
         sequence_id=sequence_id, epoch=epoch, group=group, layer=layer,
         num_queries=queries.shape[0], query_heads=queries.shape[1], first_position=first_position,
-        scale=scale, queries=np.ascontiguousarray(queries, "<f4").tobytes())
+        scale=scale, allow_behind_end=allow_behind_end, queries=np.ascontiguousarray(queries, "<f4").tobytes())
 
 
 def attention_of(model: Model, request: sequence_pb2.AttendRequest,

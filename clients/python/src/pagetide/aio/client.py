@@ -32,13 +32,14 @@ class Client:
 
     timeout bounds each call with its retries, and each attempt to open on one worker, in seconds.
     max_assignments: workers tried before open gives up. use_local_plane: False sends rows by RPC though
-    the worker is on this host. staging_bytes: shared memory asked of each worker, a model.
+    the worker is on this host. staging_bytes: shared memory asked of each worker, a model. step_lease:
+    for how many seconds (at most 300) a step's slots are held, and its rows may be written.
     """
 
     def __init__(self, router: str = "", worker: str = "", worker_local_socket: str = "",
                  timeout: float = 30.0, retry: RetryPolicy = RetryPolicy(),
                  max_assignments: int = 3, use_local_plane: bool = True,
-                 staging_bytes: int = 16 << 20,
+                 staging_bytes: int = 16 << 20, step_lease: float = 30.0,
                  credentials: Optional[grpc.ChannelCredentials] = None) -> None:
         if bool(router) == bool(worker):
             raise ValueError(f"client: router \"{router}\" and worker \"{worker}\": exactly one must "
@@ -48,7 +49,10 @@ class Client:
         self._options = CallOptions(timeout, retry)
         self._max_assignments = max_assignments
         self._use_local_plane = use_local_plane
+        if not 0 < step_lease <= 300:
+            raise ValueError(f"client: step_lease is {step_lease}, must be above 0 and at most 300 s")
         self._staging_bytes = staging_bytes
+        self._step_lease = step_lease
         self._credentials = credentials
         self._worker_address = worker
         self._worker_local_socket = worker_local_socket
@@ -135,8 +139,10 @@ class Client:
             if worker is None:
                 worker = WorkerConnection(
                     address, local_socket if self._use_local_plane else "", self._staging_bytes,
-                    self._options, self._credentials)
+                    self._step_lease, self._options, self._credentials)
                 self._workers[address] = worker
+            elif self._use_local_plane:
+                worker.learn_local_socket(local_socket)
             return worker
 
     async def _place(self, model: Model, tokens: m.Tokens, inputs: Seq[Input]) -> WorkerConnection:
@@ -316,10 +322,12 @@ class Client:
                      worker_id: str = "") -> Sequence:
         """A parked sequence (Sequence.park) under its id, on any worker or the named one; or one of a
         worker that died, as it was parked last. Does not wait for restores. SequenceMoved, with worker_id
-        in its metadata: its owner is alive. NotFound (SEQUENCE_NOT_FOUND): it is not parked."""
+        in its metadata: its owner is alive. NotFound (SEQUENCE_NOT_FOUND): it is not parked.
+        FailedPrecondition (MODEL_MISMATCH), and it stays parked: its rows are not those of `model`."""
         worker, response = await self._on_any_worker(
             "sequences", "ResumeSequence", sequence_pb2.ResumeSequenceRequest(
-                request_id=m.new_request_id(), sequence_id=sequence_id), worker_id)
+                request_id=m.new_request_id(), sequence_id=sequence_id,
+                model_digest=model.digest if model else ""), worker_id)
         sequence = Sequence(self, worker, await self._model_of(model, response.state), response.state)
         sequence.restoring_pages = response.restoring_pages
         sequence.was_taken_over = response.was_taken_over

@@ -92,14 +92,16 @@ class Sequence(SequenceEdits):
         return await begin_step(self, num_tokens, pin_prefix, parents)
 
     async def attend(self, group: int, layer: int, queries: npt.NDArray[Any], first_position: int,
-                     scale: float = 0.0) -> Attention:
+                     scale: float = 0.0, allow_behind_end: bool = False) -> Attention:
         """Attention over the committed rows of one layer (index within the group), computed by the worker.
         queries: [num_queries, query_heads, k_dim], at consecutive positions from first_position on; one at
-        position p sees keys at positions <= p. scale 0: 1 / sqrt(k_dim). FailedPrecondition
+        position p sees keys at positions <= p. scale 0: 1 / sqrt(k_dim). allow_behind_end: they may
+        lie behind the rows, which are a part of a longer context (merge_attention). FailedPrecondition
         (CANNOT_ATTEND) for packed, opaque and recurrent groups; InvalidArgument when the answer's floats
         would exceed 4 MiB."""
         return await self._attend(attend_request(
-            self.model, self.id, self.state.epoch, group, layer, queries, first_position, scale))
+            self.model, self.id, self.state.epoch, group, layer, queries, first_position, scale,
+            allow_behind_end))
 
     async def read_rows(self, group: int, begin: int = 0, end: int = 0,
                         layers: Seq[int] = ()) -> AsyncIterator[m.RowsPart]:
@@ -151,6 +153,8 @@ class Sequence(SequenceEdits):
     async def lease_pages(self, seconds: float = 5.0) -> Optional[PageLease]:
         """Makes all pages resident and holds them for so long (at most 30 s), to be read in place. None
         where that cannot be: the worker is on another host, or has not the frames."""
+        if self.state.model_digest != self.model.digest:
+            return None  # loaded as another model whose rows are the same: they lie in its pool
         plane = await self.worker.plane(self.model)
         if plane is None or not plane.has_pool or not plane.is_alive():
             return None
