@@ -27,6 +27,7 @@
 #include "kvstore/file_system.h"
 #include "kvstore/keyed_lock.h"
 #include "kvstore/lease_book.h"
+#include "kvstore/log_mark.h"
 #include "kvstore/page_body_codec.h"
 #include "kvstore/page_index.h"
 #include "kvstore/retention.h"
@@ -35,6 +36,13 @@
 #include "kvstore/store_database.h"
 
 namespace pagetide {
+
+// What an opening that finds it gone gives up, instead of refusing. Each is said in the log and
+// counted in Recovery::losses_accepted; to be set for one opening.
+struct AcceptedLoss {
+  // Writes at the end of the index's log, of which some were acknowledged as durable.
+  bool log = false;
+};
 
 struct RocksdbPageStoreOptions {
   // Folder of the store; made if absent. One process at a time (RocksDB's lock file).
@@ -71,6 +79,10 @@ struct RocksdbPageStoreOptions {
   // How often access order is written, and a barrier made over what was put. What is newer is lost
   // in a crash (recency only), or has to be verified when the store opens again.
   absl::Duration access_period = absl::Seconds(10);
+  // How often, while durable writes are made, it is recorded how far the index's log is durable
+  // (two fsyncs, for which no call waits). Damage to what is older is found by the next opening.
+  absl::Duration mark_period = absl::Seconds(1);
+  AcceptedLoss accepted_loss;
   const Clock* clock = Clock::Real();
   FileSystem* file_system = FileSystem::Posix();
   rocksdb::Env* index_env = nullptr;  // null: the machine's
@@ -86,11 +98,13 @@ class RocksdbPageStore final : public PageStore {
     uint64_t verified_records = 0;     // beyond the durable length: read and compared
     uint64_t dropped_entries = 0;      // whose record had not reached the disk, or is unknown
     uint64_t lost_manifest_pages = 0;  // named by a manifest and absent: must be 0
+    std::vector<std::string> losses_accepted;  // "log"
     absl::Duration took;
   };
 
   static absl::StatusOr<std::unique_ptr<RocksdbPageStore>> Open(RocksdbPageStoreOptions options);
-  // Joins the background thread and writes the access order. Does not fsync.
+  // Joins the background thread and writes the access order. Makes nothing durable that no barrier
+  // did, but for what lies before the last mark of the log.
   ~RocksdbPageStore() override;
 
   std::vector<PutPageResult> PutPages(std::span<const PutPage> pages, Durability level,
@@ -161,6 +175,8 @@ class RocksdbPageStore final : public PageStore {
   explicit RocksdbPageStore(RocksdbPageStoreOptions options);
   // recovery (rocksdb_page_store_recovery.cc)
   absl::Status Recover();
+  // DATA_LOSS if the index would open without writes that were durable. Changes nothing.
+  absl::Status CheckLog();
   // What a process that died between deleting a segment and saying so had left.
   absl::Status ForgetAbsentSegments(std::span<const SegmentFiles::DurableLength> lengths);
   // What is read of the segment behind the durable length is what the disk has from here on. The
@@ -258,10 +274,13 @@ class RocksdbPageStore final : public PageStore {
   // saves anything.
   void MakePutsDurable();
   void WriteAccessOrder();
+  // Records how far the log is durable, if it went on since it was last recorded.
+  void MarkLog();
 
   const RocksdbPageStoreOptions options_;
   const uint64_t segment_bytes_;
   std::unique_ptr<StoreDatabase> db_;       // const after Open
+  std::unique_ptr<LogMark> log_mark_;       // const after Open; the mark is the upkeep thread's
   std::unique_ptr<SegmentFiles> segments_;  // const after Open
   Recovery recovery_;                       // const after Open
   PageIndex index_;
@@ -299,6 +318,8 @@ class RocksdbPageStore final : public PageStore {
       0;                         // whole rounds; reclaim is their first part
   uint64_t access_written_ = 0;  // owned by the upkeep thread
   uint64_t durable_puts_ = 0;    // owned by the upkeep thread: pages_put at its last barrier
+  uint64_t next_mark_ = 1;       // owned by the upkeep thread
+  uint64_t marked_writes_ = 0;   // owned by the upkeep thread: synced writes at its last mark
   std::thread upkeep_;
   std::thread scrubber_;
 };

@@ -21,6 +21,7 @@ void RocksdbPageStore::WaitForUpkeep() {
 
 void RocksdbPageStore::RunUpkeep(MonotonicTime opened) {
   MonotonicTime next_access = opened + options_.access_period;
+  MonotonicTime next_mark = opened + options_.mark_period;
   for (bool stop = false; !stop;) {
     uint64_t wanted_bytes = 0;
     {
@@ -54,6 +55,10 @@ void RocksdbPageStore::RunUpkeep(MonotonicTime opened) {
       if (!stop) MakePutsDurable();
       next_access = options_.clock->MonotonicNow() + options_.access_period;
     }
+    if (stop || next_mark <= options_.clock->MonotonicNow()) {
+      MarkLog();
+      next_mark = options_.clock->MonotonicNow() + options_.mark_period;
+    }
     {
       MutexLock lock(&upkeep_mu_);
       ++upkeep_rounds_;
@@ -67,6 +72,24 @@ void RocksdbPageStore::MakePutsDurable() {
   if (put == durable_puts_ || !CheckNotFailed().ok()) return;
   const absl::Status s = Barrier(Durability::kLocal, MonotonicTime::InfiniteFuture());
   if (s.ok()) durable_puts_ = put;  // a failed store has said so already
+}
+
+void RocksdbPageStore::MarkLog() {
+  const uint64_t writes = db_->num_synced_writes();
+  if (writes == marked_writes_ || !CheckNotFailed().ok()) return;
+  const Mark mark{next_mark_, options_.clock->WallNow()};
+  if (const absl::Status s = db_->PutMark(mark); !s.ok()) {
+    Fail(s).IgnoreError();
+    return;
+  }
+  // From here on the number is taken: a file that is ahead of the index would refuse the opening.
+  ++next_mark_;
+  // Without it a later damage may not be found; what is acknowledged is no less durable.
+  if (const absl::Status s = log_mark_->Write(mark); !s.ok()) {
+    LogWarning("store", "how far the log is durable was not recorded: ", s.ToString());
+    return;
+  }
+  marked_writes_ = writes + 1;
 }
 
 void RocksdbPageStore::WriteAccessOrder() {

@@ -54,8 +54,12 @@ RocksdbPageStore::~RocksdbPageStore() {
 
 absl::Status RocksdbPageStore::Recover() {
   PT_RETURN_IF_ERROR(options_.file_system->CreateDirs(options_.dir));
+  PT_ASSIGN_OR_RETURN(log_mark_, LogMark::Open(options_.dir + "/log.mark", options_.file_system));
+  PT_RETURN_IF_ERROR(CheckLog());
   PT_ASSIGN_OR_RETURN(db_, StoreDatabase::Open({options_.dir + "/index", options_.index_env,
                                                 options_.compression != PageCompression::kNone}));
+  PT_ASSIGN_OR_RETURN(const Mark mark, db_->ReadMark());
+  next_mark_ = std::max(mark.number, log_mark_->last().number) + 1;
   PT_ASSIGN_OR_RETURN(const auto lengths, db_->ReadDurableLengths());
   uint64_t last_known_id = 0;
   for (const auto& length : lengths) last_known_id = std::max(last_known_id, length.segment);
@@ -69,7 +73,32 @@ absl::Status RocksdbPageStore::Recover() {
   PT_RETURN_IF_ERROR(RecoverManifestsAndLeases());
   // Also makes durable what a killed process had left in the page cache and we just vouched for.
   PT_RETURN_IF_ERROR(SyncAll());
+  MarkLog();
   index_bytes_.store(db_->PhysicalBytes(), std::memory_order_relaxed);
+  return absl::OkStatus();
+}
+
+absl::Status RocksdbPageStore::CheckLog() {
+  const Mark& known = log_mark_->last();
+  if (known.number == 0) return absl::OkStatus();
+  const absl::StatusOr<Mark> found =
+      StoreDatabase::FindMark(options_.dir + "/index", options_.index_env);
+  if (!found.ok() && !absl::IsDataLoss(found.status())) return found.status();
+  if (found.ok() && found->number >= known.number) return absl::OkStatus();
+  const std::string lost =
+      !found.ok()
+          ? std::string(found.status().message())
+          : absl::StrCat("its log can be read up to mark ", found->number, " (",
+                         absl::FormatTime(found->at, absl::UTCTimeZone()), "), mark ", known.number,
+                         " (", absl::FormatTime(known.at, absl::UTCTimeZone()), ") was durable");
+  if (!options_.accepted_loss.log) {
+    return absl::DataLossError(absl::StrCat(
+        "open store index ", options_.dir, "/index: ", lost,
+        "; nothing was changed: restore the folder, or start once with accept_loss \"log\", which "
+        "gives up what was written since: sessions and records go back to what they were"));
+  }
+  recovery_.losses_accepted.push_back("log");
+  LogError("store", "index of ", options_.dir, ": ", lost, "; what was written since is given up");
   return absl::OkStatus();
 }
 

@@ -6,6 +6,7 @@
 #include <rocksdb/write_batch.h>
 
 #include <array>
+#include <atomic>
 #include <cstring>
 
 #include "absl/strings/match.h"
@@ -23,6 +24,7 @@ using Table = StoreDatabase::Table;
 constexpr std::array<const char*, StoreDatabase::kNumTables> kTableNames = {
     "pages", "durable",  "access",     "manifests", "records",         "leases",
     "meta",  "children", "child_rows", "retention", "manifest_entries"};
+constexpr char kMarkKey[] = "log_mark";
 constexpr uint8_t kIndexVersion = 1;
 constexpr uint8_t kQuarantinedFlag = 1;
 constexpr size_t kChildRowPrefix = 32 + 32;  // parent, fingerprint
@@ -68,11 +70,55 @@ absl::StatusOr<StoreDatabase::StoredPage> ParseIndexEntry(absl::string_view valu
   return page;
 }
 
+Mark ParseMark(absl::string_view value) {
+  LittleEndianReader in(value);
+  Mark mark;
+  mark.number = in.Take<uint64_t>();
+  mark.at = absl::FromUnixNanos(static_cast<int64_t>(in.Take<uint64_t>()));
+  return in.ok() ? mark : Mark{};
+}
+
+rocksdb::DBOptions DatabaseOptions(rocksdb::Env* env) {
+  rocksdb::DBOptions options;
+  options.create_if_missing = true;
+  options.create_missing_column_families = true;
+  options.env = env;
+  // A torn tail of the log is the part that no barrier covered. Damage before it looks the same to
+  // RocksDB: the store compares marks before it opens the database (RocksdbPageStore::CheckLog).
+  options.wal_recovery_mode = rocksdb::WALRecoveryMode::kPointInTimeRecovery;
+  // Bounds what a restart replays.
+  options.max_total_wal_size = 32 << 20;
+  options.max_background_jobs = 2;
+  options.keep_log_file_num = 2;
+  options.info_log_level = rocksdb::InfoLogLevel::WARN_LEVEL;
+  return options;
+}
+
+// Keeps others, of this process or another, from opening a database.
+class DatabaseLock {
+ public:
+  DatabaseLock(rocksdb::Env* env, const std::string& dir)
+      : env_(env), status_(env->LockFile(dir + "/LOCK", &lock_)) {}
+  ~DatabaseLock() {
+    if (status_.ok()) env_->UnlockFile(lock_);
+  }
+  DatabaseLock(const DatabaseLock&) = delete;
+  DatabaseLock& operator=(const DatabaseLock&) = delete;
+  const rocksdb::Status& status() const { return status_; }
+
+ private:
+  rocksdb::Env* const env_;
+  rocksdb::FileLock* lock_ = nullptr;
+  const rocksdb::Status status_;
+};
+
 }  // namespace
 
 struct StoreDatabase::Impl {
   std::string dir;
   rocksdb::Env* env = nullptr;
+  std::atomic<uint64_t> num_synced_writes{
+      0};  // relaxed: a later look counts what an earlier missed
   std::unique_ptr<rocksdb::DB> db;
   std::vector<rocksdb::ColumnFamilyHandle*> families;
 
@@ -83,7 +129,9 @@ struct StoreDatabase::Impl {
   absl::Status Write(rocksdb::WriteBatch* batch, bool sync, absl::string_view action) {
     rocksdb::WriteOptions options;
     options.sync = sync;
-    return ToStatus(db->Write(options, batch), action);
+    PT_RETURN_IF_ERROR(ToStatus(db->Write(options, batch), action));
+    if (sync) num_synced_writes.fetch_add(1, std::memory_order_relaxed);
+    return absl::OkStatus();
   }
 };
 
@@ -94,17 +142,7 @@ absl::StatusOr<std::unique_ptr<StoreDatabase>> StoreDatabase::Open(Options optio
   auto impl = std::make_unique<Impl>();
   impl->dir = options.dir;
   impl->env = options.env != nullptr ? options.env : rocksdb::Env::Default();
-  rocksdb::DBOptions db_options;
-  db_options.create_if_missing = true;
-  db_options.create_missing_column_families = true;
-  db_options.env = impl->env;
-  // A torn tail of the log is the part that no barrier covered.
-  db_options.wal_recovery_mode = rocksdb::WALRecoveryMode::kPointInTimeRecovery;
-  // Bounds what a restart replays.
-  db_options.max_total_wal_size = 32 << 20;
-  db_options.max_background_jobs = 2;
-  db_options.keep_log_file_num = 2;
-  db_options.info_log_level = rocksdb::InfoLogLevel::WARN_LEVEL;
+  const rocksdb::DBOptions db_options = DatabaseOptions(impl->env);
   rocksdb::ColumnFamilyOptions family_options;
   family_options.write_buffer_size = 8 << 20;
   std::vector<rocksdb::ColumnFamilyDescriptor> descriptors;
@@ -135,6 +173,49 @@ absl::StatusOr<std::unique_ptr<StoreDatabase>> StoreDatabase::Open(Options optio
       std::max(version, options.marks_compressed ? kCompressedSchemaVersion : kSchemaVersion);
   if (version < target) PT_RETURN_IF_ERROR(self->Upgrade(version, target));
   return self;
+}
+
+absl::StatusOr<Mark> StoreDatabase::FindMark(const std::string& dir, rocksdb::Env* env) {
+  if (env == nullptr) env = rocksdb::Env::Default();
+  const std::string action = absl::StrCat("open store index ", dir);
+  const rocksdb::Status there = env->FileExists(dir + "/CURRENT");
+  if (there.IsNotFound()) return Mark{};
+  PT_RETURN_IF_ERROR(ToStatus(there, action));
+  const DatabaseLock lock(env, dir);
+  PT_RETURN_IF_ERROR(ToStatus(lock.status(), action));
+  // A read-only opening replays the log into memory, of these two families only.
+  const rocksdb::ColumnFamilyOptions family_options;
+  const std::vector<rocksdb::ColumnFamilyDescriptor> families = {
+      {rocksdb::kDefaultColumnFamilyName, family_options},
+      {kTableNames[static_cast<int>(Table::kMeta)], family_options}};
+  rocksdb::DB* opened = nullptr;
+  std::vector<rocksdb::ColumnFamilyHandle*> handles;
+  PT_RETURN_IF_ERROR(
+      ToStatus(rocksdb::DB::OpenForReadOnly(DatabaseOptions(env), dir, families, &handles, &opened),
+               action));
+  const std::unique_ptr<rocksdb::DB> db(opened);
+  std::string value;
+  const rocksdb::Status read = db->Get(rocksdb::ReadOptions(), handles[1], kMarkKey, &value);
+  for (rocksdb::ColumnFamilyHandle* handle : handles) db->DestroyColumnFamilyHandle(handle);
+  if (read.IsNotFound()) return Mark{};
+  PT_RETURN_IF_ERROR(ToStatus(read, action));
+  return ParseMark(value);
+}
+
+absl::Status StoreDatabase::PutMark(const Mark& mark) {
+  std::string value;
+  AppendLittleEndian<uint64_t>(&value, mark.number);
+  AppendLittleEndian<uint64_t>(&value, static_cast<uint64_t>(absl::ToUnixNanos(mark.at)));
+  return PutSynced(Table::kMeta, kMarkKey, value);
+}
+
+absl::StatusOr<Mark> StoreDatabase::ReadMark() const {
+  PT_ASSIGN_OR_RETURN(const std::optional<std::string> value, Get(Table::kMeta, kMarkKey));
+  return value.has_value() ? ParseMark(*value) : Mark{};
+}
+
+uint64_t StoreDatabase::num_synced_writes() const {
+  return impl_->num_synced_writes.load(std::memory_order_relaxed);
 }
 
 absl::Status StoreDatabase::PutPage(const PageKey& key, absl::string_view header, uint64_t segment,

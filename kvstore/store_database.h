@@ -9,7 +9,7 @@
 //   manifest_entries  name → stored manifest entry, always written with the manifest
 //   records    kind NUL key → {version, value}
 //   leases     name → {incarnation, epoch, time to live}
-//   meta       "schema" → version of all this
+//   meta       "schema" → version of all this; "log_mark" → the last mark (kvstore/log_mark.h)
 // Formats: docs/store_format.md. Thread-safe. Every write is in RocksDB's log when its call returns
 // (it survives a crash of the process); a synced write makes itself and all earlier ones survive
 // power loss.
@@ -29,6 +29,7 @@
 #include "absl/status/statusor.h"
 #include "absl/strings/string_view.h"
 #include "core/page_store.h"
+#include "kvstore/log_mark.h"
 #include "kvstore/page_record.h"
 #include "kvstore/segment_files.h"
 
@@ -75,6 +76,10 @@ class StoreDatabase {
 
   // FAILED_PRECONDITION when a newer program wrote the folder.
   static absl::StatusOr<std::unique_ptr<StoreDatabase>> Open(Options options);
+  // The mark that a database opened from the folder would hold, found without writing to it: what
+  // Open does with a damaged log, dropping all behind the damage, cannot be undone. Number 0 when
+  // there is no database. UNAVAILABLE while somebody has it open.
+  static absl::StatusOr<Mark> FindMark(const std::string& dir, rocksdb::Env* env);
   ~StoreDatabase();
 
   // --- pages ---
@@ -105,6 +110,11 @@ class StoreDatabase {
                            const std::function<bool(const PageKey&, const StoredPage*)>& fn) const;
 
   // --- durability and recency ---
+  // Synced, and all that was written before is durable with it.
+  absl::Status PutMark(const Mark& mark);
+  absl::StatusOr<Mark> ReadMark() const;
+  // That were acknowledged since Open.
+  uint64_t num_synced_writes() const;
   // Synced. Lengths of zero bytes forget the segment.
   absl::Status WriteDurableLengths(std::span<const SegmentFiles::DurableLength> lengths);
   absl::StatusOr<std::vector<SegmentFiles::DurableLength>> ReadDurableLengths() const;

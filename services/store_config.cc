@@ -48,6 +48,9 @@ std::map<std::string, std::string> StoreFlagHelp() {
        "How page bodies are stored: none, lz4 or zstd; lossless, a page stays raw where it does "
        "not "
        "pay (default none)"},
+      {"accept_loss",
+       "Give up, for this start, what was durable and is gone, instead of refusing: log "
+       "(repeatable)"},
       {"threads", "Threads that wait for the disk (default 32)"},
       {"drain_seconds", "How long a stop waits for running calls (default 30)"},
       {"log_level", "debug, info (default), warning or error"}};
@@ -57,6 +60,7 @@ config::StoreConfig MergeStoreConfig(const config::StoreConfig& file,
                                      const config::StoreConfig& flags) {
   config::StoreConfig merged = file;
   if (flags.listen_size() > 0) merged.clear_listen();
+  if (flags.accept_loss_size() > 0) merged.clear_accept_loss();
   merged.MergeFrom(flags);
   return merged;
 }
@@ -92,6 +96,13 @@ absl::StatusOr<StoreOptions> StoreOptionsFromConfig(const config::StoreConfig& c
           absl::StrCat("compression = \"", config.compression(), "\" is not none, lz4 or zstd"));
     }
     engine.compression = *compression;
+  }
+  for (const std::string& kind : config.accept_loss()) {
+    if (kind == "log") {
+      engine.accepted_loss.log = true;
+    } else {
+      return absl::InvalidArgumentError(absl::StrCat("accept_loss = \"", kind, "\" is not log"));
+    }
   }
   PT_RETURN_IF_ERROR(engine.Validate());
 

@@ -1,5 +1,6 @@
 #include "services/store_role.h"
 
+#include <string>
 #include <utility>
 #include <vector>
 
@@ -38,6 +39,13 @@ struct StoreRole::Parts {
 absl::StatusOr<std::unique_ptr<StoreRole>> StoreRole::Start(const Options& options, Clock* clock) {
   auto parts = std::make_unique<Parts>();
   PT_ASSIGN_OR_RETURN(parts->engine, RocksdbPageStore::Open(options.engine));
+  for (const std::string& kind : parts->engine->recovery().losses_accepted) {
+    parts->metrics
+        ->GetCounter("pagetide_store_losses_accepted_total",
+                     "Openings that gave up what was durable, as they were told to.",
+                     {{"kind", kind}})
+        ->Increment();
+  }
   parts->store = std::make_unique<InstrumentedPageStore>(parts->engine.get(), parts->metrics.get());
   parts->service =
       std::make_unique<PageStoreServiceImpl>(parts->store.get(), clock, options.service);

@@ -54,10 +54,14 @@ TEST(StoreConfigTest, FlagsWinOverTheFile) {
   file.set_capacity("1GiB");
   flags.add_listen("c:1");
   flags.set_capacity("2GiB");
+  flags.add_accept_loss("log");
   const config::StoreConfig merged = MergeStoreConfig(file, flags);
   EXPECT_THAT(merged.listen(), ElementsAre("c:1"));
   EXPECT_EQ(merged.capacity(), "2GiB");
   EXPECT_EQ(merged.data_dir(), "d");
+  const auto options = StoreOptionsFromConfig(merged);
+  ASSERT_TRUE(options.ok()) << options.status();
+  EXPECT_TRUE(options->role.engine.accepted_loss.log);
 }
 
 TEST(StoreConfigTest, BadValuesAreNamed) {
@@ -69,6 +73,7 @@ TEST(StoreConfigTest, BadValuesAreNamed) {
       {[](auto* c) { c->clear_data_dir(); }, "data_dir is empty"},
       {[](auto* c) { c->set_capacity("12parsecs"); }, "capacity: "},
       {[](auto* c) { c->set_segment_size("-1"); }, "segment_size: "},
+      {[](auto* c) { c->add_accept_loss("everything"); }, "accept_loss = \"everything\" is not"},
       {[](auto* c) { c->set_threads(0); }, "threads = 0 is not 1 to 1024"},
       {[](auto* c) { c->set_threads(1025); }, "threads = 1025 is not 1 to 1024"},
       {[](auto* c) { c->set_drain_seconds(3601); }, "drain_seconds = 3601 is above 3600"},

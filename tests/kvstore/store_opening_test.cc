@@ -1,0 +1,241 @@
+// What an opening of the embedded store finds gone or damaged: it refuses, or gives up what it was
+// told to give up, and says so.
+#include <gmock/gmock.h>
+#include <gtest/gtest.h>
+
+#include <algorithm>
+#include <filesystem>
+#include <fstream>
+#include <iterator>
+#include <memory>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "absl/strings/match.h"
+#include "base/byte_size.h"
+#include "base/error_info.h"
+#include "kvstore/rocksdb_page_store.h"
+#include "tests/contract/test_page.h"
+#include "tests/fault/faulty_disk.h"
+#include "tests/kvstore/store_test_util.h"
+
+namespace pagetide {
+namespace {
+
+using ::testing::ElementsAre;
+using ::testing::HasSubstr;
+using ::testing::IsEmpty;
+
+const MonotonicTime kForEver = MonotonicTime::InfiniteFuture();
+
+std::string BytesOf(const std::string& file) {
+  std::ifstream in(file, std::ios::binary);
+  return std::string((std::istreambuf_iterator<char>(in)), std::istreambuf_iterator<char>());
+}
+
+class StoreOpeningTest : public ::testing::Test {
+ protected:
+  RocksdbPageStoreOptions Options() {
+    RocksdbPageStoreOptions options;
+    options.dir = dir_.path() + "/store";
+    options.segment_bytes = kMiB;
+    options.file_system = &disk_;
+    options.index_env = disk_.env();
+    options.clock = &clock_;
+    return options;
+  }
+  absl::Status TryOpen(RocksdbPageStoreOptions options) {
+    store_.reset();
+    auto store = RocksdbPageStore::Open(std::move(options));
+    if (store.ok()) store_ = *std::move(store);
+    return store.status();
+  }
+  absl::Status TryOpen() { return TryOpen(Options()); }
+  void Open() {
+    const absl::Status opened = TryOpen();
+    ASSERT_TRUE(opened.ok()) << opened;
+  }
+  void ExpectRefused(absl::StatusCode code, const std::string& text) {
+    const absl::Status refused = TryOpen();
+    EXPECT_EQ(refused.code(), code) << refused;
+    EXPECT_THAT(std::string(refused.message()), HasSubstr(text));
+  }
+
+  absl::Status Put(const TestPage& page, Durability level = Durability::kLocal) {
+    const PutPage put = page.put();
+    return store_->PutPages({&put, 1}, level, kForEver)[0].status;
+  }
+  absl::Status Save(const std::string& name, const std::vector<TestPage>& pages,
+                    uint64_t version = 0) {
+    ManifestRecord manifest;
+    manifest.name = name;
+    for (const TestPage& page : pages) manifest.pages.push_back(page.ref());
+    const auto saved = store_->PutManifest(manifest, version, std::nullopt, kForEver);
+    if (!saved.ok()) return saved.status();
+    return saved->committed ? absl::OkStatus() : absl::AbortedError("pages are missing");
+  }
+  bool HasManifest(const std::string& name) { return store_->GetManifest(name, kForEver).ok(); }
+  bool Holds(const TestPage& page) {
+    std::vector<std::byte> body(page.body.size());
+    const GetPage get{page.meta.key, body, {}};
+    return store_->GetPages({&get, 1}, kForEver)[0].outcome == GetOutcome::kHit &&
+           body == page.body;
+  }
+
+  // The index's log that has `text`, and where; empty if none has.
+  std::pair<std::string, uint64_t> FindInLog(const std::string& text) {
+    for (const auto& entry : std::filesystem::directory_iterator(Options().dir + "/index")) {
+      if (entry.path().extension() != ".log") continue;
+      const size_t at = BytesOf(entry.path()).find(text);
+      if (at != std::string::npos) return {entry.path(), at};
+    }
+    return {};
+  }
+  std::string LastLog() {
+    std::string last;
+    for (const auto& entry : std::filesystem::directory_iterator(Options().dir + "/index")) {
+      if (entry.path().extension() == ".log") last = std::max(last, entry.path().string());
+    }
+    return last;
+  }
+
+  TempDir dir_;
+  FaultyDisk disk_;
+  FakeClock clock_;
+  std::unique_ptr<RocksdbPageStore> store_;
+};
+
+// ---- the index's log ---------------------------------------------------------------------------
+
+TEST_F(StoreOpeningTest, ADamagedLogRecordDoesNotRollSavedManifestsBack) {
+  Open();
+  ASSERT_TRUE(Save("session-first", {}).ok());
+  ASSERT_TRUE(Save("session-second", {}).ok());
+  store_.reset();
+  const auto [log, at] = FindInLog("session-first");
+  ASSERT_FALSE(log.empty());
+  FlipFileBit(log, at * 8);
+  const std::string damaged = BytesOf(log);
+  ExpectRefused(absl::StatusCode::kDataLoss, "start once with accept_loss \"log\"");
+  // Nothing was changed: what can still be saved is there.
+  EXPECT_EQ(BytesOf(log), damaged);
+  FlipFileBit(log, at * 8);
+  Open();
+  EXPECT_TRUE(HasManifest("session-first"));
+  EXPECT_TRUE(HasManifest("session-second"));
+  EXPECT_THAT(store_->recovery().losses_accepted, IsEmpty());
+}
+
+TEST_F(StoreOpeningTest, ADamagedLogOfAKilledStoreIsRefused) {
+  Open();
+  ASSERT_TRUE(Save("session-first", {}).ok());
+  clock_.Advance(Options().mark_period);
+  store_->WaitForUpkeep();
+  // What a kill leaves.
+  std::filesystem::copy(Options().dir, dir_.path() + "/killed",
+                        std::filesystem::copy_options::recursive);
+  store_.reset();
+  std::filesystem::remove_all(Options().dir);
+  std::filesystem::rename(dir_.path() + "/killed", Options().dir);
+  const auto [log, at] = FindInLog("session-first");
+  ASSERT_FALSE(log.empty());
+  FlipFileBit(log, at * 8);
+  ExpectRefused(absl::StatusCode::kDataLoss, "was durable");
+  FlipFileBit(log, at * 8);
+  Open();
+  EXPECT_TRUE(HasManifest("session-first"));
+}
+
+TEST_F(StoreOpeningTest, ALogThatLostItsEndIsRefused) {
+  Open();
+  ASSERT_TRUE(Save("session-first", {}).ok());
+  store_.reset();
+  const std::string log = LastLog();
+  std::filesystem::resize_file(log, std::filesystem::file_size(log) - 1);
+  ExpectRefused(absl::StatusCode::kDataLoss, "was durable");
+}
+
+TEST_F(StoreOpeningTest, AMissingIndexIsRefused) {
+  Open();
+  ASSERT_TRUE(Save("session-first", {}).ok());
+  store_.reset();
+  std::filesystem::remove_all(Options().dir + "/index");
+  ExpectRefused(absl::StatusCode::kDataLoss, "up to mark 0");
+  EXPECT_FALSE(std::filesystem::exists(Options().dir + "/index"));
+}
+
+TEST_F(StoreOpeningTest, AnAcceptedLossOfTheLogIsSaidAndOpensAsEverAfterwards) {
+  Open();
+  const TestPage page = MakeTestPage(1);
+  ASSERT_TRUE(Put(page).ok());
+  ASSERT_TRUE(Save("session-first", {page}).ok());
+  Open();  // from here on a new log
+  ASSERT_TRUE(Save("session-second", {page}).ok());
+  store_.reset();
+  const auto [log, at] = FindInLog("session-second");
+  ASSERT_FALSE(log.empty());
+  FlipFileBit(log, at * 8);
+  RocksdbPageStoreOptions options = Options();
+  options.accepted_loss.log = true;
+  const absl::Status opened = TryOpen(options);
+  ASSERT_TRUE(opened.ok()) << opened;
+  EXPECT_THAT(store_->recovery().losses_accepted, ElementsAre("log"));
+  EXPECT_TRUE(HasManifest("session-first"));
+  EXPECT_FALSE(HasManifest("session-second"));
+  EXPECT_TRUE(Holds(page));
+  ASSERT_TRUE(Save("session-third", {page}).ok());
+  Open();
+  EXPECT_THAT(store_->recovery().losses_accepted, IsEmpty());
+  EXPECT_TRUE(HasManifest("session-third"));
+  // And the flag alone gives nothing up.
+  ASSERT_TRUE(TryOpen(options).ok());
+  EXPECT_THAT(store_->recovery().losses_accepted, IsEmpty());
+  EXPECT_TRUE(HasManifest("session-third"));
+}
+
+TEST_F(StoreOpeningTest, ATornTailOfTheLogIsNoLoss) {
+  Open();
+  ASSERT_TRUE(Save("session-first", {}).ok());
+  store_.reset();
+  std::ofstream(LastLog(), std::ios::binary | std::ios::app) << std::string(700, '\x5a');
+  Open();
+  EXPECT_TRUE(HasManifest("session-first"));
+  // Neither is what a power cut leaves of writes that no barrier covered.
+  for (uint64_t seed = 0; seed < 10; ++seed) {
+    ASSERT_TRUE(Save(absl::StrCat("saved-", seed), {}).ok());
+    for (uint64_t i = 0; i < 20; ++i) {
+      ASSERT_TRUE(Put(MakeTestPage(seed * 100 + i), Durability::kProcess).ok());
+    }
+    disk_.CutPower();
+    store_.reset();
+    disk_.DropUnsynced(seed);
+    Open();
+    EXPECT_TRUE(HasManifest(absl::StrCat("saved-", seed)));
+  }
+}
+
+TEST_F(StoreOpeningTest, AStoreFromBeforeMarksOpens) {
+  Open();
+  ASSERT_TRUE(Save("session-first", {}).ok());
+  store_.reset();
+  std::filesystem::remove(Options().dir + "/log.mark");
+  Open();
+  EXPECT_TRUE(HasManifest("session-first"));
+  ASSERT_TRUE(Save("session-second", {}).ok());
+  store_.reset();
+  const auto [log, at] = FindInLog("session-second");
+  FlipFileBit(log, at * 8);
+  ExpectRefused(absl::StatusCode::kDataLoss, "was durable");
+}
+
+TEST_F(StoreOpeningTest, AnOpeningBesideARunningStoreIsNotTakenForALoss) {
+  Open();
+  ASSERT_TRUE(Save("session-first", {}).ok());
+  const auto second = RocksdbPageStore::Open(Options());
+  EXPECT_EQ(second.status().code(), absl::StatusCode::kUnavailable) << second.status();
+  EXPECT_TRUE(Save("session-second", {}).ok());
+}
+
+}  // namespace
+}  // namespace pagetide
