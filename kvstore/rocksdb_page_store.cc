@@ -58,6 +58,7 @@ absl::Status RocksdbPageStoreOptions::Validate() const {
 RocksdbPageStore::RocksdbPageStore(RocksdbPageStoreOptions options)
     : options_(std::move(options)),
       segment_bytes_(SegmentBytesFor(options_)),
+      segments_dir_(options_.dir + "/segments"),
       index_(options_.clock),
       leases_(options_.clock),
       keys_(options_.clock) {}

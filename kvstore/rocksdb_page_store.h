@@ -42,6 +42,8 @@ namespace pagetide {
 struct AcceptedLoss {
   // Writes at the end of the index's log, of which some were acknowledged as durable.
   bool log = false;
+  // Segment files that the index points into: their pages are absent from then on.
+  bool segments = false;
 };
 
 struct RocksdbPageStoreOptions {
@@ -98,7 +100,7 @@ class RocksdbPageStore final : public PageStore {
     uint64_t verified_records = 0;     // beyond the durable length: read and compared
     uint64_t dropped_entries = 0;      // whose record had not reached the disk, or is unknown
     uint64_t lost_manifest_pages = 0;  // named by a manifest and absent: must be 0
-    std::vector<std::string> losses_accepted;  // "log"
+    std::vector<std::string> losses_accepted;  // "log", "segments"
     absl::Duration took;
   };
 
@@ -177,12 +179,20 @@ class RocksdbPageStore final : public PageStore {
   absl::Status Recover();
   // DATA_LOSS if the index would open without writes that were durable. Changes nothing.
   absl::Status CheckLog();
+  // FAILED_PRECONDITION if the folder of the segments is not the one that the index was used with.
+  // Makes nothing in it.
+  absl::Status CheckSegmentsFolder();
+  // From then on it is.
+  absl::Status BindSegmentsFolder();
+  // Gives up what the index names of segments and they have not, if that may be.
+  absl::Status AcceptSegmentLoss(const std::string& what);
   // What a process that died between deleting a segment and saying so had left.
   absl::Status ForgetAbsentSegments(std::span<const SegmentFiles::DurableLength> lengths);
   // What is read of the segment behind the durable length is what the disk has from here on. The
   // page cache alone proves nothing: after a failed fsync the kernel takes pages that it could not
   // write for clean, and the next fsync answers OK.
   static absl::Status ReadFromDiskBeyond(Segment* segment, uint64_t durable_bytes);
+  // FAILED_PRECONDITION, and nothing was dropped, if durable records lie in files that are gone.
   absl::Status RecoverPages(std::span<const SegmentFiles::DurableLength> lengths);
   absl::Status RecoverManifestsAndLeases();
   // Whether the record at `place` is undamaged. Reads all of it.
@@ -279,6 +289,7 @@ class RocksdbPageStore final : public PageStore {
 
   const RocksdbPageStoreOptions options_;
   const uint64_t segment_bytes_;
+  const std::string segments_dir_;
   std::unique_ptr<StoreDatabase> db_;       // const after Open
   std::unique_ptr<LogMark> log_mark_;       // const after Open; the mark is the upkeep thread's
   std::unique_ptr<SegmentFiles> segments_;  // const after Open

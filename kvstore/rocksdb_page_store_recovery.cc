@@ -3,11 +3,15 @@
 #include <pthread.h>
 
 #include <algorithm>
+#include <random>
+#include <set>
 #include <utility>
 
 #include "absl/container/flat_hash_map.h"
 #include "absl/container/flat_hash_set.h"
 #include "absl/strings/str_cat.h"
+#include "absl/strings/str_format.h"
+#include "base/checksum.h"
 #include "base/little_endian.h"
 #include "base/log.h"
 #include "kvstore/manifest_record.h"
@@ -16,6 +20,51 @@
 namespace pagetide {
 
 using Table = StoreDatabase::Table;
+
+namespace {
+
+// Of the folder of the segments: in a file there, and in the index.
+constexpr char kSegmentsIdFile[] = "/store.id";
+constexpr char kSegmentsIdKey[] = "segments_id";
+constexpr size_t kSegmentsIdBytes = 32;  // hex digits
+
+std::string NewSegmentsId() {
+  std::random_device random;
+  std::string id;
+  while (id.size() < kSegmentsIdBytes) absl::StrAppendFormat(&id, "%08x", random());
+  return id;
+}
+
+// What the file holds of it: the id and its checksum, so that a damaged one is not taken for
+// another store's.
+std::string SegmentsIdText(const std::string& id) {
+  return absl::StrFormat("%s %016x\n", id,
+                         ChecksumOf(std::as_bytes(std::span(id.data(), id.size()))).low);
+}
+
+// Empty when the folder has none, or none that is whole.
+absl::StatusOr<std::string> ReadSegmentsId(FileSystem* fs, const std::string& dir) {
+  const absl::StatusOr<std::unique_ptr<File>> file = fs->OpenFile(dir + kSegmentsIdFile);
+  if (absl::IsNotFound(file.status())) return std::string();
+  PT_RETURN_IF_ERROR(file.status());
+  std::string text = SegmentsIdText(std::string(kSegmentsIdBytes, '0'));  // as long as any
+  PT_ASSIGN_OR_RETURN(const uint64_t read,
+                      (*file)->ReadAt(0, std::as_writable_bytes(std::span(text)), {}));
+  const std::string id = text.substr(0, kSegmentsIdBytes);
+  return read == text.size() && text == SegmentsIdText(id) ? id : std::string();
+}
+
+absl::Status WriteSegmentsId(FileSystem* fs, const std::string& dir, const std::string& id) {
+  absl::StatusOr<std::unique_ptr<File>> file = fs->OpenFile(dir + kSegmentsIdFile);
+  if (absl::IsNotFound(file.status())) file = fs->CreateFile(dir + kSegmentsIdFile);
+  PT_RETURN_IF_ERROR(file.status());
+  const std::string text = SegmentsIdText(id);
+  PT_RETURN_IF_ERROR((*file)->WriteAt(0, std::as_bytes(std::span(text.data(), text.size())), {}));
+  PT_RETURN_IF_ERROR((*file)->Sync());
+  return fs->SyncDir(dir);
+}
+
+}  // namespace
 
 absl::StatusOr<std::unique_ptr<RocksdbPageStore>> RocksdbPageStore::Open(
     RocksdbPageStoreOptions options) {
@@ -63,13 +112,14 @@ absl::Status RocksdbPageStore::Recover() {
   PT_ASSIGN_OR_RETURN(const auto lengths, db_->ReadDurableLengths());
   uint64_t last_known_id = 0;
   for (const auto& length : lengths) last_known_id = std::max(last_known_id, length.segment);
-  PT_ASSIGN_OR_RETURN(segments_,
-                      SegmentFiles::Open({options_.dir + "/segments", options_.file_system,
-                                          segment_bytes_, last_known_id}));
+  PT_RETURN_IF_ERROR(CheckSegmentsFolder());
+  PT_ASSIGN_OR_RETURN(segments_, SegmentFiles::Open({segments_dir_, options_.file_system,
+                                                     segment_bytes_, last_known_id}));
   // RocksDB made its folder itself, and a process that was killed may have left either unsynced.
   PT_RETURN_IF_ERROR(options_.file_system->SyncDir(options_.dir));
-  PT_RETURN_IF_ERROR(ForgetAbsentSegments(lengths));
   PT_RETURN_IF_ERROR(RecoverPages(lengths));
+  PT_RETURN_IF_ERROR(ForgetAbsentSegments(lengths));
+  PT_RETURN_IF_ERROR(BindSegmentsFolder());
   PT_RETURN_IF_ERROR(RecoverManifestsAndLeases());
   // Also makes durable what a killed process had left in the page cache and we just vouched for.
   PT_RETURN_IF_ERROR(SyncAll());
@@ -100,6 +150,50 @@ absl::Status RocksdbPageStore::CheckLog() {
   recovery_.losses_accepted.push_back("log");
   LogError("store", "index of ", options_.dir, ": ", lost, "; what was written since is given up");
   return absl::OkStatus();
+}
+
+absl::Status RocksdbPageStore::AcceptSegmentLoss(const std::string& what) {
+  if (!options_.accepted_loss.segments) {
+    return absl::FailedPreconditionError(
+        absl::StrCat("open store ", options_.dir, ": ", what,
+                     "; nothing was dropped: mount or restore the segments, or start once with "
+                     "accept_loss \"segments\", which gives up the pages in them"));
+  }
+  std::vector<std::string>& accepted = recovery_.losses_accepted;
+  if (accepted.empty() || accepted.back() != "segments") accepted.push_back("segments");
+  LogError("store", options_.dir, ": ", what, "; the pages in them are given up");
+  return absl::OkStatus();
+}
+
+absl::Status RocksdbPageStore::CheckSegmentsFolder() {
+  PT_ASSIGN_OR_RETURN(const std::optional<std::string> known,
+                      db_->Get(Table::kMeta, kSegmentsIdKey));
+  if (!known.has_value()) return absl::OkStatus();  // new, or from before folders had an id
+  PT_ASSIGN_OR_RETURN(const std::string found, ReadSegmentsId(options_.file_system, segments_dir_));
+  if (found == *known) return absl::OkStatus();
+  if (found.empty()) {
+    return AcceptSegmentLoss(
+        absl::StrCat(segments_dir_, kSegmentsIdFile,
+                     " is absent or damaged: these are not the segments of this index"));
+  }
+  // Not to be accepted: what that store has there would be taken for garbage.
+  return absl::FailedPreconditionError(
+      absl::StrCat("open store ", options_.dir, ": the segments in ", segments_dir_,
+                   " are those of another store (", found, ", not ", *known,
+                   "); nothing was dropped: mount the right folder"));
+}
+
+absl::Status RocksdbPageStore::BindSegmentsFolder() {
+  PT_ASSIGN_OR_RETURN(const std::optional<std::string> known,
+                      db_->Get(Table::kMeta, kSegmentsIdKey));
+  PT_ASSIGN_OR_RETURN(std::string id, ReadSegmentsId(options_.file_system, segments_dir_));
+  if (known.has_value() && id == *known) return absl::OkStatus();
+  // The folder first: an index that knows an id refuses a folder without.
+  if (id.empty()) {
+    id = known.has_value() ? *known : NewSegmentsId();
+    PT_RETURN_IF_ERROR(WriteSegmentsId(options_.file_system, segments_dir_, id));
+  }
+  return known.has_value() ? absl::OkStatus() : db_->PutSynced(Table::kMeta, kSegmentsIdKey, id);
 }
 
 absl::Status RocksdbPageStore::VerifyOnDisk(const PageKey& key, const PagePlace& place,
@@ -136,6 +230,8 @@ absl::Status RocksdbPageStore::RecoverPages(std::span<const SegmentFiles::Durabl
   };
   std::vector<Found> found;
   std::vector<PageKey> unusable;
+  std::set<uint64_t> lost_segments;  // of which durable records are not there
+  uint64_t lost_pages = 0;
   absl::flat_hash_set<uint64_t> read_from_disk;  // segments
   absl::Status status;
   const auto recover = [&](const PageKey& key, const StoreDatabase::StoredPage* page) {
@@ -147,6 +243,12 @@ absl::Status RocksdbPageStore::RecoverPages(std::span<const SegmentFiles::Durabl
     if (place.segment == nullptr ||
         place.offset + place.record_bytes() > segments_->SizeOf(place.segment->id)) {
       unusable.push_back(key);
+      // A barrier covered it. What was damaged before is lost already.
+      if (page != nullptr && !page->quarantined &&
+          page->offset + page->header_bytes + page->header.stored_bytes <= durable[page->segment]) {
+        lost_segments.insert(page->segment);
+        ++lost_pages;
+      }
       return true;
     }
     const uint64_t durable_bytes = durable[place.segment->id];
@@ -173,6 +275,12 @@ absl::Status RocksdbPageStore::RecoverPages(std::span<const SegmentFiles::Durabl
   };
   PT_RETURN_IF_ERROR(db_->ForEachPage(std::nullopt, recover));
   PT_RETURN_IF_ERROR(status);
+  if (lost_pages > 0) {
+    PT_RETURN_IF_ERROR(AcceptSegmentLoss(absl::StrCat(
+        lost_segments.size(), " segment files, the first of number ", *lost_segments.begin(),
+        ", with ", lost_pages, " durable pages are absent from ", segments_dir_, " or too short, ",
+        segments_->All().size(), " are there")));
+  }
   // Their places will be written again: the entries have to go first (SyncAll follows in Recover).
   for (const PageKey& key : unusable) PT_RETURN_IF_ERROR(db_->DeletePage(key));
   recovery_.dropped_entries = unusable.size();

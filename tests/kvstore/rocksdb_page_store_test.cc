@@ -216,7 +216,9 @@ TEST_F(RocksdbPageStoreTest, AMissingSegmentFileIsMissesNotACrash) {
   ASSERT_TRUE(Save("s", {page})->committed);
   store_.reset();
   std::filesystem::remove_all(dir_.path() + "/segments");
-  Open();
+  RocksdbPageStoreOptions options = Options();
+  options.accepted_loss.segments = true;
+  Open(options);
   EXPECT_EQ(Get(page), GetOutcome::kMiss);
   EXPECT_EQ(store_->recovery().lost_manifest_pages, 1u) << "and it is said aloud";
 }

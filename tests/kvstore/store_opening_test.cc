@@ -237,5 +237,122 @@ TEST_F(StoreOpeningTest, AnOpeningBesideARunningStoreIsNotTakenForALoss) {
   EXPECT_TRUE(Save("session-second", {}).ok());
 }
 
+// ---- segments ----------------------------------------------------------------------------------
+
+TEST_F(StoreOpeningTest, AMissingFolderOfSegmentsDoesNotEraseTheIndex) {
+  const TestPage page = MakeTestPage(1);
+  Open();
+  ASSERT_TRUE(Put(page).ok());
+  ASSERT_TRUE(Save("session", {page}).ok());
+  store_.reset();
+  const std::string segments = Options().dir + "/segments", away = dir_.path() + "/away";
+  std::filesystem::rename(segments, away);
+  ExpectRefused(absl::StatusCode::kFailedPrecondition, "accept_loss \"segments\"");
+  EXPECT_FALSE(std::filesystem::exists(segments)) << "it may be where a disk is to be mounted";
+  // The same where it is mounted on nothing.
+  std::filesystem::create_directory(segments);
+  ExpectRefused(absl::StatusCode::kFailedPrecondition, "not the segments of this index");
+  ExpectRefused(absl::StatusCode::kFailedPrecondition, "not the segments of this index");
+  std::filesystem::remove(segments);
+  std::filesystem::rename(away, segments);
+  Open();
+  EXPECT_TRUE(Holds(page));
+  EXPECT_EQ(store_->recovery().dropped_entries, 0u);
+  EXPECT_THAT(store_->recovery().losses_accepted, IsEmpty());
+}
+
+TEST_F(StoreOpeningTest, ASegmentFileThatIsGoneOrCutIsRefusedAndErasesNothing) {
+  const TestPage kept = MakeTestPage(1, 700 * kKiB), lost = MakeTestPage(2, 700 * kKiB);
+  Open();
+  ASSERT_TRUE(Put(kept).ok());
+  ASSERT_TRUE(Put(lost).ok());
+  ASSERT_TRUE(Save("session", {lost}).ok());
+  const std::string file = FindStoredRecord(Options().dir, lost.meta.key).file;
+  ASSERT_NE(file, FindStoredRecord(Options().dir, kept.meta.key).file);
+  store_.reset();
+  const std::string whole = BytesOf(file);
+  std::filesystem::resize_file(file, whole.size() / 2);
+  ExpectRefused(absl::StatusCode::kFailedPrecondition, "with 1 durable pages are absent");
+  std::filesystem::remove(file);
+  ExpectRefused(absl::StatusCode::kFailedPrecondition, "with 1 durable pages are absent");
+  ExpectRefused(absl::StatusCode::kFailedPrecondition, "with 1 durable pages are absent");
+  std::ofstream(file, std::ios::binary) << whole;
+  Open();
+  EXPECT_TRUE(Holds(lost));
+  store_.reset();
+  std::filesystem::remove(file);
+  RocksdbPageStoreOptions options = Options();
+  options.accepted_loss.segments = true;
+  const absl::Status opened = TryOpen(options);
+  ASSERT_TRUE(opened.ok()) << opened;
+  EXPECT_THAT(store_->recovery().losses_accepted, ElementsAre("segments"));
+  EXPECT_EQ(store_->recovery().dropped_entries, 1u);
+  EXPECT_EQ(store_->recovery().lost_manifest_pages, 1u);
+  EXPECT_TRUE(Holds(kept));
+  EXPECT_FALSE(Holds(lost));
+  ASSERT_TRUE(Put(lost).ok());
+  Open();
+  EXPECT_THAT(store_->recovery().losses_accepted, IsEmpty());
+  EXPECT_TRUE(Holds(lost));
+}
+
+TEST_F(StoreOpeningTest, AnAcceptedLossOfAllSegmentsOpensAsEverAfterwards) {
+  Open();
+  ASSERT_TRUE(Put(MakeTestPage(1)).ok());
+  store_.reset();
+  std::filesystem::remove_all(Options().dir + "/segments");
+  RocksdbPageStoreOptions options = Options();
+  options.accepted_loss.segments = true;
+  ASSERT_TRUE(TryOpen(options).ok());
+  EXPECT_THAT(store_->recovery().losses_accepted, ElementsAre("segments"));
+  ASSERT_TRUE(Put(MakeTestPage(2)).ok());
+  Open();
+  EXPECT_TRUE(Holds(MakeTestPage(2)));
+}
+
+TEST_F(StoreOpeningTest, ADamagedIdOfTheSegmentsIsNotAnotherStores) {
+  const TestPage page = MakeTestPage(1);
+  Open();
+  ASSERT_TRUE(Put(page).ok());
+  store_.reset();
+  const std::string file = Options().dir + "/segments/store.id";
+  const std::string id = BytesOf(file);
+  for (uint64_t bit = 0; bit < id.size() * 8; bit += 7) {
+    std::ofstream(file, std::ios::binary) << id;
+    FlipFileBit(file, bit);
+    ExpectRefused(absl::StatusCode::kFailedPrecondition, "store.id is absent or damaged");
+  }
+  RocksdbPageStoreOptions options = Options();
+  options.accepted_loss.segments = true;
+  ASSERT_TRUE(TryOpen(options).ok());
+  EXPECT_TRUE(Holds(page));
+  EXPECT_EQ(BytesOf(file), id) << "written anew";
+  Open();
+}
+
+TEST_F(StoreOpeningTest, TheSegmentsOfAnotherStoreAreNeverTakenForItsOwn) {
+  const TestPage page = MakeTestPage(1);
+  Open();
+  ASSERT_TRUE(Put(page).ok());
+  RocksdbPageStoreOptions other = Options();
+  other.dir = dir_.path() + "/other";
+  ASSERT_TRUE(TryOpen(other).ok());
+  ASSERT_TRUE(Put(page).ok());
+  store_.reset();
+  const std::string segments = Options().dir + "/segments", away = dir_.path() + "/away";
+  std::filesystem::rename(segments, away);
+  std::filesystem::rename(other.dir + "/segments", segments);
+  ExpectRefused(absl::StatusCode::kFailedPrecondition, "are those of another store");
+  RocksdbPageStoreOptions options = Options();
+  options.accepted_loss.segments = true;
+  EXPECT_EQ(TryOpen(options).code(), absl::StatusCode::kFailedPrecondition);
+  std::filesystem::rename(segments, other.dir + "/segments");
+  std::filesystem::rename(away, segments);
+  Open();
+  EXPECT_TRUE(Holds(page));
+  ASSERT_TRUE(TryOpen(other).ok());
+  EXPECT_TRUE(Holds(page));
+}
+
 }  // namespace
 }  // namespace pagetide
