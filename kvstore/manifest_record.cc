@@ -1,10 +1,12 @@
 #include "kvstore/manifest_record.h"
 
+#include <algorithm>
 #include <cstring>
 #include <span>
 #include <utility>
 
 #include "absl/container/flat_hash_set.h"
+#include "absl/strings/match.h"
 #include "absl/strings/str_cat.h"
 #include "base/checksum.h"
 #include "base/little_endian.h"
@@ -231,6 +233,25 @@ absl::StatusOr<ManifestRecord> ComposeManifest(const ManifestRecord* present,
     out.payload.insert(0, present->payload, 0, manifest.keep_payload_bytes);
   }
   return out;
+}
+
+bool IsSameSave(const ManifestRecord& present, const ManifestRecord& manifest) {
+  if (manifest.request_id.empty() || present.request_id != manifest.request_id) return false;
+  if (present.summary != manifest.summary || present.priority != manifest.priority) return false;
+  const size_t num_sent = manifest.pages.size();
+  const size_t bytes_sent = manifest.payload.size();
+  // Without sums, which what a client declares could overflow.
+  if (num_sent > present.pages.size() || bytes_sent > present.payload.size() ||
+      present.pages.size() - num_sent != manifest.keep_pages ||
+      present.payload.size() - bytes_sent != manifest.keep_payload_bytes) {
+    return false;
+  }
+  return absl::EndsWith(present.payload, manifest.payload) &&
+         std::equal(manifest.pages.begin(), manifest.pages.end(),
+                    present.pages.end() - static_cast<ptrdiff_t>(num_sent),
+                    [](const ManifestPageRef& a, const ManifestPageRef& b) {
+                      return a.key == b.key && a.checksum == b.checksum;
+                    });
 }
 
 std::vector<PageKey> WithoutRepeats(const std::vector<PageKey>& keys) {

@@ -29,6 +29,12 @@ absl::StatusOr<ManifestEntry> ParseManifestEntry(absl::string_view bytes);
 absl::StatusOr<ManifestRecord> ComposeManifest(const ManifestRecord* present,
                                                const ManifestRecord& manifest);
 
+// Whether the save of `manifest` is the one that made `present`: the same request, and the same
+// pages, payload, summary and priority, as far as `manifest` sends them and does not keep what was
+// there before. A request id alone names no save: two workers may have been given the same. Times
+// are left out, which a repeat takes anew.
+bool IsSameSave(const ManifestRecord& present, const ManifestRecord& manifest);
+
 // Each of the keys once, in the order of the first mention.
 std::vector<PageKey> WithoutRepeats(const std::vector<PageKey>& keys);
 

@@ -279,8 +279,7 @@ absl::StatusOr<PutManifestResult> MemoryPageStore::PutManifest(
   const ManifestRecord* const present = old == manifests_.end() ? nullptr : &old->second.record;
   const uint64_t current = present == nullptr ? 0 : present->version;
   if (current != expected_version) {
-    if (current == expected_version + 1 && !manifest.request_id.empty() &&
-        present->request_id == manifest.request_id) {
+    if (current == expected_version + 1 && IsSameSave(*present, manifest)) {
       return PutManifestResult{true, current, {}};
     }
     return VersionMismatchError(absl::StrCat("manifest ", manifest.name), current,

@@ -481,8 +481,7 @@ absl::StatusOr<PutManifestResult> RocksdbPageStore::PutManifest(
   const uint64_t current = old.has_value() ? old->version : 0;
   if (current != expected_version) {
     // The same save, retried after its answer was lost.
-    if (current == expected_version + 1 && !manifest.request_id.empty() &&
-        old->request_id == manifest.request_id) {
+    if (current == expected_version + 1 && IsSameSave(*old, manifest)) {
       return PutManifestResult{true, current, {}};
     }
     return VersionMismatchError(absl::StrCat("manifest ", manifest.name), current,

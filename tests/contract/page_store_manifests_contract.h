@@ -191,6 +191,60 @@ TEST_P(PageStoreContract, ARepeatedSaveSucceedsOnce) {
   EXPECT_FALSE(store().PutManifest(manifest, 0, std::nullopt, kForEver).ok());
 }
 
+TEST_P(PageStoreContract, ASaveUnderTheRequestIdOfAnotherIsNotTakenForIt) {
+  const TestPage a = MakeTestPage(1), b = MakeTestPage(2);
+  ASSERT_TRUE(Put(a).status.ok());
+  ASSERT_TRUE(Put(b).status.ok());
+  ManifestRecord first = ManifestOf("s", {a});
+  first.request_id = "save-7";
+  first.summary = "one";
+  ASSERT_TRUE(store().PutManifest(first, 0, std::nullopt, kForEver)->committed);
+  // A repeat tells a later time, that is all.
+  ManifestRecord repeat = first;
+  repeat.saved_at += absl::Seconds(3);
+  EXPECT_EQ(store().PutManifest(repeat, 0, std::nullopt, kForEver)->version, 1u);
+  const auto is_refused = [&](const ManifestRecord& other, uint64_t expected_version) {
+    return GetReason(
+               store().PutManifest(other, expected_version, std::nullopt, kForEver).status()) ==
+           error_reason::kVersionMismatch;
+  };
+  ManifestRecord other = first;
+  other.pages = {b.ref()};
+  EXPECT_TRUE(is_refused(other, 0)) << "another page";
+  other.pages = {a.ref(), b.ref()};
+  EXPECT_TRUE(is_refused(other, 0)) << "one page more";
+  other = first;
+  other.pages[0].checksum.high ^= 1;
+  EXPECT_TRUE(is_refused(other, 0)) << "another body of the page";
+  other = first;
+  other.payload.back() ^= 1;
+  EXPECT_TRUE(is_refused(other, 0)) << "another payload";
+  other = first;
+  other.summary = "two";
+  EXPECT_TRUE(is_refused(other, 0)) << "another summary";
+  other = first;
+  other.priority = 51;
+  EXPECT_TRUE(is_refused(other, 0)) << "another priority";
+  EXPECT_EQ(store().GetManifest("s", kForEver)->summary, "one");
+  // Nor is one that appends to what was there.
+  ManifestRecord second = ManifestOf("s", {b});
+  second.keep_pages = 1;
+  second.keep_payload_bytes = first.payload.size();
+  second.request_id = "save-8";
+  ASSERT_EQ(store().PutManifest(second, 1, std::nullopt, kForEver)->version, 2u);
+  EXPECT_EQ(store().PutManifest(second, 1, std::nullopt, kForEver)->version, 2u);
+  other = second;
+  other.keep_pages = 0;
+  EXPECT_TRUE(is_refused(other, 1)) << "that keeps nothing";
+  other = second;
+  other.keep_payload_bytes = ~uint64_t{0};
+  EXPECT_TRUE(is_refused(other, 1)) << "that keeps more than there is";
+  other = second;
+  other.pages = {a.ref()};
+  EXPECT_TRUE(is_refused(other, 1));
+  EXPECT_EQ(store().GetManifest("s", kForEver)->version, 2u);
+}
+
 TEST_P(PageStoreContract, AStaleEpochIsRefused) {
   const WriteFence fence{"sequence-1", 1};
   EXPECT_EQ(GetReason(store().PutManifest(ManifestOf("s", {}), 0, fence, kForEver).status()),

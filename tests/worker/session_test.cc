@@ -2,6 +2,10 @@
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 
+#include <functional>
+#include <utility>
+
+#include "kvstore/decorating_page_store.h"
 #include "tests/worker/session_fixture.h"
 
 namespace pagetide {
@@ -246,6 +250,49 @@ TEST(SessionTest, ARetryOnAnotherWorkerGetsTheFirstAnswer) {
   request.request_digest = Sha256Of("r2");
   EXPECT_EQ(GetReason(b.sessions->FindAnswer(b.tenant(), request, Soon()).status()),
             "REQUEST_ID_REUSED");
+}
+
+// Lets a test act between a save's look at the session and its manifest.
+class HookedStore final : public DecoratingPageStore {
+ public:
+  explicit HookedStore(PageStore* inner) : DecoratingPageStore(inner) {}
+  absl::StatusOr<PutManifestResult> PutManifest(const ManifestRecord& manifest,
+                                                uint64_t expected_version,
+                                                const std::optional<WriteFence>& fence,
+                                                MonotonicTime deadline) override {
+    if (before_manifest) std::exchange(before_manifest, nullptr)();
+    return inner()->PutManifest(manifest, expected_version, fence, deadline);
+  }
+  std::function<void()> before_manifest;
+};
+
+TEST(SessionTest, TwoWorkersWithOneRequestIdDoNotAnswerForEachOther) {
+  MemoryPageStore store;
+  SessionWorker a(&store, {});
+  HookedStore hooked(&store);
+  SessionWorker b(&hooked, {.id = "b", .incarnation = 2});
+  auto of_a = a.engine->OpenAndFill(Tokens(0, 40));
+  auto of_b = b.engine->OpenAndFill(Tokens(500, 23));
+  ASSERT_TRUE(of_a.ok() && of_b.ok());
+  SaveRequest request_a = a.Request(*of_a, "s"), request_b = b.Request(*of_b, "s");
+  request_a.request_id = request_b.request_id = "r1";
+  const auto save_a = [&] {
+    const auto saved = a.sessions->Save(a.tenant(), a.host(), request_a, Soon());
+    ASSERT_TRUE(saved.ok()) << saved.status();
+  };
+  hooked.before_manifest = save_a;
+  request_b.expected_version = 0;
+  const auto lost = b.sessions->Save(b.tenant(), b.host(), request_b, Soon());
+  EXPECT_EQ(GetReason(lost.status()), error_reason::kVersionMismatch)
+      << "what is stored is the other's";
+  EXPECT_EQ(a.sessions->Peek(a.tenant(), "s", Soon())->state.length(), 40u);
+  // One that replaces what is there goes on from it.
+  hooked.before_manifest = save_a;
+  request_b.expected_version.reset();
+  const auto saved = b.sessions->Save(b.tenant(), b.host(), request_b, Soon());
+  ASSERT_TRUE(saved.ok()) << saved.status();
+  EXPECT_EQ(saved->version, 3u);
+  EXPECT_EQ(b.sessions->Peek(b.tenant(), "s", Soon())->state.length(), 23u);
 }
 
 TEST(SessionTest, AStaleWorkerSavesNothing) {
