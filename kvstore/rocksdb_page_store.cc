@@ -8,9 +8,9 @@
 #include "base/little_endian.h"
 #include "base/log.h"
 #include "kvstore/failpoint.h"
-#include "kvstore/manifest_record.h"
 #include "kvstore/page_record.h"
 #include "kvstore/store_errors.h"
+#include "kvstore/store_lock_keys.h"
 
 namespace pagetide {
 namespace {
@@ -21,19 +21,6 @@ uint64_t SegmentBytesFor(const RocksdbPageStoreOptions& options) {
   if (options.segment_bytes != 0) return options.segment_bytes;
   if (options.capacity_bytes == 0) return 64 * kMiB;
   return std::clamp(options.capacity_bytes / 16, kMiB, 64 * kMiB);
-}
-
-std::string PageLock(const PageKey& key) {
-  return absl::StrCat("p", key.digest.view());
-}
-std::string ManifestLock(absl::string_view name) {
-  return absl::StrCat("m", name);
-}
-std::string RecordRow(absl::string_view kind, absl::string_view key) {
-  return absl::StrCat(kind, absl::string_view("\0", 1), key);
-}
-std::string RecordLock(absl::string_view kind, absl::string_view key) {
-  return absl::StrCat("r", RecordRow(kind, key));
 }
 
 constexpr uint64_t kRetentionRowBytes = 64;  // key and value, rounded up
@@ -372,6 +359,7 @@ absl::StatusOr<std::vector<LookupResult>> RocksdbPageStore::LookupPages(
 absl::StatusOr<uint64_t> RocksdbPageStore::DeletePages(std::span<const PageKey> keys,
                                                        MonotonicTime deadline) {
   uint64_t deleted = 0;
+  if (MayDropNothing()) return deleted;
   for (const PageKey& key : keys) {
     PT_RETURN_IF_ERROR(CheckNotFailed());
     if (deadline <= options_.clock->MonotonicNow()) return DeadlineError("delete pages");
@@ -445,19 +433,7 @@ absl::StatusOr<std::vector<PageKey>> RocksdbPageStore::SetRetention(
   return missing;
 }
 
-// ---- manifests ---------------------------------------------------------------------------------
-
-absl::StatusOr<std::optional<ManifestRecord>> RocksdbPageStore::ReadManifest(
-    absl::string_view name) const {
-  PT_ASSIGN_OR_RETURN(const std::optional<std::string> bytes, db_->Get(Table::kManifests, name));
-  if (!bytes.has_value()) return std::optional<ManifestRecord>();
-  PT_ASSIGN_OR_RETURN(ManifestRecord manifest, ParseManifest(*bytes));
-  if (manifest.name != name) {
-    return absl::DataLossError(
-        absl::StrCat("manifest ", name, ": carries the name ", manifest.name));
-  }
-  return std::optional<ManifestRecord>(std::move(manifest));
-}
+// ---- records and leases ------------------------------------------------------------------------
 
 absl::Status RocksdbPageStore::CheckFence(const std::optional<WriteFence>& fence) const {
   if (!fence.has_value() || PT_BUG_IS_PLANTED("no_epoch_check")) return absl::OkStatus();
@@ -466,144 +442,6 @@ absl::Status RocksdbPageStore::CheckFence(const std::optional<WriteFence>& fence
   return StaleEpochError(absl::StrCat("owner of ", fence->ownership_key), owner.version,
                          fence->epoch);
 }
-
-absl::StatusOr<PutManifestResult> RocksdbPageStore::PutManifest(
-    const ManifestRecord& manifest, uint64_t expected_version,
-    const std::optional<WriteFence>& fence, MonotonicTime deadline) {
-  PT_RETURN_IF_ERROR(CheckStoreName("manifest name", manifest.name));
-  PT_RETURN_IF_ERROR(CheckNotFailed());
-  std::vector<std::string> locks = {ManifestLock(manifest.name)};
-  if (fence.has_value()) locks.push_back(RecordLock("owner", fence->ownership_key));
-  const KeyedLock::Hold hold(&keys_, std::move(locks), deadline);
-  PT_RETURN_IF_ERROR(hold.status());
-  PT_RETURN_IF_ERROR(CheckFence(fence));
-  PT_ASSIGN_OR_RETURN(const std::optional<ManifestRecord> old, ReadManifest(manifest.name));
-  const uint64_t current = old.has_value() ? old->version : 0;
-  if (current != expected_version) {
-    // The same save, retried after its answer was lost.
-    if (current == expected_version + 1 && IsSameSave(*old, manifest)) {
-      return PutManifestResult{true, current, {}};
-    }
-    return VersionMismatchError(absl::StrCat("manifest ", manifest.name), current,
-                                expected_version);
-  }
-  PT_ASSIGN_OR_RETURN(const ManifestRecord next,
-                      ComposeManifest(old.has_value() ? &*old : nullptr, manifest));
-  PT_ASSIGN_OR_RETURN(const RoomLedger::Hold room,
-                      HoldIndexRoom(absl::StrCat("write manifest ", next.name),
-                                    next.pages.size() * kManifestPageRefBytes +
-                                        next.payload.size() + next.summary.size()));
-  PutManifestResult result;
-  const bool protects = !PT_BUG_IS_PLANTED("evict_between_check_and_manifest");
-  result.missing =
-      WithoutRepeats(protects ? index_.Protect(next.pages) : index_.Missing(next.pages));
-  if (!result.missing.empty()) return result;
-  // From here on the pages are protected; they stay so only if the manifest gets written.
-  PT_FAILPOINT("manifest.protected");
-  if (PT_BUG_IS_PLANTED("manifest_before_pages")) {
-    PT_RETURN_IF_ERROR(db_->PutManifest(next, /*sync=*/true));
-    PT_FAILPOINT("manifest.before_pages");
-  }
-  if (!PT_BUG_IS_PLANTED("acknowledge_before_barrier")) {
-    const absl::Status durable = Barrier(Durability::kLocal, deadline);
-    if (!durable.ok()) {
-      index_.UnprotectWithGrace(next.pages);
-      return durable;
-    }
-  }
-  PT_FAILPOINT("manifest.pages_durable");
-  if (protects) {
-    result.missing = WithoutRepeats(index_.Missing(next.pages));  // quarantined during the barrier
-    if (!result.missing.empty()) {
-      index_.UnprotectWithGrace(next.pages);
-      return result;
-    }
-  } else {
-    index_.ProtectAnyway(next.pages);
-  }
-  const absl::Status written =
-      db_->PutManifest(next, /*sync=*/!PT_BUG_IS_PLANTED("acknowledge_before_barrier"));
-  PT_FAILPOINT("manifest.before_acknowledgement");
-  // If the write failed it may still be on disk: the pages stay protected until the store is
-  // reopened.
-  if (!written.ok()) return Fail(written);
-  expiries_.Set(next.name, next.expires_at.has_value()
-                               ? std::optional(TwoClockEnd::OfNewManifest(next, *options_.clock))
-                               : std::nullopt);
-  if (old.has_value()) {
-    index_.UnprotectWithGrace(old->pages);
-  } else {
-    counters_.manifests.fetch_add(1, std::memory_order_relaxed);
-  }
-  result.committed = true;
-  result.version = next.version;
-  return result;
-}
-
-absl::StatusOr<ManifestRecord> RocksdbPageStore::GetManifest(absl::string_view name,
-                                                             MonotonicTime deadline) {
-  PT_ASSIGN_OR_RETURN(std::optional<ManifestRecord> manifest, ReadManifest(name));
-  if (!manifest.has_value()) return absl::NotFoundError(absl::StrCat("manifest ", name));
-  return *std::move(manifest);
-}
-
-absl::StatusOr<std::vector<ManifestEntry>> RocksdbPageStore::ListManifests(
-    absl::string_view name_prefix, absl::string_view after, size_t limit, MonotonicTime deadline) {
-  std::vector<ManifestEntry> entries;
-  if (limit == 0) return entries;
-  PT_RETURN_IF_ERROR(db_->Scan(Table::kManifestEntries, name_prefix, after,
-                               [&](absl::string_view name, absl::string_view value) {
-                                 absl::StatusOr<ManifestEntry> entry = ParseManifestEntry(value);
-                                 // Reading it by name says what is wrong.
-                                 if (entry.ok()) entries.push_back(*std::move(entry));
-                                 return entries.size() < limit;
-                               }));
-  return entries;
-}
-
-absl::Status RocksdbPageStore::DeleteManifest(absl::string_view name, uint64_t expected_version,
-                                              const std::optional<WriteFence>& fence,
-                                              MonotonicTime deadline) {
-  PT_RETURN_IF_ERROR(CheckNotFailed());
-  std::vector<std::string> locks = {ManifestLock(name)};
-  if (fence.has_value()) locks.push_back(RecordLock("owner", fence->ownership_key));
-  const KeyedLock::Hold hold(&keys_, std::move(locks), deadline);
-  PT_RETURN_IF_ERROR(hold.status());
-  PT_RETURN_IF_ERROR(CheckFence(fence));
-  PT_ASSIGN_OR_RETURN(const std::optional<ManifestRecord> old, ReadManifest(name));
-  if (!old.has_value()) return absl::NotFoundError(absl::StrCat("delete manifest ", name));
-  if (old->version != expected_version) {
-    return VersionMismatchError(absl::StrCat("manifest ", name), old->version, expected_version);
-  }
-  return ForgetManifest(*old);
-}
-
-absl::Status RocksdbPageStore::ForgetManifest(const ManifestRecord& manifest) {
-  const auto kept = index_.InheritPriority(manifest.pages, manifest.priority);
-  if (const absl::Status s = db_->DeleteManifest(manifest.name, kept); !s.ok()) return Fail(s);
-  index_.Unprotect(manifest.pages);
-  expiries_.Set(manifest.name, std::nullopt);
-  counters_.manifests.fetch_sub(1, std::memory_order_relaxed);
-  return absl::OkStatus();
-}
-
-absl::Status RocksdbPageStore::RemoveExpiredManifests() {
-  for (const std::string& name : expiries_.Passed(*options_.clock)) {
-    const KeyedLock::Hold hold(&keys_, {ManifestLock(name)});
-    // It may have been written anew, with another end or none, since it was listed.
-    if (!expiries_.HasPassed(name, *options_.clock)) continue;
-    PT_ASSIGN_OR_RETURN(const std::optional<ManifestRecord> manifest, ReadManifest(name));
-    if (!manifest.has_value()) {
-      expiries_.Set(name, std::nullopt);
-      continue;
-    }
-    PT_RETURN_IF_ERROR(ForgetManifest(*manifest));
-    counters_.manifests_expired.fetch_add(1, std::memory_order_relaxed);
-  }
-  return absl::OkStatus();
-}
-
-// ---- records and leases ------------------------------------------------------------------------
 
 absl::StatusOr<StoreRecord> RocksdbPageStore::ReadRecord(absl::string_view kind,
                                                          absl::string_view key) const {

@@ -21,6 +21,7 @@
 #include <thread>
 #include <vector>
 
+#include "absl/container/flat_hash_set.h"
 #include "base/mutex.h"
 #include "base/status_macros.h"
 #include "core/page_store.h"
@@ -44,6 +45,8 @@ struct AcceptedLoss {
   bool log = false;
   // Segment files that the index points into: their pages are absent from then on.
   bool segments = false;
+  // What manifests that cannot be read protect: their pages may be evicted. The manifests stay.
+  bool manifests = false;
 };
 
 struct RocksdbPageStoreOptions {
@@ -100,7 +103,7 @@ class RocksdbPageStore final : public PageStore {
     uint64_t verified_records = 0;     // beyond the durable length: read and compared
     uint64_t dropped_entries = 0;      // whose record had not reached the disk, or is unknown
     uint64_t lost_manifest_pages = 0;  // named by a manifest and absent: must be 0
-    std::vector<std::string> losses_accepted;  // "log", "segments"
+    std::vector<std::string> losses_accepted;  // "log", "segments", "manifests"
     absl::Duration took;
   };
 
@@ -161,6 +164,10 @@ class RocksdbPageStore final : public PageStore {
   void WaitForUpkeep();
 
   const Recovery& recovery() const { return recovery_; }
+  // Damaged, or of a newer program, when the store was opened, and not deleted since. What they
+  // name is not known: while there is one no page is dropped, unless AcceptedLoss::manifests says
+  // that it may be.
+  uint64_t num_unreadable_manifests() const;
 
  private:
   struct Counters {  // relaxed: statistics
@@ -218,6 +225,14 @@ class RocksdbPageStore final : public PageStore {
 
   // The manifest's name is locked. Makes its pages evictable unless something else holds them.
   absl::Status ForgetManifest(const ManifestRecord& manifest);
+  // The same for one that cannot be read, for `cause`. What tells its version is its list entry; if
+  // that cannot be read either, any version is right.
+  absl::Status ForgetUnreadableManifest(absl::string_view name, uint64_t expected_version,
+                                        const absl::Status& cause);
+  // Whether no page may be dropped, because a manifest that cannot be read may name it.
+  bool MayDropNothing() const {
+    return !options_.accepted_loss.manifests && num_unreadable_manifests() > 0;
+  }
   absl::Status RemoveExpiredManifests();
 
   // OK, or STORE_FAILED once an fsync or an index write was refused.
@@ -296,6 +311,8 @@ class RocksdbPageStore final : public PageStore {
   Recovery recovery_;                       // const after Open
   PageIndex index_;
   ExpiryList expiries_;  // of manifests, by name
+  mutable Mutex unreadable_mu_;
+  absl::flat_hash_set<std::string> unreadable_manifests_ ABSL_GUARDED_BY(unreadable_mu_);
   LeaseBook leases_;
   // Keys: "p" + page key, "m" + manifest name, "r" + record row, "l" + lease name. Never nested.
   KeyedLock keys_;

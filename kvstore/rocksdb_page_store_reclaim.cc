@@ -6,6 +6,7 @@
 #include "base/log.h"
 #include "kvstore/rocksdb_page_store.h"
 #include "kvstore/store_errors.h"
+#include "kvstore/store_lock_keys.h"
 
 namespace pagetide {
 
@@ -107,12 +108,13 @@ void RocksdbPageStore::WriteAccessOrder() {
 
 uint64_t RocksdbPageStore::EvictPages(uint64_t bytes) {
   uint64_t freed = 0;
+  if (MayDropNothing()) return freed;
   // Without a capacity the disk is the bound, and what is held is what fits.
   const uint64_t capacity =
       options_.capacity_bytes != 0 ? options_.capacity_bytes : PhysicalBytes();
   const PageIndex::Grace grace{capacity / 8, options_.put_grace};
   for (const PageKey& key : index_.PickVictims(bytes, grace)) {
-    const KeyedLock::Hold hold(&keys_, {absl::StrCat("p", key.digest.view())});
+    const KeyedLock::Hold hold(&keys_, {PageLock(key)});
     const std::optional<PagePlace> place = index_.Erase(key);
     if (!place.has_value()) continue;  // protected or gone in the meantime
     if (const absl::Status s = db_->DeletePage(key); !s.ok()) {
@@ -162,7 +164,7 @@ absl::StatusOr<bool> RocksdbPageStore::EmptySegment(const std::shared_ptr<Segmen
     if (!verified.ok()) {
       // Damaged: its bytes are of no use to anybody. A manifest that names it reads a miss.
       QuarantineAt(key, place, verified);
-      const KeyedLock::Hold hold(&keys_, {absl::StrCat("p", key.digest.view())});
+      const KeyedLock::Hold hold(&keys_, {PageLock(key)});
       if (index_.EraseQuarantined(key, place)) status = db_->DeletePage(key);
       if (!status.ok()) break;
       continue;
@@ -191,7 +193,7 @@ absl::StatusOr<bool> RocksdbPageStore::EmptySegment(const std::shared_ptr<Segmen
                        move.from.body_bytes, move.from.stored_bytes};
     bool moved = false;
     if (status.ok()) {
-      const KeyedLock::Hold hold(&keys_, {absl::StrCat("p", move.key.digest.view())});
+      const KeyedLock::Hold hold(&keys_, {PageLock(move.key)});
       const std::optional<IndexedPage> now = index_.Find(move.key);
       if (now.has_value() && now->place.SameAs(move.from)) {
         status = db_->PutPage(move.key, move.header, to.segment->id, to.offset, now->quarantined);

@@ -314,8 +314,12 @@ absl::Status RocksdbPageStore::RecoverManifestsAndLeases() {
       db_->Scan(Table::kManifests, "", "", [&](absl::string_view name, absl::string_view value) {
         ++manifests;
         const absl::StatusOr<ManifestRecord> manifest = ParseManifest(value);
-        if (!manifest.ok()) {
-          LogError("store", "manifest ", name, " cannot be read: ", manifest.status().ToString());
+        if (!manifest.ok() || manifest->name != name) {
+          LogError("store", "manifest ", name, " cannot be read: ",
+                   manifest.ok() ? absl::StrCat("it carries the name ", manifest->name)
+                                 : manifest.status().ToString());
+          MutexLock lock(&unreadable_mu_);
+          unreadable_manifests_.emplace(name);
           return true;
         }
         recovery_.lost_manifest_pages += index_.Missing(manifest->pages).size();
@@ -327,6 +331,14 @@ absl::Status RocksdbPageStore::RecoverManifestsAndLeases() {
         return true;
       }));
   counters_.manifests.store(manifests, std::memory_order_relaxed);
+  if (const uint64_t unreadable = num_unreadable_manifests(); unreadable > 0) {
+    if (options_.accepted_loss.manifests) recovery_.losses_accepted.push_back("manifests");
+    LogError("store", unreadable, " manifests cannot be read: ",
+             options_.accepted_loss.manifests
+                 ? "what they name may be evicted"
+                 : "no page is dropped until they are deleted, or given up by accept_loss "
+                   "\"manifests\"");
+  }
   if (recovery_.lost_manifest_pages > 0) {
     LogError("store", recovery_.lost_manifest_pages, " pages that manifests name are absent");
   }

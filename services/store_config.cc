@@ -49,8 +49,8 @@ std::map<std::string, std::string> StoreFlagHelp() {
        "not "
        "pay (default none)"},
       {"accept_loss",
-       "Give up, for this start, what was durable and is gone, instead of refusing: log or "
-       "segments (repeatable)"},
+       "Give up, for this start, what was durable and is gone, instead of refusing: log, "
+       "segments or manifests (repeatable)"},
       {"threads", "Threads that wait for the disk (default 32)"},
       {"drain_seconds", "How long a stop waits for running calls (default 30)"},
       {"log_level", "debug, info (default), warning or error"}};
@@ -102,9 +102,11 @@ absl::StatusOr<StoreOptions> StoreOptionsFromConfig(const config::StoreConfig& c
       engine.accepted_loss.log = true;
     } else if (kind == "segments") {
       engine.accepted_loss.segments = true;
+    } else if (kind == "manifests") {
+      engine.accepted_loss.manifests = true;
     } else {
       return absl::InvalidArgumentError(
-          absl::StrCat("accept_loss = \"", kind, "\" is not log or segments"));
+          absl::StrCat("accept_loss = \"", kind, "\" is not log, segments or manifests"));
     }
   }
   PT_RETURN_IF_ERROR(engine.Validate());

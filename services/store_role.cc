@@ -27,6 +27,10 @@ struct StoreRole::Parts {
 
   void PublishState() {
     store->PublishStats();
+    metrics
+        ->GetGauge("pagetide_store_unreadable_manifests",
+                   "Manifests that could not be read when the store was opened.")
+        ->Set(static_cast<double>(engine->num_unreadable_manifests()));
     // A store that lost its disk still answers reads; health says that it takes no writes.
     const absl::StatusOr<StoreStats> stats = engine->GetStats(MonotonicTime::InfiniteFuture());
     if (was_failed || !stats.ok() || stats->state != "failed") return;

@@ -2,10 +2,12 @@
 // told to give up, and says so.
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
+#include <rocksdb/db.h>
 
 #include <algorithm>
 #include <filesystem>
 #include <fstream>
+#include <functional>
 #include <iterator>
 #include <memory>
 #include <string>
@@ -98,6 +100,30 @@ class StoreOpeningTest : public ::testing::Test {
       if (entry.path().extension() == ".log") last = std::max(last, entry.path().string());
     }
     return last;
+  }
+
+  // Changes one value of the index behind the back of a store that is closed.
+  void ChangeInIndex(const std::string& family, const std::string& key,
+                     const std::function<void(std::string*)>& change) {
+    const std::string index = Options().dir + "/index";
+    std::vector<std::string> names;
+    ASSERT_TRUE(rocksdb::DB::ListColumnFamilies({}, index, &names).ok());
+    std::vector<rocksdb::ColumnFamilyDescriptor> families;
+    for (const std::string& name : names)
+      families.emplace_back(name, rocksdb::ColumnFamilyOptions());
+    std::vector<rocksdb::ColumnFamilyHandle*> handles;
+    rocksdb::DB* opened = nullptr;
+    ASSERT_TRUE(rocksdb::DB::Open({}, index, families, &handles, &opened).ok());
+    const std::unique_ptr<rocksdb::DB> db(opened);
+    for (rocksdb::ColumnFamilyHandle* handle : handles) {
+      if (handle->GetName() == family) {
+        std::string value;
+        EXPECT_TRUE(db->Get({}, handle, key, &value).ok());
+        change(&value);
+        EXPECT_TRUE(db->Put({}, handle, key, value).ok());
+      }
+      db->DestroyColumnFamilyHandle(handle);
+    }
   }
 
   TempDir dir_;
@@ -352,6 +378,81 @@ TEST_F(StoreOpeningTest, TheSegmentsOfAnotherStoreAreNeverTakenForItsOwn) {
   EXPECT_TRUE(Holds(page));
   ASSERT_TRUE(TryOpen(other).ok());
   EXPECT_TRUE(Holds(page));
+}
+
+// ---- manifests ---------------------------------------------------------------------------------
+
+class UnreadableManifestTest : public StoreOpeningTest {
+ protected:
+  RocksdbPageStoreOptions SmallOptions() {
+    RocksdbPageStoreOptions options = Options();
+    options.capacity_bytes = 8 * kMiB;
+    options.clock = Clock::Real();
+    options.put_wait = absl::Milliseconds(500);
+    options.put_grace = absl::ZeroDuration();
+    return options;
+  }
+  // A store with a manifest that names `page_` and cannot be read.
+  void SetUp() override {
+    ASSERT_TRUE(TryOpen(SmallOptions()).ok());
+    ASSERT_TRUE(Put(page_).ok());
+    ASSERT_TRUE(Save("session", {page_}).ok());
+    store_.reset();
+    ChangeInIndex("manifests", "session", [](std::string* value) { value->at(20) ^= 1; });
+  }
+  // Puts three times what the store can hold; OK if all was taken.
+  absl::Status Fill() {
+    absl::Status first_refusal;
+    for (uint64_t i = 0; i < 192; ++i) {
+      first_refusal.Update(Put(MakeTestPage(next_++, 128 * kKiB), Durability::kProcess));
+    }
+    return first_refusal;
+  }
+
+  const TestPage page_ = MakeTestPage(1, 128 * kKiB);
+  uint64_t next_ = 100;
+};
+
+TEST_F(UnreadableManifestTest, ItsPagesAreNotEvictedUnderIt) {
+  ASSERT_TRUE(TryOpen(SmallOptions()).ok());
+  EXPECT_EQ(store_->num_unreadable_manifests(), 1u);
+  EXPECT_THAT(store_->recovery().losses_accepted, IsEmpty());
+  EXPECT_EQ(store_->GetManifest("session", kForEver).status().code(), absl::StatusCode::kDataLoss);
+  EXPECT_EQ(*store_->DeletePages({&page_.meta.key, 1}, kForEver), 0u);
+  const absl::Status full = Fill();
+  EXPECT_EQ(GetReason(full), "STORE_FULL") << full;
+  EXPECT_EQ(store_->GetStats(kForEver)->pages_evicted, 0u);
+  EXPECT_TRUE(Holds(page_));
+  // Once its owner has given it up, room is made again.
+  EXPECT_EQ(GetReason(store_->DeleteManifest("session", 2, std::nullopt, kForEver)),
+            error_reason::kVersionMismatch);
+  const absl::Status deleted = store_->DeleteManifest("session", 1, std::nullopt, kForEver);
+  ASSERT_TRUE(deleted.ok()) << deleted;
+  EXPECT_EQ(store_->num_unreadable_manifests(), 0u);
+  EXPECT_EQ(store_->GetStats(kForEver)->manifests, 0u);
+  EXPECT_TRUE(Fill().ok());
+  EXPECT_GT(store_->GetStats(kForEver)->pages_evicted, 0u);
+  ASSERT_TRUE(TryOpen(SmallOptions()).ok());
+  EXPECT_EQ(store_->num_unreadable_manifests(), 0u);
+  EXPECT_TRUE(absl::IsNotFound(store_->GetManifest("session", kForEver).status()));
+}
+
+TEST_F(UnreadableManifestTest, MayBeGivenUpForOneOpening) {
+  RocksdbPageStoreOptions options = SmallOptions();
+  options.accepted_loss.manifests = true;
+  ASSERT_TRUE(TryOpen(options).ok());
+  EXPECT_THAT(store_->recovery().losses_accepted, ElementsAre("manifests"));
+  EXPECT_EQ(store_->num_unreadable_manifests(), 1u) << "it is still there to be seen";
+  EXPECT_TRUE(Fill().ok());
+  EXPECT_GT(store_->GetStats(kForEver)->pages_evicted, 0u);
+}
+
+TEST_F(UnreadableManifestTest, CanBeDeletedWhereItsListEntryIsDamagedToo) {
+  ChangeInIndex("manifest_entries", "session", [](std::string* value) { value->resize(9); });
+  ASSERT_TRUE(TryOpen(SmallOptions()).ok());
+  EXPECT_EQ(store_->num_unreadable_manifests(), 1u);
+  EXPECT_TRUE(store_->DeleteManifest("session", 0, std::nullopt, kForEver).ok());
+  EXPECT_EQ(store_->num_unreadable_manifests(), 0u);
 }
 
 }  // namespace
