@@ -195,8 +195,13 @@ absl::StatusOr<ManifestEntry> ParseManifestEntry(absl::string_view bytes) {
   return entry;
 }
 
+uint32_t VersionBucketOf(absl::string_view name) {
+  return static_cast<uint32_t>(ChecksumOfText(name).low % kNumVersionBuckets);
+}
+
 absl::StatusOr<ManifestRecord> ComposeManifest(const ManifestRecord* present,
-                                               const ManifestRecord& manifest) {
+                                               const ManifestRecord& manifest,
+                                               uint64_t deleted_version) {
   const std::string what = absl::StrCat("write manifest ", manifest.name);
   PT_RETURN_IF_ERROR(CheckStoreName("manifest name", manifest.name));
   if (manifest.priority > kMaxPriority) {
@@ -223,7 +228,7 @@ absl::StatusOr<ManifestRecord> ComposeManifest(const ManifestRecord* present,
                      bytes, ", at most ", kMaxManifestBytes));
   }
   ManifestRecord out = manifest;
-  out.version = (present == nullptr ? 0 : present->version) + 1;
+  out.version = (present == nullptr ? deleted_version : present->version) + 1;
   out.keep_pages = out.keep_payload_bytes = 0;
   if (manifest.keep_pages > 0) {
     out.pages.insert(out.pages.begin(), present->pages.begin(),

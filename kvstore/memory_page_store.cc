@@ -279,13 +279,17 @@ absl::StatusOr<PutManifestResult> MemoryPageStore::PutManifest(
   const ManifestRecord* const present = old == manifests_.end() ? nullptr : &old->second.record;
   const uint64_t current = present == nullptr ? 0 : present->version;
   if (current != expected_version) {
-    if (current == expected_version + 1 && IsSameSave(*present, manifest)) {
+    const bool may_be_made_by_it = expected_version == 0 || current == expected_version + 1;
+    if (current != 0 && may_be_made_by_it && IsSameSave(*present, manifest)) {
       return PutManifestResult{true, current, {}};
     }
     return VersionMismatchError(absl::StrCat("manifest ", manifest.name), current,
                                 expected_version);
   }
-  PT_ASSIGN_OR_RETURN(ManifestRecord next, ComposeManifest(present, manifest));
+  const auto deleted = deleted_versions_.find(VersionBucketOf(manifest.name));
+  PT_ASSIGN_OR_RETURN(
+      ManifestRecord next,
+      ComposeManifest(present, manifest, deleted == deleted_versions_.end() ? 0 : deleted->second));
   PutManifestResult result;
   for (const ManifestPageRef& ref : next.pages) {
     if (!IsPresent(ref)) result.missing.push_back(ref.key);
@@ -304,10 +308,16 @@ absl::StatusOr<PutManifestResult> MemoryPageStore::PutManifest(
   return result;
 }
 
+MemoryPageStore::Manifests::iterator MemoryPageStore::Forget(Manifests::iterator it) {
+  uint64_t& deleted = deleted_versions_[VersionBucketOf(it->first)];
+  deleted = std::max(deleted, it->second.record.version);
+  return manifests_.erase(it);
+}
+
 void MemoryPageStore::RemoveExpired() {
   for (auto it = manifests_.begin(); it != manifests_.end();) {
     if (it->second.end.has_value() && it->second.end->HasPassed(*options_.clock)) {
-      it = manifests_.erase(it);
+      it = Forget(it);
       ++stats_.manifests_expired;
     } else {
       ++it;
@@ -353,7 +363,7 @@ absl::Status MemoryPageStore::DeleteManifest(absl::string_view name, uint64_t ex
     return VersionMismatchError(absl::StrCat("manifest ", name), it->second.record.version,
                                 expected_version);
   }
-  manifests_.erase(it);
+  Forget(it);
   stats_.manifests = manifests_.size();
   return absl::OkStatus();
 }

@@ -102,6 +102,9 @@ class MemoryPageStore final : public PageStore {
   bool IsPresent(const ManifestPageRef& ref) const ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
   bool IsProtected(const PageKey& key) const ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
   void Quarantine(const PageKey& key, const std::vector<std::byte>* body) ABSL_LOCKS_EXCLUDED(mu_);
+  // Ends the manifest, whose version is not used for its name again.
+  using Manifests = std::map<std::string, HeldManifest, std::less<>>;
+  Manifests::iterator Forget(Manifests::iterator it) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
   // Expired manifests go when somebody looks at manifests.
   void RemoveExpired() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
   void ForgetChild(const Held& held) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
@@ -113,7 +116,8 @@ class MemoryPageStore final : public PageStore {
   std::map<PageKey, Held> pages_ ABSL_GUARDED_BY(mu_);
   std::map<ChildRow, PageKey> children_ ABSL_GUARDED_BY(mu_);  // of pages that are not quarantined
   std::map<PageKey, TwoClockEnd> pins_ ABSL_GUARDED_BY(mu_);
-  std::map<std::string, HeldManifest, std::less<>> manifests_ ABSL_GUARDED_BY(mu_);
+  Manifests manifests_ ABSL_GUARDED_BY(mu_);
+  std::map<uint32_t, uint64_t> deleted_versions_ ABSL_GUARDED_BY(mu_);  // the highest, by bucket
   std::map<std::pair<std::string, std::string>, StoreRecord> records_ ABSL_GUARDED_BY(mu_);
   StoreStats stats_ ABSL_GUARDED_BY(mu_);
   ResidencyFeed feed_;  // appended to under mu_

@@ -223,7 +223,8 @@ class RocksdbPageStore final : public PageStore {
   absl::StatusOr<StoreRecord> ReadRecord(absl::string_view kind, absl::string_view key) const;
   absl::StatusOr<std::optional<ManifestRecord>> ReadManifest(absl::string_view name) const;
 
-  // The manifest's name is locked. Makes its pages evictable unless something else holds them.
+  // The manifest's name and the deletions of its bucket are locked. Makes its pages evictable
+  // unless something else holds them.
   absl::Status ForgetManifest(const ManifestRecord& manifest);
   // The same for one that cannot be read, for `cause`. What tells its version is its list entry; if
   // that cannot be read either, any version is right.
@@ -314,7 +315,7 @@ class RocksdbPageStore final : public PageStore {
   mutable Mutex unreadable_mu_;
   absl::flat_hash_set<std::string> unreadable_manifests_ ABSL_GUARDED_BY(unreadable_mu_);
   LeaseBook leases_;
-  // Keys: "p" + page key, "m" + manifest name, "r" + record row, "l" + lease name. Never nested.
+  // Keys: those of kvstore/store_lock_keys.h, and "l" + lease name. Never nested.
   KeyedLock keys_;
   Counters counters_;
   std::atomic<uint64_t> index_bytes_{0};  // relaxed: a measurement, from MeasureIndex

@@ -1,4 +1,5 @@
 // Manifests of RocksdbPageStore: saved in one step, protected, released.
+#include <algorithm>
 #include <utility>
 
 #include "absl/strings/str_cat.h"
@@ -39,14 +40,19 @@ absl::StatusOr<PutManifestResult> RocksdbPageStore::PutManifest(
   const uint64_t current = old.has_value() ? old->version : 0;
   if (current != expected_version) {
     // The same save, retried after its answer was lost.
-    if (current == expected_version + 1 && IsSameSave(*old, manifest)) {
+    const bool may_be_made_by_it = expected_version == 0 || current == expected_version + 1;
+    if (current != 0 && may_be_made_by_it && IsSameSave(*old, manifest)) {
       return PutManifestResult{true, current, {}};
     }
     return VersionMismatchError(absl::StrCat("manifest ", manifest.name), current,
                                 expected_version);
   }
-  PT_ASSIGN_OR_RETURN(const ManifestRecord next,
-                      ComposeManifest(old.has_value() ? &*old : nullptr, manifest));
+  uint64_t deleted_version = 0;
+  if (!old.has_value()) {
+    PT_ASSIGN_OR_RETURN(deleted_version, db_->ReadDeletedVersion(manifest.name));
+  }
+  PT_ASSIGN_OR_RETURN(const ManifestRecord next, ComposeManifest(old.has_value() ? &*old : nullptr,
+                                                                 manifest, deleted_version));
   PT_ASSIGN_OR_RETURN(const RoomLedger::Hold room,
                       HoldIndexRoom(absl::StrCat("write manifest ", next.name),
                                     next.pages.size() * kManifestPageRefBytes +
@@ -123,7 +129,7 @@ absl::Status RocksdbPageStore::DeleteManifest(absl::string_view name, uint64_t e
                                               const std::optional<WriteFence>& fence,
                                               MonotonicTime deadline) {
   PT_RETURN_IF_ERROR(CheckNotFailed());
-  std::vector<std::string> locks = {ManifestLock(name)};
+  std::vector<std::string> locks = {ManifestLock(name), DeletionLock(name)};
   if (fence.has_value()) locks.push_back(RecordLock("owner", fence->ownership_key));
   const KeyedLock::Hold hold(&keys_, std::move(locks), deadline);
   PT_RETURN_IF_ERROR(hold.status());
@@ -153,10 +159,14 @@ absl::Status RocksdbPageStore::ForgetUnreadableManifest(absl::string_view name,
                       db_->Get(Table::kManifestEntries, name));
   const absl::StatusOr<ManifestEntry> entry =
       bytes.has_value() ? ParseManifestEntry(*bytes) : absl::DataLossError("there is none");
-  if (entry.ok() && entry->version != expected_version) {
-    return VersionMismatchError(absl::StrCat("manifest ", name), entry->version, expected_version);
+  // Where it is not known, versions of the name may repeat: what a client says is not taken for it.
+  const uint64_t version = entry.ok() ? entry->version : 0;
+  if (entry.ok() && version != expected_version) {
+    return VersionMismatchError(absl::StrCat("manifest ", name), version, expected_version);
   }
-  if (const absl::Status s = db_->DeleteManifest(name, {}); !s.ok()) return Fail(s);
+  PT_ASSIGN_OR_RETURN(const uint64_t deleted, db_->ReadDeletedVersion(name));
+  const absl::Status written = db_->DeleteManifest(name, std::max(deleted, version), {});
+  if (!written.ok()) return Fail(written);
   {
     MutexLock lock(&unreadable_mu_);
     unreadable_manifests_.erase(std::string(name));
@@ -169,8 +179,11 @@ absl::Status RocksdbPageStore::ForgetUnreadableManifest(absl::string_view name,
 }
 
 absl::Status RocksdbPageStore::ForgetManifest(const ManifestRecord& manifest) {
+  PT_ASSIGN_OR_RETURN(const uint64_t deleted, db_->ReadDeletedVersion(manifest.name));
   const auto kept = index_.InheritPriority(manifest.pages, manifest.priority);
-  if (const absl::Status s = db_->DeleteManifest(manifest.name, kept); !s.ok()) return Fail(s);
+  const absl::Status written =
+      db_->DeleteManifest(manifest.name, std::max(deleted, manifest.version), kept);
+  if (!written.ok()) return Fail(written);
   index_.Unprotect(manifest.pages);
   expiries_.Set(manifest.name, std::nullopt);
   counters_.manifests.fetch_sub(1, std::memory_order_relaxed);
@@ -179,7 +192,7 @@ absl::Status RocksdbPageStore::ForgetManifest(const ManifestRecord& manifest) {
 
 absl::Status RocksdbPageStore::RemoveExpiredManifests() {
   for (const std::string& name : expiries_.Passed(*options_.clock)) {
-    const KeyedLock::Hold hold(&keys_, {ManifestLock(name)});
+    const KeyedLock::Hold hold(&keys_, {ManifestLock(name), DeletionLock(name)});
     // It may have been written anew, with another end or none, since it was listed.
     if (!expiries_.HasPassed(name, *options_.clock)) continue;
     PT_ASSIGN_OR_RETURN(const std::optional<ManifestRecord> manifest, ReadManifest(name));

@@ -11,6 +11,7 @@
 
 #include "absl/strings/match.h"
 #include "absl/strings/str_cat.h"
+#include "absl/strings/str_format.h"
 #include "base/little_endian.h"
 #include "base/status_macros.h"
 #include "kvstore/manifest_record.h"
@@ -68,6 +69,10 @@ absl::StatusOr<StoreDatabase::StoredPage> ParseIndexEntry(absl::string_view valu
     return absl::DataLossError("index entry: trailing bytes");
   }
   return page;
+}
+
+std::string DeletedVersionKey(absl::string_view name) {
+  return absl::StrFormat("deleted_version.%04x", VersionBucketOf(name));
 }
 
 Mark ParseMark(absl::string_view value) {
@@ -342,9 +347,23 @@ absl::Status StoreDatabase::PutManifest(const ManifestRecord& manifest, bool syn
   return impl_->Write(&batch, sync, "write manifest");
 }
 
-absl::Status StoreDatabase::DeleteManifest(absl::string_view name,
+absl::StatusOr<uint64_t> StoreDatabase::ReadDeletedVersion(absl::string_view name) const {
+  PT_ASSIGN_OR_RETURN(const std::optional<std::string> value,
+                      Get(Table::kMeta, DeletedVersionKey(name)));
+  if (!value.has_value()) return 0;
+  LittleEndianReader in(*value);
+  const uint64_t version = in.Take<uint64_t>();
+  if (!in.ok())
+    return absl::DataLossError(absl::StrCat("deleted version of ", name, ": too short"));
+  return version;
+}
+
+absl::Status StoreDatabase::DeleteManifest(absl::string_view name, uint64_t deleted_version,
                                            std::span<const std::pair<PageKey, Retention>> kept_by) {
+  std::string value;
+  AppendLittleEndian<uint64_t>(&value, deleted_version);
   rocksdb::WriteBatch batch;
+  batch.Put(impl_->Of(Table::kMeta), DeletedVersionKey(name), value);
   batch.Delete(impl_->Of(Table::kManifests), ToSlice(name));
   batch.Delete(impl_->Of(Table::kManifestEntries), ToSlice(name));
   for (const auto& [key, retention] : kept_by) {

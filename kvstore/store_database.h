@@ -127,9 +127,12 @@ class StoreDatabase {
 
   // --- manifests: record and entry change together. Synced, unless told otherwise. ---
   absl::Status PutManifest(const ManifestRecord& manifest, bool sync = true);
-  // Also gives the pages `kept_by` their retention, in the same write.
-  absl::Status DeleteManifest(absl::string_view name,
+  // Also gives the name's bucket that deleted version and the pages `kept_by` their retention, in
+  // the same write.
+  absl::Status DeleteManifest(absl::string_view name, uint64_t deleted_version,
                               std::span<const std::pair<PageKey, Retention>> kept_by);
+  // The highest version that was deleted in the name's bucket (VersionBucketOf); 0: none.
+  absl::StatusOr<uint64_t> ReadDeletedVersion(absl::string_view name) const;
 
   // --- small values: manifests, records, leases ---
   absl::Status PutSynced(Table table, absl::string_view key, absl::string_view value);

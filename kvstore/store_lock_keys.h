@@ -7,6 +7,7 @@
 #include "absl/strings/str_cat.h"
 #include "absl/strings/string_view.h"
 #include "core/keys.h"
+#include "kvstore/manifest_record.h"
 
 namespace pagetide {
 
@@ -15,6 +16,10 @@ inline std::string PageLock(const PageKey& key) {
 }
 inline std::string ManifestLock(absl::string_view name) {
   return absl::StrCat("m", name);
+}
+// For whoever deletes a manifest.
+inline std::string DeletionLock(absl::string_view name) {
+  return absl::StrCat("d", VersionBucketOf(name));
 }
 inline std::string RecordRow(absl::string_view kind, absl::string_view key) {
   return absl::StrCat(kind, absl::string_view("\0", 1), key);

@@ -179,6 +179,30 @@ TEST_P(PageStoreContract, ManifestIsCompareAndSet) {
             absl::StatusCode::kNotFound);
 }
 
+TEST_P(PageStoreContract, AVersionOfADeletedManifestIsNotThatOfItsSuccessor) {
+  const auto put = [&](const std::string& name, uint64_t expected) {
+    ManifestRecord manifest = ManifestOf(name, {});
+    manifest.request_id = absl::StrCat("r", expected);
+    return store().PutManifest(manifest, expected, std::nullopt, kForEver);
+  };
+  for (uint64_t version = 0; version < 3; ++version) {
+    ASSERT_EQ(put("s", version)->version, version + 1);
+  }
+  ASSERT_TRUE(store().DeleteManifest("s", 3, std::nullopt, kForEver).ok());
+  // Made anew and written three times; who still holds version 3 does not hold this one's.
+  ASSERT_EQ(put("s", 0)->version, 4u);
+  EXPECT_EQ(put("s", 0)->version, 4u) << "a repeat is still known as one";
+  EXPECT_EQ(GetReason(put("s", 1).status()), error_reason::kVersionMismatch);
+  ASSERT_EQ(put("s", 4)->version, 5u);
+  ASSERT_EQ(put("s", 5)->version, 6u);
+  EXPECT_EQ(GetReason(put("s", 3).status()), error_reason::kVersionMismatch);
+  EXPECT_EQ(GetReason(store().DeleteManifest("s", 3, std::nullopt, kForEver)),
+            error_reason::kVersionMismatch);
+  ASSERT_TRUE(store().DeleteManifest("s", 6, std::nullopt, kForEver).ok());
+  EXPECT_EQ(put("s", 0)->version, 7u);
+  EXPECT_EQ(put("another", 0)->version, 1u);
+}
+
 TEST_P(PageStoreContract, ARepeatedSaveSucceedsOnce) {
   ManifestRecord manifest = ManifestOf("s", {});
   manifest.request_id = "save-7";

@@ -380,6 +380,16 @@ TEST_F(StoreOpeningTest, TheSegmentsOfAnotherStoreAreNeverTakenForItsOwn) {
   EXPECT_TRUE(Holds(page));
 }
 
+TEST_F(StoreOpeningTest, VersionsOfADeletedManifestDoNotComeBack) {
+  Open();
+  ASSERT_TRUE(Save("session", {}).ok());
+  ASSERT_TRUE(Save("session", {}, 1).ok());
+  ASSERT_TRUE(store_->DeleteManifest("session", 2, std::nullopt, kForEver).ok());
+  Open();
+  ASSERT_TRUE(Save("session", {}).ok());
+  EXPECT_EQ(store_->GetManifest("session", kForEver)->version, 3u);
+}
+
 // ---- manifests ---------------------------------------------------------------------------------
 
 class UnreadableManifestTest : public StoreOpeningTest {
