@@ -52,6 +52,13 @@ PageStoreServiceImpl::PageStoreServiceImpl(PageStore* store, const Clock* clock,
       clock_(clock),
       options_(options),
       incarnation_(static_cast<uint64_t>(absl::ToUnixNanos(clock->WallNow()))),
+      num_idle_streams_(options.metrics == nullptr
+                            ? nullptr
+                            : options.metrics->GetCounter(
+                                  "pagetide_store_idle_streams_total",
+                                  "Put streams that were ended because nothing came of them.")),
+      // Often enough for a bound of a minute, and for tests that move the clock by hand.
+      idle_streams_("put-idle", absl::Milliseconds(250), [this] { EndIdlePutStreams(); }),
       executor_(
           {.name = "store", .num_threads = options.num_threads, .max_queue = options.max_queue}),
       lease_executor_({.name = "lease", .num_threads = 2, .max_queue = options.max_queue}) {}

@@ -12,8 +12,13 @@
 #include <memory>
 #include <utility>
 
+#include "absl/container/flat_hash_set.h"
+#include "absl/time/time.h"
 #include "base/clock.h"
 #include "base/executor.h"
+#include "base/metrics.h"
+#include "base/mutex.h"
+#include "base/periodic_task.h"
 #include "base/thread_group.h"
 #include "core/page_store.h"
 #include "pagetide/v1/page_store.grpc.pb.h"
@@ -31,6 +36,11 @@ struct PageStoreServiceOptions {
   // memory; beyond them RESOURCE_EXHAUSTED. One page, which is taken whole, may be larger than a
   // stream's share.
   uint64_t max_put_bytes = uint64_t{1} << 30;
+  // A PutPages stream of which nothing comes for this long, while the store waits for it, ends with
+  // DEADLINE_EXCEEDED: a client that fell silent must not keep what its stream holds.
+  absl::Duration put_idle = absl::Minutes(1);
+  // Counts those in pagetide_store_idle_streams_total; null: not counted. Outlives the service.
+  Metrics* metrics = nullptr;
   // Pages a PutPages or GetPages stream.
   size_t max_stream_pages = 4096;
   // Keys a LookupPages or DeletePages call.
@@ -117,6 +127,8 @@ class PageStoreServiceImpl final : public v1::PageStoreService::WithRawCallbackM
   class WatchStream;
 
   MonotonicTime DeadlineOf(const grpc::CallbackServerContext& context) const;
+  // Ends the PutPages streams that have waited for their client for too long.
+  void EndIdlePutStreams() ABSL_LOCKS_EXCLUDED(put_streams_mu_);
   // Runs `call` (MonotonicTime → absl::Status) on a thread of `executor` and finishes the reactor
   // with it.
   template <typename Call>
@@ -135,7 +147,11 @@ class PageStoreServiceImpl final : public v1::PageStoreService::WithRawCallbackM
   std::atomic<bool> ending_{false};  // relaxed: polled
   std::atomic<int> num_watchers_{0};
   std::atomic<uint64_t> put_bytes_{0};  // relaxed: of all PutPages streams
+  Counter* const num_idle_streams_;     // null: not counted
+  Mutex put_streams_mu_;
+  absl::flat_hash_set<PutStream*> put_streams_ ABSL_GUARDED_BY(put_streams_mu_);
   // Last: their threads end before the rest goes.
+  PeriodicTask idle_streams_;
   ThreadGroup watch_threads_{"store-watch"};
   ThreadPoolExecutor executor_;
   // Renewals of leases, which touch no disk: a disk that keeps all other threads waiting must not

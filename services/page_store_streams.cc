@@ -1,6 +1,10 @@
 // The three streams of PageStoreServiceImpl: PutPages, GetPages, WatchStore.
+#include <grpc/grpc.h>
+
 #include <algorithm>
+#include <atomic>
 #include <cstring>
+#include <limits>
 #include <optional>
 #include <string>
 #include <utility>
@@ -27,11 +31,31 @@ class PageStoreServiceImpl::PutStream final : public grpc::ServerReadReactor<grp
  public:
   PutStream(PageStoreServiceImpl* service, grpc::CallbackServerContext* context,
             grpc::ByteBuffer* response)
-      : service_(*service), deadline_(service->DeadlineOf(*context)), response_(response) {
-    StartRead(&message_);
+      : service_(*service),
+        deadline_(service->DeadlineOf(*context)),
+        context_(context),
+        response_(response) {
+    {
+      MutexLock lock(&service_.put_streams_mu_);
+      service_.put_streams_.insert(this);
+    }
+    AwaitMessage();
+  }
+
+  // If the stream has waited for a message since before `since`: its call, with a reference, to be
+  // ended, once; else null.
+  grpc_call* TakeIfIdle(MonotonicTime since) {
+    int64_t waits_since = waits_since_.load(std::memory_order_relaxed);
+    if (waits_since >= absl::ToInt64Nanoseconds(since.since_boot) ||
+        !waits_since_.compare_exchange_strong(waits_since, kBusy, std::memory_order_relaxed)) {
+      return nullptr;
+    }
+    grpc_call_ref(context_->c_call());
+    return context_->c_call();
   }
 
   void OnReadDone(bool ok) override {
+    waits_since_.store(kBusy, std::memory_order_relaxed);
     if (!ok) {
       RunTask([this] { End(); });
       return;
@@ -43,10 +67,10 @@ class PageStoreServiceImpl::PutStream final : public grpc::ServerReadReactor<grp
     } else if (buffered_bytes_ >= service_.options_.max_stream_bytes / 2) {
       RunTask([this] {
         StoreFullPages();
-        StartRead(&message_);
+        AwaitMessage();
       });
     } else {
-      StartRead(&message_);
+      AwaitMessage();
     }
   }
   void OnDone() override { delete this; }
@@ -61,7 +85,19 @@ class PageStoreServiceImpl::PutStream final : public grpc::ServerReadReactor<grp
     }
   };
 
-  ~PutStream() override { Hold(0); }
+  static constexpr int64_t kBusy = std::numeric_limits<int64_t>::max();
+
+  ~PutStream() override {
+    Hold(0);
+    MutexLock lock(&service_.put_streams_mu_);
+    service_.put_streams_.erase(this);
+  }
+
+  void AwaitMessage() {
+    waits_since_.store(absl::ToInt64Nanoseconds(service_.clock_->MonotonicNow().since_boot),
+                       std::memory_order_relaxed);
+    StartRead(&message_);
+  }
 
   // What this stream has in memory is `bytes` now.
   void Hold(uint64_t bytes) {
@@ -190,7 +226,10 @@ class PageStoreServiceImpl::PutStream final : public grpc::ServerReadReactor<grp
 
   PageStoreServiceImpl& service_;
   const MonotonicTime deadline_;
+  grpc::CallbackServerContext* const context_;
   grpc::ByteBuffer* const response_;
+  // Since when a message is awaited, in ns; kBusy: none is. Relaxed: a hint, of a minute ago.
+  std::atomic<int64_t> waits_since_{kBusy};
   grpc::ByteBuffer message_;
   Durability level_ = Durability::kCache;
   bool has_level_ = false;
@@ -199,6 +238,26 @@ class PageStoreServiceImpl::PutStream final : public grpc::ServerReadReactor<grp
   uint64_t buffered_bytes_ = 0;  // of pages_; counted in the service's put_bytes_, too
   std::vector<PutPageResult> results_;
 };
+
+void PageStoreServiceImpl::EndIdlePutStreams() {
+  const MonotonicTime since = clock_->MonotonicNow() - options_.put_idle;
+  std::vector<grpc_call*> idle;
+  {
+    MutexLock lock(&put_streams_mu_);
+    for (PutStream* stream : put_streams_) {
+      if (grpc_call* const call = stream->TakeIfIdle(since)) idle.push_back(call);
+    }
+  }
+  const std::string what =
+      absl::StrCat("put pages: nothing came for ", absl::FormatDuration(options_.put_idle));
+  for (grpc_call* call : idle) {
+    if (num_idle_streams_ != nullptr) num_idle_streams_->Increment();
+    // As ServerContext::TryCancel, which can say CANCELLED only. The stream's read fails, and it
+    // ends as when its client goes away.
+    grpc_call_cancel_with_status(call, GRPC_STATUS_DEADLINE_EXCEEDED, what.c_str(), nullptr);
+    grpc_call_unref(call);
+  }
+}
 
 grpc::ServerReadReactor<grpc::ByteBuffer>* PageStoreServiceImpl::PutPages(
     grpc::CallbackServerContext* context, grpc::ByteBuffer* response) {

@@ -51,8 +51,9 @@ absl::StatusOr<std::unique_ptr<StoreRole>> StoreRole::Start(const Options& optio
         ->Increment();
   }
   parts->store = std::make_unique<InstrumentedPageStore>(parts->engine.get(), parts->metrics.get());
-  parts->service =
-      std::make_unique<PageStoreServiceImpl>(parts->store.get(), clock, options.service);
+  PageStoreServiceImpl::Options service = options.service;
+  service.metrics = parts->metrics.get();
+  parts->service = std::make_unique<PageStoreServiceImpl>(parts->store.get(), clock, service);
   parts->admin = std::make_unique<AdminServiceCommon>(
       "store", std::vector<std::string>{"rocksdb", "segments"}, parts->metrics.get());
   PT_ASSIGN_OR_RETURN(parts->server,

@@ -9,6 +9,7 @@
 #include "rpc/server.h"
 #include "tests/contract/page_store_contract.h"
 #include "tests/kvstore/store_test_util.h"
+#include "tests/support/timing.h"
 
 namespace pagetide {
 namespace {
@@ -216,6 +217,52 @@ TEST(PutMemoryTest, StreamsHoldNoMoreThanTheyMayAndGiveItBack) {
   const auto result = served.client()->PutPages({&put, 1}, Durability::kProcess,
                                                 Clock::Real()->MonotonicNow() + absl::Seconds(20));
   EXPECT_TRUE(result[0].status.ok()) << result[0].status;
+}
+
+TEST(IdlePutTest, AStreamOfWhichNothingComesEndsAndGivesItsMemoryBack) {
+  FakeClock clock;
+  MemoryPageStore store({.clock = &clock});
+  InMemoryMetrics metrics;
+  ServedStore served(&store, &clock, {.max_put_bytes = 3 << 20, .metrics = &metrics});
+  const auto stub = v1::PageStoreService::NewStub(served.channel());
+  const auto first_part = [](uint64_t seed) {
+    const TestPage page = MakeTestPage(seed, 2 << 20);
+    v1::PutPagesRequest request;
+    request.set_level(v1::DURABILITY_PROCESS);
+    v1::PageHeader* header = request.mutable_header();
+    header->set_page_key(page.meta.key.digest.ToBytes());
+    header->set_fingerprint(page.meta.fingerprint.ToBytes());
+    header->set_body_bytes(page.meta.body_bytes);
+    header->mutable_checksum()->set_low(page.meta.checksum.low);
+    header->mutable_checksum()->set_high(page.meta.checksum.high);
+    request.set_body(std::string(reinterpret_cast<const char*>(page.body.data()), 1 << 20));
+    return request;
+  };
+  // Two thirds of what all may hold, by a client without a deadline that sends no more.
+  grpc::ClientContext context;
+  v1::PutPagesResponse response;
+  const auto silent = stub->PutPages(&context, &response);
+  ASSERT_TRUE(silent->Write(first_part(1)));
+  v1::PutPagesRequest rest;
+  rest.set_body(std::string(1 << 19, 'x'));
+  ASSERT_TRUE(silent->Write(rest));
+  const TestPage page = MakeTestPage(2, 2 << 20);
+  const PutPage put{page.meta, page.body};
+  const auto try_put = [&] {
+    return served.client()
+        ->PutPages({&put, 1}, Durability::kProcess,
+                   Clock::Real()->MonotonicNow() + absl::Seconds(20))[0]
+        .status;
+  };
+  // It holds them still, as long as it is not idle for a minute.
+  EXPECT_TRUE(testing::Eventually([&] { return absl::IsResourceExhausted(try_put()); }));
+  EXPECT_EQ(metrics.Value("pagetide_store_idle_streams_total"), 0);
+  clock.Advance(absl::Seconds(61));
+  const grpc::Status ended = silent->Finish();
+  EXPECT_EQ(ended.error_code(), grpc::StatusCode::DEADLINE_EXCEEDED) << ended.error_message();
+  EXPECT_THAT(ended.error_message(), ::testing::HasSubstr("nothing came for 1m"));
+  EXPECT_EQ(metrics.Value("pagetide_store_idle_streams_total"), 1);
+  EXPECT_TRUE(testing::Eventually([&] { return try_put().ok(); }));
 }
 
 TEST_F(PageStoreServiceTest, NamesTheFieldOfABadHeader) {
