@@ -85,7 +85,8 @@ struct RocksdbPageStoreOptions {
   // in a crash (recency only), or has to be verified when the store opens again.
   absl::Duration access_period = absl::Seconds(10);
   // How often, while durable writes are made, it is recorded how far the index's log is durable
-  // (two fsyncs, for which no call waits). Damage to what is older is found by the next opening.
+  // (two fsyncs, for neither of which a call waits). Damage to what is older is found by the next
+  // opening.
   absl::Duration mark_period = absl::Seconds(1);
   AcceptedLoss accepted_loss;
   const Clock* clock = Clock::Real();
