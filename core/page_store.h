@@ -279,8 +279,9 @@ class PageStore {
   // --- manifests (roots) ---
   // In one atomic step: the version and the fence hold, every page is present with the checksum
   // named and is protected from now on, and the manifest is durable (LOCAL); or nothing changed and
-  // `missing` lists each page (once) to put again. The same request_id on the version it made is
-  // that save, repeated: committed. expected_version 0: must not exist.
+  // `missing` lists each page (once) to put again. The same request_id with the same content on the
+  // version it made is that save, repeated: committed. expected_version 0: must not exist; versions
+  // of a name that was deleted are not used again.
   // FAILED_PRECONDITION: VERSION_MISMATCH, STALE_EPOCH. INVALID_ARGUMENT: name, priority, summary,
   // size, or more kept than the present version has.
   virtual absl::StatusOr<PutManifestResult> PutManifest(const ManifestRecord& manifest,
