@@ -3,15 +3,11 @@ llama-cpp-python and gguf."""
 
 from __future__ import annotations
 
-import json
 import pathlib
-import subprocess
-import sys
-from typing import Any
 
 import numpy as np
 import pytest
-from engine import control_logits, first_logits, logits_of, open_engine
+from engine import ask_in_a_process, control_logits, first_logits, logits_of, open_engine
 from fixtures import Q8_0, fleet, folder, models, prompt_of  # noqa: F401  # fixtures
 from fleet import Fleet
 
@@ -147,15 +143,6 @@ def test_a_wrong_page_changes_the_logits(models: dict[str, pathlib.Path], fleet:
     assert not np.array_equal(got, expected)
     assert np.abs(got - expected).max() > 1e-3
     connector.detach()
-
-
-def ask_in_a_process(order: dict[str, Any]) -> dict[str, Any]:
-    done = subprocess.run(
-        [sys.executable, str(pathlib.Path(__file__).with_name("engine.py"))], input=json.dumps(order),
-        capture_output=True, text=True, timeout=120, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
-    report: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    return report
 
 
 def test_another_process_and_a_restart_of_everything(

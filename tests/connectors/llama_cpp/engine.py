@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import pathlib
+import subprocess
 import sys
-from typing import Any, Optional
+from typing import Any, Mapping, Optional
 
 import llama_cpp.llama_cpp as lc
 import numpy as np
@@ -44,6 +45,15 @@ def control_logits(llama: Any, written: Optional[list[int]], prompt: list[int],
         llama.n_tokens = reused
     llama.eval(prompt[llama.n_tokens:])
     return logits_of(llama)
+
+
+def ask_in_a_process(order: dict[str, Any], environment: Optional[Mapping[str, str]] = None) -> dict[str, Any]:
+    """The report of main() below, in a new process."""
+    done = subprocess.run([sys.executable, __file__], input=json.dumps(order), capture_output=True, text=True,
+                          timeout=120, check=False, env=environment)
+    assert done.returncode == 0, done.stderr[-3000:]
+    report: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return report
 
 
 def main() -> None:

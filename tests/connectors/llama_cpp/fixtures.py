@@ -11,12 +11,23 @@ import pytest
 from fleet import Fleet
 from tiny_model import VOCABULARY, write_tiny_model
 
+import pagetide
+from pagetide.v1 import sequence_pb2
+
 Q8_0 = 8  # ggml's number
 WINDOW = 96
 
 
 def prompt_of(n: int, seed: int) -> list[int]:
     return [1] + [int(t) for t in np.random.default_rng(seed).integers(3, VOCABULARY, n - 1)]
+
+
+def page_keys(client: pagetide.Client, model: pagetide.Model, prompt: list[int]) -> dict[tuple[int, int], bytes]:
+    """(layer group, first token) → key of each full page that PageTide has of a prompt."""
+    with client.open(model, prompt) as sequence:
+        table = sequence.worker.sequences.GetBlockTable(
+            sequence_pb2.GetBlockTableRequest(sequence_id=sequence.id), timeout=10)
+        return {(e.group, e.first_row): e.page_key for e in table.extents if e.page_key}
 
 
 @pytest.fixture(scope="module")

@@ -10,12 +10,12 @@ import grpc
 import numpy as np
 import pytest
 from engine import control_logits, first_logits, open_engine
-from fixtures import WINDOW, fleet, folder, models, prompt_of  # noqa: F401  # fixtures
+from fixtures import WINDOW, fleet, folder, models, page_keys, prompt_of  # noqa: F401  # fixtures
 from fleet import Fleet
 
 import pagetide
 import pagetide_llama_cpp as pt
-from pagetide.v1 import page_store_pb2, page_store_pb2_grpc, sequence_pb2
+from pagetide.v1 import page_store_pb2, page_store_pb2_grpc
 
 WINDOW_GROUP = 1  # by the context's bodies: full layers, window layers
 
@@ -71,14 +71,6 @@ def test_a_context_that_drops_window_rows_is_refused(models: dict[str, pathlib.P
     assert (connector.last.loaded_tokens, connector.last.limit) == (0, "refused")
     assert "rows that the next token attends to are dropped" in connector.last.reason
     connector.detach()
-
-
-def page_keys(client: pagetide.Client, model: pagetide.Model, prompt: list[int]) -> dict[tuple[int, int], bytes]:
-    """(layer group, first token) → key of each full page that PageTide has of a prompt."""
-    with client.open(model, prompt) as sequence:
-        table = sequence.worker.sequences.GetBlockTable(
-            sequence_pb2.GetBlockTableRequest(sequence_id=sequence.id), timeout=10)
-        return {(e.group, e.first_row): e.page_key for e in table.extents if e.page_key}
 
 
 @pytest.mark.parametrize("lost,usable", [(0, 0), (256, 256), (512, 512)])

@@ -10,6 +10,7 @@ from __future__ import annotations
 import collections
 import contextlib
 import dataclasses
+import json
 import logging
 import time
 import weakref
@@ -25,6 +26,7 @@ from pagetide.v1 import types_pb2
 from pagetide_llama_cpp.context import LlamaContext
 from pagetide_llama_cpp.gguf import read_gguf
 from pagetide_llama_cpp.identity import PAGE_TOKENS, Refused, check_context, model_spec
+from pagetide_llama_cpp.numerics import numerics_digest, numerics_of
 from pagetide_llama_cpp.state import Bytes, StateError
 from pagetide_llama_cpp.store_thread import StoreThread
 
@@ -54,6 +56,10 @@ class Options:
     # Store pages that generation filled, too. Their rows were computed one token at a time, so that the
     # last bits can differ from those of a prefill.
     store_generated: bool = True
+    # Pages are shared with engines of equal numerics only (Connector.numerics: build of llama.cpp, instructions,
+    # devices, batches), so that reuse changes no bit of the logits. False: with all engines of the model and
+    # its settings; the last bits of rows are then those of whoever wrote them.
+    numerics_in_key: bool = True
 
 
 @dataclasses.dataclass
@@ -128,6 +134,8 @@ class Connector:
         # Sums over prompts since the start: prompts, prompt_tokens, live_tokens, loaded_tokens,
         # computed_tokens, failures, refused; limit_X: prompts whose Report.limit is X.
         self.counters: collections.Counter[str] = collections.Counter()
+        # What moves the last bits of this engine's rows.
+        self.numerics: dict[str, Any] = {}
         self._model: Optional[pagetide.Model] = None
         self._spec: Any = None
         self._context: Optional[LlamaContext] = None
@@ -155,7 +163,11 @@ class Connector:
         try:
             check_context(llama)
             self._context = LlamaContext(llama)
-            self._spec = model_spec(llama, read_gguf(model_path), self._context.layout)
+            self.numerics = numerics_of(llama)
+            self._spec = model_spec(llama, read_gguf(model_path), self._context.layout,
+                                    numerics_digest(self.numerics) if options.numerics_in_key else "")
+            _log.info("model %s, %s; numerics %s", self._spec.name, self._spec.numerics_id,
+                      json.dumps(self.numerics))
         except Exception as error:  # noqa: BLE001  # another wrapper's version, no memory: the engine goes on
             expected = isinstance(error, (Refused, ValueError, OSError, KeyError))
             self.refused_because = f"{error}" if expected else f"{type(error).__name__}: {error}"

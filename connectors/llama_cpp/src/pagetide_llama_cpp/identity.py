@@ -53,8 +53,9 @@ def check_context(llama: Any) -> None:
         raise Refused("logits_all (or a draft model): reused tokens have no logits")
 
 
-def model_spec(llama: Any, gguf: GgufFile, layout: StateLayout) -> model_pb2.ModelSpec:
-    """Refused for what is not known well enough to be named."""
+def model_spec(llama: Any, gguf: GgufFile, layout: StateLayout, numerics: str = "") -> model_pb2.ModelSpec:
+    """Refused for what is not known well enough to be named. numerics: digest of what moves last bits, to be part
+    of the key; empty: pages are shared with engines that differ in it."""
     params = llama.context_params
     if gguf.of_architecture("attention.causal", True) is False:
         raise Refused(f"{gguf.architecture}: attention that is not causal")
@@ -77,11 +78,11 @@ def model_spec(llama: Any, gguf: GgufFile, layout: StateLayout) -> model_pb2.Mod
             rope=_rope(llama, gguf, k_dim, is_window),
             basis=(model_pb2.LayerGroup.BASIS_HADAMARD if any(rotated) else
                    model_pb2.LayerGroup.BASIS_PLAIN)))
-    numerics = numerics_text(llama, gguf, rotated)
+    settings = hashlib.sha256(settings_text(llama, gguf, rotated).encode()).hexdigest()[:32]
     spec = model_pb2.ModelSpec(
         weights_digest=gguf.weights_digest, tokenizer_digest=gguf.tokenizer_digest,
         adapter_digests=_adapters(llama), vocabulary_size=llama.n_vocab(),
-        numerics_id="llama.cpp-" + hashlib.sha256(numerics.encode()).hexdigest()[:32],
+        numerics_id="-".join(filter(None, ("llama.cpp", settings, numerics))),
         geometry=model_pb2.Geometry(page_tokens=PAGE_TOKENS, groups=groups))
     title = str(gguf.metadata.get("general.name") or gguf.architecture).lower()
     slug = re.sub(r"[^a-z0-9]+", "-", title).strip("-")[:48] or "model"
@@ -90,8 +91,8 @@ def model_spec(llama: Any, gguf: GgufFile, layout: StateLayout) -> model_pb2.Mod
     return spec
 
 
-def numerics_text(llama: Any, gguf: GgufFile, rotated: tuple[bool, bool]) -> str:
-    """What changes rows besides the weights and the geometry."""
+def settings_text(llama: Any, gguf: GgufFile, rotated: tuple[bool, bool]) -> str:
+    """Settings of the context that change rows, by more than last bits."""
     p = llama.context_params
     values = {
         "flash_attn_type": int(p.flash_attn_type),
@@ -156,7 +157,7 @@ def _layers_of_bodies(llama: Any, gguf: GgufFile, layout: StateLayout) -> list[l
 
 def _rope(llama: Any, gguf: GgufFile, k_dim: int, is_window: bool) -> model_pb2.Rope:
     """Rotations of K, for those who shift rows. Equality of identities does not rest on this alone:
-    numerics_text carries the context's settings and the weights digest the file's."""
+    settings_text carries the context's settings and the weights digest the file's."""
     style = {0: model_pb2.Rope.STYLE_NORM, 2: model_pb2.Rope.STYLE_NEOX}.get(
         int(lc.llama_model_rope_type(llama.model)), model_pb2.Rope.STYLE_NONE)
     if style == model_pb2.Rope.STYLE_NONE:
