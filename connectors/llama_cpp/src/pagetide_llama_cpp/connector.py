@@ -49,6 +49,8 @@ class Options:
     cool_down: float = 5.0
     # Rows that wait to be stored; more stay in the context until there is room, and are dropped with it.
     max_pending_bytes: int = 256 << 20
+    # Prompts whose pages wait to be stored; of more the pages are loaded and none are stored.
+    max_pending_prompts: int = 32
     # Read and write rows in memory shared with a worker on this host; False: by RPC always.
     use_local_plane: bool = True
     # False: only read what others stored.
@@ -132,7 +134,8 @@ class Connector:
         self.refused_because = ""
         self.last: Optional[Report] = None
         # Sums over prompts since the start: prompts, prompt_tokens, live_tokens, loaded_tokens,
-        # computed_tokens, failures, refused; limit_X: prompts whose Report.limit is X.
+        # computed_tokens, failures, refused; limit_X: prompts whose Report.limit is X; not_stored: prompts of
+        # which nothing is stored because too many wait.
         self.counters: collections.Counter[str] = collections.Counter()
         # What moves the last bits of this engine's rows.
         self.numerics: dict[str, Any] = {}
@@ -153,7 +156,7 @@ class Connector:
         self._known = np.empty(0, np.intc)
         # The thread does not keep the engine alive.
         store_failed = weakref.WeakMethod(self._store_failed)
-        self._store = StoreThread(options.max_pending_bytes,
+        self._store = StoreThread(options.max_pending_bytes, options.max_pending_prompts,
                                   lambda reason: (store_failed() or _ignore)(reason))
         self._store_asleep_until = 0.0
         # When the engine goes away, or the interpreter ends, without detach().
@@ -331,24 +334,37 @@ class Connector:
             raise Refused("the prompt has inputs that are not tokens")
         began = time.monotonic()
         sequence = self._client.open(self._registered_model(), tokens)
-        self._store.begin(sequence)  # which closes it in the end, whatever happens here
+        # Else the store thread closes it in the end, whatever happens here.
+        is_ours = not self._store.begin(sequence)
+        try:
+            self._read(sequence, tokens, report, began)
+        finally:
+            if is_ours:
+                sequence.__exit__(None, None, None)
+        if is_ours:
+            self.counters["not_stored"] += 1
+            _log.warning("prompt of %d tokens: nothing of it is stored, %d prompts wait for that",
+                         len(tokens), self._options.max_pending_prompts)
+        is_storing = not is_ours and self._options.store and time.monotonic() >= self._store_asleep_until
+        self._sequence = sequence if is_storing else None
+        self._handed_over = tokens[:sequence.length]
+        self._prompt_tokens = len(tokens)
+
+    def _read(self, sequence: pagetide.Sequence, tokens: list[int], report: Report, began: float) -> None:
+        """What the sequence has more of than the context."""
         report.worker_id = sequence.worker_id
         report.offered_tokens = sequence.length
         report.reason = sequence.reuse.explanation
         report.limit = _LIMITS[sequence.reuse.limit]
-        if sequence.length > report.live_tokens:
-            usable = sequence.wait_ready() if sequence.restoring_pages else sequence.length
-            if sequence.shortened_because:
-                report.reason, report.limit = sequence.shortened_because, "shortened"
+        if sequence.length <= report.live_tokens:
             report.ask_seconds = time.monotonic() - began
-            if usable > report.live_tokens:
-                self._load(sequence, tokens, min(usable, len(tokens) - 1), report)
-        else:
-            report.ask_seconds = time.monotonic() - began
-        is_storing = self._options.store and time.monotonic() >= self._store_asleep_until
-        self._sequence = sequence if is_storing else None
-        self._handed_over = tokens[:sequence.length]
-        self._prompt_tokens = len(tokens)
+            return
+        usable = sequence.wait_ready() if sequence.restoring_pages else sequence.length
+        if sequence.shortened_because:
+            report.reason, report.limit = sequence.shortened_because, "shortened"
+        report.ask_seconds = time.monotonic() - began
+        if usable > report.live_tokens:
+            self._load(sequence, tokens, min(usable, len(tokens) - 1), report)
 
     def _load(self, sequence: pagetide.Sequence, tokens: list[int], length: int,
               report: Report) -> None:
