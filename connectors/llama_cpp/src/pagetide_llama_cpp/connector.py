@@ -27,13 +27,11 @@ from pagetide_llama_cpp.context import LlamaContext
 from pagetide_llama_cpp.gguf import read_gguf
 from pagetide_llama_cpp.identity import PAGE_TOKENS, Refused, check_context, model_spec
 from pagetide_llama_cpp.numerics import numerics_digest, numerics_of
-from pagetide_llama_cpp.state import Bytes, StateError
+from pagetide_llama_cpp.page_reader import PageReader
+from pagetide_llama_cpp.state import StateError
 from pagetide_llama_cpp.store_thread import StoreThread
 
 _log = logging.getLogger("pagetide.llama_cpp")
-# Pages of a load are held for so long, however busy the machine. One that a dead engine leaves behind costs the
-# worker frames until then.
-_LEASE_SECONDS = 10.0
 _FEW_TOKENS = 8
 _LIMITS = {value: name[len("REUSE_LIMIT_"):].lower() for name, value in types_pb2.ReuseLimit.items()}
 
@@ -377,7 +375,7 @@ class Connector:
         self._known = self._known[:0]
         report.live_tokens = 0
         try:
-            pages = _PageReader(sequence)
+            pages = PageReader(sequence)
             for begin in range(0, length, context.part_tokens):
                 if begin and time.monotonic() - began > self._options.max_load_seconds:
                     report.limit = "shortened"
@@ -386,10 +384,7 @@ class Connector:
                     length = begin
                     break
                 end = min(begin + context.part_tokens, length)
-                blocks, source_tokens = pages.read(begin, end)
-                state = context.stage(blocks, source_tokens, begin, end)
-                pages.check()  # rows that were lent must have been ours until they were copied
-                context.load(state, begin, end)
+                context.load(pages.stage(context, begin, end), begin, end)
             # Window layers too: the next token attends to rows that llama.cpp would not miss aloud.
             if context.first_position() != 0:
                 raise StateError(f"the context begins at position {context.first_position()}")
@@ -430,32 +425,6 @@ class Connector:
                 return  # too much is on its way: the rows stay in the context, and are cut out later
             self._handed_over.extend(part)
             begin = end
-
-
-class _PageReader:
-    """Rows of a sequence: frames in place where the worker is on this host, copies by RPC otherwise."""
-
-    def __init__(self, sequence: pagetide.Sequence) -> None:
-        self._sequence = sequence
-        self._lease = sequence.lease_pages(_LEASE_SECONDS)
-
-    def read(self, begin: int, end: int) -> tuple[list[Bytes], int]:
-        """A block a layer group with the rows [begin, end), and the rows that each block has room for."""
-        groups = range(len(self._sequence.model.groups))
-        if self._lease is not None:
-            if begin % PAGE_TOKENS == 0:
-                pages = [self._lease.page(g, begin) for g in groups]
-                if all(page is not None for page in pages):
-                    return [page for page in pages if page is not None], PAGE_TOKENS
-            copies = [np.empty((end - begin) * self._sequence.model.groups[g].token_bytes, np.uint8)
-                      for g in groups]
-            if all(self._lease.copy(g, begin, end, copies[g]) for g in groups):
-                return copies, end - begin
-        return [self._sequence.read_block(g, begin, end, in_place=False) for g in groups], end - begin
-
-    def check(self) -> None:
-        if self._lease is not None and not self._lease.is_valid():
-            raise pagetide.DeadlineExceeded("load pages: the lease ended before they were copied")
 
 
 def _end(store: StoreThread, client: pagetide.Client, flush_timeout: float = 5.0) -> None:
