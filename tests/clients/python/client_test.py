@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import pathlib
 import tempfile
 import threading
@@ -109,6 +110,26 @@ def test_prompts_with_other_inputs_share_only_what_stands_before_them(client: pa
     for wrong in ([pagetide.Input(40, b"short")], [*cat, pagetide.Input(39, b"c" * 32)]):
         with pytest.raises(pagetide.InvalidArgument, match="inputs"):
             client.open(model, tokens, inputs=wrong)
+
+
+def test_a_child_of_the_process_lets_go_of_the_local_plane(fleet: Fleet) -> None:
+    """The connection is the parent's life to the worker: a child that outlives it must not hold it open."""
+    with pagetide.Client(router=fleet.router.grpc) as client:
+        model = client.register_model(spec())
+        tokens = tokens_of(40, 77)
+        with client.open(model, tokens) as sequence:
+            append_all(sequence, tokens)
+            plane = sequence.worker.plane(model)
+            assert plane is not None and plane.is_alive()
+            child = os.fork()
+            if child == 0:
+                os._exit(0 if plane._socket.fileno() < 0 and not plane.is_alive() else 1)
+            assert os.waitpid(child, 0)[1] == 0
+            # The parent's is as it was.
+            assert sequence.worker.plane(model) is plane
+            lease = sequence.lease_pages()
+            assert lease is not None and lease.page(0, 16) is not None
+            assert np.array_equal(sequence.read_block(0, 0, 40), block_of(model, tokens, 0, 40))
 
 
 def test_steps_over_shared_memory_and_rpc_give_the_same_rows(client: pagetide.Client) -> None:

@@ -14,6 +14,7 @@ import select
 import socket
 import struct
 import time
+import weakref
 from typing import Optional, Sequence as Seq
 
 import numpy as np
@@ -28,12 +29,14 @@ _MAX_WELCOME_BYTES = 64 << 10
 _MAX_DESCRIPTORS = 16
 _F_GET_SEALS, _F_SEAL_SHRINK = 1034, 2  # linux/fcntl.h; Python names them from 3.12 on
 Bytes = npt.NDArray[np.uint8]
+_open_planes: "weakref.WeakSet[LocalPlane]" = weakref.WeakSet()
 
 
 class LocalPlane:
     """A connected local plane. Regions are disjoint, so threads may fill theirs at the same time.
 
-    Arrays taken from it keep the memory mapped after close(); nothing is ever unmapped under them.
+    Arrays taken from it keep the memory mapped after close(); nothing is ever unmapped under them. In a child
+    of this process it is closed: the connection is the life of the process that made it.
     """
 
     def __init__(self, sock: socket.socket, client_id: int, staging: mmap.mmap,
@@ -42,6 +45,7 @@ class LocalPlane:
         self.client_id = client_id
         self._staging: Bytes = np.frombuffer(staging, np.uint8)
         self._pool: Optional[Bytes] = None if pool is None else np.frombuffer(pool, np.uint8)
+        _open_planes.add(self)
 
     @staticmethod
     def connect(socket_path: str, staging_bytes: int, timeout: float,
@@ -121,6 +125,17 @@ class LocalPlane:
 
     def close(self) -> None:
         self._socket.close()
+
+
+def _close_in_child() -> None:
+    """Of the descriptors that were inherited, which would keep the worker from seeing the parent's end."""
+    for plane in list(_open_planes):
+        plane.close()
+    _open_planes.clear()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_close_in_child)
 
 
 def _receive_welcome(sock: socket.socket, descriptors: list[int], deadline: float,

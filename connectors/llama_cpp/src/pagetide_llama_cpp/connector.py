@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import ctypes
 import dataclasses
 import json
 import logging
+import os
 import time
 import weakref
 from typing import Any, Callable, Generator, Iterator, Optional, Sequence
@@ -33,7 +35,13 @@ from pagetide_llama_cpp.store_thread import StoreThread
 
 _log = logging.getLogger("pagetide.llama_cpp")
 _FEW_TOKENS = 8
+FORKED = ("this process was forked after attach(), whose connections and threads are the parent's: attach behind the fork "
+          "only, or start processes by spawn")
 _LIMITS = {value: name[len("REUSE_LIMIT_"):].lower() for name, value in types_pb2.ReuseLimit.items()}
+
+
+# For children of this process.
+_attached: "weakref.WeakSet[Connector]" = weakref.WeakSet()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -159,6 +167,8 @@ class Connector:
         self._store_asleep_until = 0.0
         # When the engine goes away, or the interpreter ends, without detach().
         self._end = weakref.finalize(self, _end, self._store, self._client)
+        self._process = os.getpid()
+        _attached.add(self)
         self._generate: Callable[..., Any] = llama.generate
         self._eval: Callable[..., Any] = llama.eval
         try:
@@ -182,14 +192,42 @@ class Connector:
 
     def detach(self, flush_timeout: float = 10.0) -> None:
         """Stores what is on its way and gives the methods back."""
+        if not self._is_in_its_process():
+            return
         self._end.detach()
+        _attached.discard(self)
+        self._give_methods_back()
+        _end(self._store, self._client, flush_timeout)
+
+    def _give_methods_back(self) -> None:
         self._llama.eval, self._llama.load_state = self._eval, self._load_state
         if self._is_wrapped:
             self._llama.generate = self._generate
-        _end(self._store, self._client, flush_timeout)
+
+    def _is_in_its_process(self) -> bool:
+        """False behind a fork, with the parent's connections and threads left to the parent."""
+        if os.getpid() != self._process:
+            self.leave_to_parent()
+        return self.refused_because != FORKED
+
+    def leave_to_parent(self) -> None:
+        """In a child of the process that attached: the engine goes on without PageTide. Neither waits nor takes a
+        lock that the parent may have held when it forked."""
+        if self.refused_because == FORKED:
+            return
+        self._process = os.getpid()
+        self._end.detach()
+        # Never destroyed here: what destroys a channel waits for threads that are the parent's only.
+        for left in (self._client, self._store, self._sequence):
+            ctypes.pythonapi.Py_IncRef(ctypes.py_object(left))
+        self._store.leave_to_parent()
+        self._context = self._model = self._sequence = None
+        self.refused_because = FORKED
+        self._give_methods_back()
 
     def flush(self, timeout: float = 10.0) -> bool:
         """Waits until what was handed over is stored (or has failed)."""
+        self._is_in_its_process()
         return self._store.flush(timeout)
 
     @property
@@ -253,6 +291,7 @@ class Connector:
         already. generate() calls it."""
         report = Report(len(tokens))
         self.last = report
+        self._is_in_its_process()
         if self._sequence is not None:  # what never found room on the store thread
             self._store.drop(max(self._known_rows().size // PAGE_TOKENS * PAGE_TOKENS -
                                  len(self._handed_over), 0))
@@ -298,6 +337,8 @@ class Connector:
 
     def keep(self) -> None:
         """Hands pages that have filled since prepare() to the store thread. eval() calls it."""
+        if not self._is_in_its_process():
+            return
         began = time.monotonic()
         try:
             self._hand_over()
@@ -314,6 +355,7 @@ class Connector:
         return int(self._client.lookup(model, tokens).reused_tokens)
 
     def _registered_model(self) -> pagetide.Model:
+        self._is_in_its_process()
         if self._context is None:
             raise Refused(self.refused_because)
         asleep = self._asleep_until - time.monotonic()
@@ -431,6 +473,16 @@ def _end(store: StoreThread, client: pagetide.Client, flush_timeout: float = 5.0
     store.flush(flush_timeout)
     store.stop(flush_timeout)
     client.close()
+
+
+def _after_fork_in_child() -> None:
+    for connector in list(_attached):
+        connector.leave_to_parent()
+    _attached.clear()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork_in_child)
 
 
 def _ignore(reason: str) -> None:

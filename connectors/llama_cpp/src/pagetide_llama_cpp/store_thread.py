@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import dataclasses
 import logging
 import threading
@@ -110,6 +111,18 @@ class StoreThread:
             self._stop_by = time.monotonic() + timeout
             self._changed.notify_all()
         self._thread.join(timeout)
+
+    def leave_to_parent(self) -> None:
+        """In a child that was forked: the thread and what waits are the parent's. Takes no lock: who held it is not
+        in this process."""
+        # Never let go of: to close what they belong to is the parent's, too.
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(self._jobs))
+        self._changed = threading.Condition()
+        self._jobs = deque()
+        self._pending_bytes = self._pending_sequences = 0
+        self._is_busy = False
+        self._is_stopping = True
+        self._sequence = None
 
     def _run(self) -> None:
         while True:
