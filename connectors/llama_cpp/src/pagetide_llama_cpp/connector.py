@@ -21,17 +21,17 @@ from typing import Any, Callable, Generator, Iterator, Optional, Sequence
 import llama_cpp
 import llama_cpp.llama_cpp as lc
 import numpy as np
-import numpy.typing as npt
 
 import pagetide
 from pagetide.v1 import types_pb2
 from pagetide_llama_cpp.context import LlamaContext
-from pagetide_llama_cpp.gguf import read_gguf
-from pagetide_llama_cpp.identity import PAGE_TOKENS, Refused, check_context, model_spec
+from pagetide_llama_cpp.identity import PAGE_TOKENS, Refused, check_context, model_spec, read_loaded_gguf
+from pagetide_llama_cpp.known_rows import KnownRows, common_prefix
 from pagetide_llama_cpp.numerics import numerics_digest, numerics_of
 from pagetide_llama_cpp.page_reader import PageReader
-from pagetide_llama_cpp.state import StateError
+from pagetide_llama_cpp.state import SEQUENCE, StateError
 from pagetide_llama_cpp.store_thread import StoreThread
+from pagetide_llama_cpp.watch import origin_of
 
 _log = logging.getLogger("pagetide.llama_cpp")
 _FEW_TOKENS = 8
@@ -156,10 +156,9 @@ class Connector:
         self._sequence: Optional[pagetide.Sequence] = None
         self._handed_over: list[int] = []
         self._prompt_tokens = 0
-        # The tokens that are known to have made the context's leading rows: they went through eval(), or were
-        # loaded. Inputs that are not tokens (images) and states that are put into the context go past us, and
-        # leave in input_ids what stood there before.
-        self._known = np.empty(0, np.intc)
+        self._rows = KnownRows(llama)
+        self._origin = origin_of(llama.ctx)
+        self._num_changes = self._origin.num_changes
         # The thread does not keep the engine alive.
         store_failed = weakref.WeakMethod(self._store_failed)
         self._store = StoreThread(options.max_pending_bytes, options.max_pending_prompts,
@@ -175,7 +174,7 @@ class Connector:
             check_context(llama)
             self._context = LlamaContext(llama)
             self.numerics = numerics_of(llama)
-            self._spec = model_spec(llama, read_gguf(model_path), self._context.layout,
+            self._spec = model_spec(llama, read_loaded_gguf(llama, model_path), self._context.layout,
                                     numerics_digest(self.numerics) if options.numerics_in_key else "")
             _log.info("model %s, %s; numerics %s", self._spec.name, self._spec.numerics_id,
                       json.dumps(self.numerics))
@@ -184,9 +183,7 @@ class Connector:
             self.refused_because = f"{error}" if expected else f"{type(error).__name__}: {error}"
             self._context = None
             _log.warning("no reuse for %s: %s", model_path, self.refused_because, exc_info=not expected)
-        self._load_state: Callable[..., Any] = llama.load_state
         llama.eval = self._eval_and_note
-        llama.load_state = self._load_state_and_forget
         if is_wrapped:
             llama.generate = self._generate_with_reuse
 
@@ -200,7 +197,8 @@ class Connector:
         _end(self._store, self._client, flush_timeout)
 
     def _give_methods_back(self) -> None:
-        self._llama.eval, self._llama.load_state = self._eval, self._load_state
+        self._rows.close()
+        self._llama.eval = self._eval
         if self._is_wrapped:
             self._llama.generate = self._generate
 
@@ -265,26 +263,24 @@ class Connector:
         yield from self._generate(tokens, *args, **kwargs)
 
     def _eval_and_note(self, tokens: Sequence[int]) -> None:
-        begin = self._llama.n_tokens
-        known = self._known_rows()
-        try:
-            self._eval(tokens)
-        finally:  # of an eval that failed some batches may have been decoded
-            # Behind rows that went past us nothing is known: what they attended to is not.
-            if known.size == begin:
-                known = self._llama.input_ids[:self._llama.n_tokens].copy()
-            self._known = known
+        self._rows.evaluate(self._eval, tokens)
         if self._is_wrapped:
             self.keep()
 
-    def _load_state_and_forget(self, *args: Any, **kwargs: Any) -> Any:
-        self._known = self._known[:0]  # rows of anybody's
-        return self._load_state(*args, **kwargs)
-
-    def _known_rows(self) -> npt.NDArray[np.intc]:
-        """The tokens of the context's leading rows, as far as they are known; the wrapper agrees."""
-        n = min(self._llama.n_tokens, self._known.size)
-        return self._known[:_common_prefix(self._llama.input_ids[:n], self._known[:n])]
+    def _check_still_ours(self) -> None:
+        """Refused when the engine is not any more what it was when it was attached."""
+        context = self._context
+        if context is None:
+            raise Refused(self.refused_because)
+        if self._origin.num_changes != self._num_changes:
+            raise Refused(f"{self._origin.last_change} was called since the context was attached: its rows are not "
+                          "those of the model any more that it is named after; open it anew")
+        threads = self.numerics.get("threads")
+        if self._options.numerics_in_key and threads not in (None, lc.llama_n_threads(self._llama.ctx)):
+            raise Refused(f"the context was attached with {threads} threads and has "
+                          f"{lc.llama_n_threads(self._llama.ctx)}: attach it anew")
+        if not context.is_passage_free():
+            raise Refused(f"sequence {SEQUENCE} of the context is in use, through which pages go in and out")
 
     def prepare(self, tokens: list[int]) -> Report:
         """Brings the longest known prefix of a prompt into the context, unless the context holds as much
@@ -293,12 +289,13 @@ class Connector:
         self.last = report
         self._is_in_its_process()
         if self._sequence is not None:  # what never found room on the store thread
-            self._store.drop(max(self._known_rows().size // PAGE_TOKENS * PAGE_TOKENS -
+            self._store.drop(max(self._rows.tokens().size // PAGE_TOKENS * PAGE_TOKENS -
                                  len(self._handed_over), 0))
         self._sequence = None
-        known = self._known_rows()
-        report.live_tokens = _common_prefix(known, tokens)
+        known = self._rows.tokens()
+        report.live_tokens = common_prefix(known, tokens)
         try:
+            self._check_still_ours()
             self._forget_foreign_rows(tokens, known.size)
             self._reuse(tokens, report)
         except pagetide.PageTideError as error:
@@ -325,15 +322,14 @@ class Connector:
 
     def _forget_foreign_rows(self, tokens: list[int], num_known: int) -> None:
         """The wrapper goes on from the longest prefix that input_ids has; Refused where that takes in rows that
-        went past us. A few (the first token is that of every prompt) are not worth it."""
-        held = _common_prefix(self._llama.input_ids[:self._llama.n_tokens], tokens)
+        are not known. A few (the first token is that of every prompt) are not worth it."""
+        held = common_prefix(self._llama.input_ids[:self._llama.n_tokens], tokens)
         if held <= num_known or self._context is None:
             return
         if held >= _FEW_TOKENS:
-            raise Refused(f"the context holds {held - num_known} rows of inputs that are not tokens, or of a "
-                          "state that was loaded")
+            raise Refused(f"the context holds {held - num_known} rows of inputs that are not tokens, of a state "
+                          "that was loaded, or that were changed by others")
         self._context.clear()
-        self._known = self._known[:0]
 
     def keep(self) -> None:
         """Hands pages that have filled since prepare() to the store thread. eval() calls it."""
@@ -366,8 +362,8 @@ class Connector:
         return self._model
 
     def _reuse(self, tokens: list[int], report: Report) -> None:
-        if self._context is None:
-            raise Refused(self.refused_because)
+        if self._llama._logits_all or self._llama.draft_model is not None:  # noqa: SLF001
+            raise Refused("logits_all (or a draft model): reused tokens have no logits")
         if len(tokens) < 2 or len(tokens) >= self._llama.n_ctx():
             raise Refused(f"prompt of {len(tokens)} tokens in a context of {self._llama.n_ctx()}")
         if min(tokens) < 0:
@@ -414,7 +410,6 @@ class Connector:
         assert context is not None
         began = time.monotonic()
         context.clear()
-        self._known = self._known[:0]
         report.live_tokens = 0
         try:
             pages = PageReader(sequence)
@@ -436,7 +431,7 @@ class Connector:
                 raise
             raise pagetide.Internal(f"load {length} tokens: {error}") from error
         context.claim(tokens, length)
-        self._known = np.asarray(tokens[:length], np.intc)
+        self._rows.set(tokens[:length])
         report.loaded_tokens = length
         report.load_seconds = time.monotonic() - began
 
@@ -445,13 +440,19 @@ class Connector:
         sequence, context = self._sequence, self._context
         if sequence is None or context is None:
             return
-        ids = self._known_rows()
+        ids = self._rows.tokens()
         until = ids.size if self._options.store_generated else min(ids.size, self._prompt_tokens)
         begin = len(self._handed_over)
         if until // PAGE_TOKENS * PAGE_TOKENS <= begin:
             return
         if not np.array_equal(ids[:begin], self._handed_over):
             self._sequence = None  # the context went another way than the sequence
+            return
+        try:
+            self._check_still_ours()
+        except Refused as refused:
+            self._sequence = None
+            _log.info("nothing more of the prompt is stored: %s", refused)
             return
         while begin // PAGE_TOKENS < until // PAGE_TOKENS:
             # To the next page boundary, in parts that a state holds whole.
@@ -487,9 +488,3 @@ if hasattr(os, "register_at_fork"):
 
 def _ignore(reason: str) -> None:
     """Nobody is left to be told."""
-
-
-def _common_prefix(held: Any, tokens: list[int]) -> int:
-    n = min(len(held), len(tokens))
-    differs = np.nonzero(np.asarray(held[:n]) != np.asarray(tokens[:n]))[0]
-    return int(differs[0]) if differs.size else n

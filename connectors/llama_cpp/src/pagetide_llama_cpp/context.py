@@ -121,6 +121,10 @@ class LlamaContext:
         plan.write(blocks, source_tokens, begin, state)
         return state
 
+    def is_passage_free(self) -> bool:
+        """Whether the sequence that pages pass through is nobody else's."""
+        return int(lc.llama_memory_seq_pos_max(self._memory, SEQUENCE)) < 0
+
     def first_position(self) -> int:
         """The lowest position that the context holds in all its caches; -1 when it is empty."""
         return int(lc.llama_memory_seq_pos_min(self._memory, 0))

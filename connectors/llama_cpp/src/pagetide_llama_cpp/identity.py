@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 from typing import Any
 
@@ -13,8 +12,9 @@ import llama_cpp.llama_cpp as lc
 
 import pagetide
 from pagetide.v1 import model_pb2
-from pagetide_llama_cpp.gguf import GgufFile
+from pagetide_llama_cpp.gguf import GgufFile, read_gguf
 from pagetide_llama_cpp.state import StateLayout
+from pagetide_llama_cpp.watch import FileState, file_of, origin_of
 
 PAGE_TOKENS = 256
 
@@ -51,6 +51,20 @@ def check_context(llama: Any) -> None:
                       "that the next token attends to are dropped; open the model with swa_full = True")
     if llama._logits_all:  # noqa: SLF001
         raise Refused("logits_all (or a draft model): reused tokens have no logits")
+    origin = origin_of(llama.ctx)
+    # The wrapper itself sets the adapter that it was opened with.
+    if origin.num_changes > (1 if llama.lora_path else 0):
+        raise Refused(f"{origin.last_change} was called on the context: what changes its rows cannot be named")
+
+
+def read_loaded_gguf(llama: Any, path: str) -> GgufFile:
+    """The file that a model was loaded from. Refused where another one may have its name by now."""
+    before = FileState.of(path)
+    gguf = read_gguf(path)
+    loaded = file_of(llama.model) if path == llama.model_path else None
+    if FileState.of(path) != before or loaded not in (None, before):
+        raise Refused(f"{path} has changed since the model was loaded from it")
+    return gguf
 
 
 def model_spec(llama: Any, gguf: GgufFile, layout: StateLayout, numerics: str = "") -> model_pb2.ModelSpec:
@@ -59,7 +73,7 @@ def model_spec(llama: Any, gguf: GgufFile, layout: StateLayout, numerics: str = 
     params = llama.context_params
     if gguf.of_architecture("attention.causal", True) is False:
         raise Refused(f"{gguf.architecture}: attention that is not causal")
-    rotated = _rotated(gguf, params)
+    rotated = _rotated(gguf, params, origin_of(llama.ctx).rotation)
     groups = []
     for body, layers in zip(layout.bodies, _layers_of_bodies(llama, gguf, layout)):
         heads, k_dim, v_dim = _heads(gguf)
@@ -109,10 +123,10 @@ def settings_text(llama: Any, gguf: GgufFile, rotated: tuple[bool, bool]) -> str
     return json.dumps(values, sort_keys=True)
 
 
-def _rotated(gguf: GgufFile, params: Any) -> tuple[bool, bool]:
-    """Whether K and V are stored in a Hadamard-rotated basis (llama-kv-cache.cpp, attn_rot_k and _v)."""
-    # As C's atoi reads it.
-    digits = re.match(r"\s*[+-]?\d+", os.environ.get("LLAMA_ATTN_ROT_DISABLE", ""))
+def _rotated(gguf: GgufFile, params: Any, setting: str) -> tuple[bool, bool]:
+    """Whether K and V are stored in a Hadamard-rotated basis (llama-kv-cache.cpp, attn_rot_k and _v). setting: of
+    LLAMA_ATTN_ROT_DISABLE when the context was made."""
+    digits = re.match(r"\s*[+-]?\d+", setting)  # as C's atoi reads it
     disabled = digits is not None and int(digits[0]) != 0
     _, k_dim, v_dim = _heads(gguf)
     return (not disabled and params.type_k not in _PLAIN_TYPES and k_dim % 64 == 0,

@@ -199,6 +199,9 @@ def _append(sequence: pagetide.Sequence, tokens: list[int], blocks: list[Bytes])
     if n <= 1024:
         try:
             with sequence.begin_step(n) as step:
+                # A sequence that lost pages meanwhile has another end, and these rows stand behind the old one.
+                if step.first_position != sequence.length:
+                    raise pagetide.Aborted(f"the sequence ends at {step.first_position}, not at {sequence.length}")
                 if step.region is not None:
                     for group, block in enumerate(blocks):
                         at = model.staged_offset(n, group, 0, pagetide.RowKind.K)
