@@ -23,8 +23,12 @@ eval "$settings"
 export PAGETIDE_LLAMA_MODEL=${PAGETIDE_LLAMA_MODEL:-}
 # Programs of another build may be named by PAGETIDE_BIN.
 export PAGETIDE_BIN=${PAGETIDE_BIN:-$PWD/$build/bin}
-# A build makes it where the system's Python has grpcio and protobuf.
-[ -d "$build/python/pagetide/sync" ] || "$PAGETIDE_LLAMA_PYTHON" clients/python/generate.py "$build/python" --package
+# A build makes it where the system's Python has grpcio and protobuf; where it does not, one that was made here is of
+# the sources as they were then.
+made=$build/python/pagetide/sync/__init__.py
+if [ ! -f "$made" ] || [ -n "$(find clients/python proto -type f -newer "$made" -print -quit)" ]; then
+  "$PAGETIDE_LLAMA_PYTHON" clients/python/generate.py "$build/python" --package
+fi
 export PYTHONPATH=$PWD/$build/python:$PWD/connectors/llama_cpp/src:$PWD/tests/clients/python
 export PYTHONDONTWRITEBYTECODE=1
 here=tests/connectors/llama_cpp
