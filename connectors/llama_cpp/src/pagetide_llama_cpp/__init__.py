@@ -7,7 +7,9 @@
 """
 
 from pagetide_llama_cpp.cache import PageTideCache
-from pagetide_llama_cpp.connector import Connector, Options, Report, attach, open_llama
+from pagetide_llama_cpp.connector import Connector, attach
 from pagetide_llama_cpp.identity import Refused
+from pagetide_llama_cpp.opening import open_llama
+from pagetide_llama_cpp.options import Options, Report
 
 __all__ = ["Connector", "Options", "PageTideCache", "Refused", "Report", "attach", "open_llama"]

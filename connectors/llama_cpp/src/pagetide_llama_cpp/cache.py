@@ -18,8 +18,9 @@ from llama_cpp.llama import LlamaState
 from llama_cpp.llama_cache import BaseLlamaCache
 
 import pagetide
-from pagetide_llama_cpp.connector import Connector, Options
+from pagetide_llama_cpp.connector import Connector
 from pagetide_llama_cpp.identity import Refused
+from pagetide_llama_cpp.options import Options
 
 _log = logging.getLogger("pagetide.llama_cpp")
 

@@ -8,15 +8,13 @@ goes on by computing, and the reason is in the connector's last report, its coun
 from __future__ import annotations
 
 import collections
-import contextlib
 import ctypes
-import dataclasses
 import json
 import logging
 import os
 import time
 import weakref
-from typing import Any, Callable, Generator, Iterator, Optional, Sequence
+from typing import Any, Callable, Generator, Optional, Sequence
 
 import llama_cpp
 import llama_cpp.llama_cpp as lc
@@ -28,6 +26,7 @@ from pagetide_llama_cpp.context import LlamaContext
 from pagetide_llama_cpp.identity import PAGE_TOKENS, Refused, check_context, model_spec, read_loaded_gguf
 from pagetide_llama_cpp.known_rows import KnownRows, common_prefix
 from pagetide_llama_cpp.numerics import numerics_digest, numerics_of
+from pagetide_llama_cpp.options import Options, Report
 from pagetide_llama_cpp.page_reader import PageReader
 from pagetide_llama_cpp.state import SEQUENCE, StateError
 from pagetide_llama_cpp.store_thread import StoreThread
@@ -35,85 +34,11 @@ from pagetide_llama_cpp.watch import origin_of
 
 _log = logging.getLogger("pagetide.llama_cpp")
 _FEW_TOKENS = 8
-FORKED = ("this process was forked after attach(), whose connections and threads are the parent's: attach behind the fork "
-          "only, or start processes by spawn")
+FORKED = ("this process was forked after attach(), whose connections and threads are the parent's: attach "
+          "behind the fork only, or start processes by spawn")
 _LIMITS = {value: name[len("REUSE_LIMIT_"):].lower() for name, value in types_pb2.ReuseLimit.items()}
-
-
 # For children of this process.
 _attached: "weakref.WeakSet[Connector]" = weakref.WeakSet()
-
-
-@dataclasses.dataclass(frozen=True)
-class Options:
-    # Bounds each call to PageTide, and the wait for pages that the store has to bring, in seconds.
-    timeout: float = 2.0
-    # Bounds the loading of one prompt, in seconds: what is whole by then is used, the rest is computed.
-    max_load_seconds: float = 10.0
-    # After a failure PageTide is left alone for so long, so that one that is down or slow delays one prompt
-    # and not every one.
-    cool_down: float = 5.0
-    # Rows that wait to be stored; more stay in the context until there is room, and are dropped with it.
-    max_pending_bytes: int = 256 << 20
-    # Prompts whose pages wait to be stored; of more the pages are loaded and none are stored.
-    max_pending_prompts: int = 32
-    # Read and write rows in memory shared with a worker on this host; False: by RPC always.
-    use_local_plane: bool = True
-    # False: only read what others stored.
-    store: bool = True
-    # Store pages that generation filled, too. Their rows were computed one token at a time, so that the
-    # last bits can differ from those of a prefill.
-    store_generated: bool = True
-    # Pages are shared with engines of equal numerics only (Connector.numerics: build of llama.cpp, instructions,
-    # devices, batches), so that reuse changes no bit of the logits. False: with all engines of the model and
-    # its settings; the last bits of rows are then those of whoever wrote them.
-    numerics_in_key: bool = True
-
-
-@dataclasses.dataclass
-class Report:
-    """What became of one prompt."""
-
-    prompt_tokens: int
-    live_tokens: int = 0     # leading tokens that the context held anyway
-    offered_tokens: int = 0  # leading tokens that PageTide had
-    loaded_tokens: int = 0   # leading tokens that came from PageTide
-    # Why not more was loaded: PageTide's explanation, or what failed here.
-    reason: str = ""
-    # PageTide's word for it (never_stored, diverged, group, …: ReuseLimit in types.proto); or
-    # shortened (by a restore), failed, refused.
-    limit: str = ""
-    worker_id: str = ""
-    ask_seconds: float = 0.0   # assignment, opening, restores
-    load_seconds: float = 0.0  # reading pages and handing them to the context
-    cut_seconds: float = 0.0   # copying filled pages out of the context, for the store thread
-
-
-@contextlib.contextmanager
-def contexts_with_pages() -> Iterator[None]:
-    """Contexts that are made inside can give out pages: a unified cache with a second sequence. The class
-    Llama has no parameters for these two. Not for several threads at a time."""
-    original = lc.llama_context_default_params
-
-    def with_second_sequence() -> Any:
-        params = original()
-        params.kv_unified = True
-        params.n_seq_max = 2
-        params.swa_full = True
-        return params
-
-    lc.llama_context_default_params = with_second_sequence
-    try:
-        yield
-    finally:
-        lc.llama_context_default_params = original
-
-
-def open_llama(model_path: str, **arguments: Any) -> llama_cpp.Llama:
-    """A Llama whose context can give out pages: contexts_with_pages, and full-size caches for window layers
-    unless swa_full says otherwise."""
-    with contexts_with_pages():
-        return llama_cpp.Llama(model_path, **arguments)
 
 
 def attach(llama: llama_cpp.Llama, router: str, options: Options = Options(),
@@ -273,8 +198,8 @@ class Connector:
         if context is None:
             raise Refused(self.refused_because)
         if self._origin.num_changes != self._num_changes:
-            raise Refused(f"{self._origin.last_change} was called since the context was attached: its rows are not "
-                          "those of the model any more that it is named after; open it anew")
+            raise Refused(f"{self._origin.last_change} was called since the context was attached: its rows "
+                          "are not those of the model any more that it is named after; open it anew")
         threads = self.numerics.get("threads")
         if self._options.numerics_in_key and threads not in (None, lc.llama_n_threads(self._llama.ctx)):
             raise Refused(f"the context was attached with {threads} threads and has "

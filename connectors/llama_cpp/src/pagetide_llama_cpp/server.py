@@ -16,7 +16,9 @@ from typing import Any
 
 from llama_cpp.server import model as server_model
 
-from pagetide_llama_cpp.connector import Options, attach, contexts_with_pages
+from pagetide_llama_cpp.connector import attach
+from pagetide_llama_cpp.opening import contexts_with_pages
+from pagetide_llama_cpp.options import Options
 
 
 def install(router: str, options: Options = Options()) -> None:

@@ -50,8 +50,8 @@ class FileState:
 
 
 class Watch:
-    """Calls cut(position) when rows of the generating sequence from `position` on were changed, added or dropped. For
-    the thread that uses the context."""
+    """Calls cut(position) when rows of the generating sequence from `position` on were changed, added or
+    dropped. For the thread that uses the context."""
 
     def __init__(self, ctx: int, memory: Optional[int], cut: Callable[[int], None]) -> None:
         self._addresses = [address for address in (ctx, memory) if address]
