@@ -13,7 +13,7 @@ import pytest
 from engine import SETTINGS, control_logits, first_logits, logits_of, open_engine
 from fixtures import Q8_0, fleet, folder, models, prompt_of  # noqa: F401  # fixtures
 from fleet import Fleet
-from tiny_model import write_tiny_model
+from tiny_model import write_tiny_adapter, write_tiny_model
 
 import pagetide
 import pagetide_llama_cpp as pt
@@ -31,6 +31,9 @@ OTHERS: dict[str, dict[str, Any]] = {
     "K type": dict(type_k=1),
     "V type": dict(type_v=Q8_0, flash_attn=True),
     "basis": dict(environment=dict(LLAMA_ATTN_ROT_DISABLE="1")),
+    "adapter": dict(adapter=1),
+    "another adapter": dict(adapter=2),
+    "the adapter's scale": dict(adapter=1, lora_scale=0.5),
     "override": dict(kv_overrides={"llama.attention.layer_norm_rms_epsilon": 1e-4}),
 }
 
@@ -50,12 +53,15 @@ def stored(models: dict[str, pathlib.Path], fleet: Fleet) -> tuple[list[int], st
 
 
 def open_other(models: dict[str, pathlib.Path], folder: pathlib.Path, patch: pytest.MonkeyPatch,
-               file: dict[str, Any] = {}, environment: dict[str, str] = {}, **arguments: Any) -> Any:
+               file: dict[str, Any] = {}, environment: dict[str, str] = {}, adapter: int = 0,
+               **arguments: Any) -> Any:
     for name, value in environment.items():
         patch.setenv(name, value)
     path = models["llama"]
     if file:
         path = write_tiny_model(folder / f"{'-'.join(file)}.gguf", **file)
+    if adapter:
+        arguments["lora_path"] = str(write_tiny_adapter(folder / f"adapter-{adapter}.gguf", seed=adapter))
     return open_engine(path, **{**BASE, **arguments})
 
 

@@ -78,3 +78,20 @@ def write_tiny_model(path: pathlib.Path, architecture: str = "llama", layers: in
     writer.write_tensors_to_file()
     writer.close()
     return path
+
+
+def write_tiny_adapter(path: pathlib.Path, rank: int = 4, seed: int = 1) -> pathlib.Path:
+    """A LoRA adapter for the K projection of the first layer of a tiny "llama"."""
+    rng = np.random.default_rng(seed)
+    writer = gguf.GGUFWriter(str(path), "llama")
+    writer.add_type("adapter")
+    writer.add_string("adapter.type", "lora")
+    writer.add_float32("adapter.lora.alpha", float(rank))
+    for part, shape in (("a", (rank, WIDTH)), ("b", (KV_HEADS * HEAD_DIM, rank))):
+        writer.add_tensor(f"blk.0.attn_k.weight.lora_{part}",
+                          (rng.standard_normal(shape) / np.sqrt(shape[1])).astype(np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
