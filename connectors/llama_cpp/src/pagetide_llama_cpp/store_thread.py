@@ -203,14 +203,14 @@ def _append(sequence: pagetide.Sequence, tokens: list[int], blocks: list[Bytes])
                 if step.first_position != sequence.length:
                     raise pagetide.Aborted(f"the sequence ends at {step.first_position}, not at {sequence.length}")
                 if step.region is not None:
-                    for group, block in enumerate(blocks):
-                        at = model.staged_offset(n, group, 0, pagetide.RowKind.K)
+                    for index, block in enumerate(blocks):
+                        at = model.staged_offset(n, index, 0, pagetide.RowKind.K)
                         step.region[at:at + block.size] = block
                     step.commit(tokens)
                     return
         except pagetide.ResourceExhausted:
             pass  # a staging buffer smaller than the rows: they go by stream
     with sequence.begin_append(tokens) as append:
-        for group, block in enumerate(blocks):
-            append.write_block(group, n, block)
+        for index, block in enumerate(blocks):
+            append.write_block(index, n, block)
         append.commit()

@@ -185,7 +185,7 @@ def _note_model(result: Any, arguments: tuple[Any, ...]) -> None:
         _files[_address(result)] = FileState.of(os.fsdecode(getattr(path, "value", path)))
 
 
-def _after(name: str, note: Callable[[Any, tuple[Any, ...]], None]) -> None:
+def _after(name: str, note: Callable[[Any, tuple[Any, ...]], object]) -> None:
     """note(result, arguments) behind each call of a function that this llama.cpp has."""
     function = getattr(lc._lib, name, None)  # noqa: SLF001
     if function is None:
