@@ -27,6 +27,19 @@ struct Cursor {
   int64_t position() const { return at().position(row); }
 };
 
+// The first row that the next token behind `rows` rows (> 0) could attend to and that is not there:
+// of rows [begin, end) first_gap(begin, end) is the first that is not, or `end`.
+template <typename FirstGapFn>
+std::optional<uint64_t> FirstLacked(const SequenceRows& sequence, const GroupTraits& traits,
+                                    uint64_t rows, const FirstGapFn& first_gap) {
+  const uint64_t kept = std::min(sequence.KeptRows(traits), rows);
+  if (const uint64_t gap = first_gap(0, kept); gap < kept) return gap;
+  const uint64_t masked =
+      std::min(sequence.MaskedRows(traits, sequence.position(rows - 1) + 1), rows);
+  if (const uint64_t gap = first_gap(masked, rows); gap < rows) return gap;
+  return std::nullopt;
+}
+
 }  // namespace
 
 GroupTraits TraitsOf(const LayerGroupSpec& group) {
@@ -89,10 +102,10 @@ std::optional<LackedRow> SequenceRows::LackedIn(uint32_t group, const GroupTrait
   if (rows == 0) return std::nullopt;
   const PageTable& table = tables[group];
   if (traits.is_whole && !table.HasEnd(rows)) return LackedRow{group, rows - 1, true};
-  const uint64_t kept = std::min(KeptRows(traits), rows);
-  if (const uint64_t gap = table.FirstGap(0, kept); gap < kept) return LackedRow{group, gap};
-  const uint64_t masked = std::min(MaskedRows(traits, position(rows - 1) + 1), rows);
-  if (const uint64_t gap = table.FirstGap(masked, rows); gap < rows) return LackedRow{group, gap};
+  const auto lacked = FirstLacked(*this, traits, rows, [&table](uint64_t begin, uint64_t end) {
+    return table.FirstGap(begin, end);
+  });
+  if (lacked) return LackedRow{group, *lacked};
   return std::nullopt;
 }
 
@@ -102,6 +115,31 @@ std::optional<LackedRow> SequenceRows::LackedAt(std::span<const GroupTraits> gro
     if (const auto lacked = LackedIn(g, groups[g], rows)) return lacked;
   }
   return std::nullopt;
+}
+
+std::optional<LackedRow> SequenceRows::LackedAt(std::span<const GroupTraits> groups,
+                                                std::span<const std::vector<RowSpan>> held,
+                                                uint64_t rows) const {
+  if (rows == 0) return std::nullopt;
+  for (uint32_t g = 0; g < groups.size(); ++g) {
+    const auto lacked = FirstLacked(
+        *this, groups[g], rows,
+        [&held, g](uint64_t begin, uint64_t end) { return FirstGap(held[g], begin, end); });
+    if (lacked) return LackedRow{g, *lacked};
+  }
+  return std::nullopt;
+}
+
+UsablePrefix SequenceRows::LongestUsable(std::span<const GroupTraits> groups,
+                                         std::span<const std::vector<RowSpan>> held,
+                                         uint64_t rows) const {
+  UsablePrefix usable{rows, std::nullopt};
+  // A row that is lacked at a length is lacked at every length from there to the row itself: no
+  // window begins later for a shorter prefix.
+  while (const auto lacked = LackedAt(groups, held, usable.rows)) {
+    usable = {lacked->row, lacked};
+  }
+  return usable;
 }
 
 std::vector<PageId> SequenceRows::DropMasked(std::span<const GroupTraits> groups) {
@@ -120,6 +158,13 @@ bool Holds(std::span<const RowSpan> spans, uint64_t row) {
       std::upper_bound(spans.begin(), spans.end(), row,
                        [](uint64_t r, const RowSpan& span) { return r < span.begin; });
   return after != spans.begin() && row < (after - 1)->end;
+}
+
+uint64_t FirstGap(std::span<const RowSpan> spans, uint64_t begin, uint64_t end) {
+  auto it = std::partition_point(spans.begin(), spans.end(),
+                                 [begin](const RowSpan& span) { return span.end <= begin; });
+  for (; it != spans.end() && it->begin <= begin && begin < end; ++it) begin = it->end;
+  return std::min(begin, end);
 }
 
 std::vector<RowSpan> SequenceRows::HeldRows(uint32_t group) const {

@@ -73,6 +73,9 @@ struct RowSpan {
 };
 // `spans` ascend.
 bool Holds(std::span<const RowSpan> spans, uint64_t row);
+// Of rows [begin, end), the first that `spans`, which ascend, do not hold; `end` when they hold
+// all.
+uint64_t FirstGap(std::span<const RowSpan> spans, uint64_t begin, uint64_t end);
 
 // A row that a layer group would need and does not have, or not without those behind it.
 struct LackedRow {
@@ -82,6 +85,12 @@ struct LackedRow {
 };
 // FAILED_PRECONDITION: ROWS_RECLAIMED, or CANNOT_CUT for what is inside.
 absl::Status RowsLacking(absl::string_view what, const LackedRow& lacked);
+
+// How many leading rows are of use to the next token, and what a longer prefix would lack.
+struct UsablePrefix {
+  uint64_t rows = 0;
+  std::optional<LackedRow> lacked;
+};
 
 struct SequenceRows {
   static constexpr uint64_t kAllRows = std::numeric_limits<uint64_t>::max();
@@ -117,6 +126,14 @@ struct SequenceRows {
   std::optional<LackedRow> LackedAt(std::span<const GroupTraits> groups, uint64_t rows) const;
   // The same of one group.
   std::optional<LackedRow> LackedIn(uint32_t group, const GroupTraits& traits, uint64_t rows) const;
+  // The same of a copy of the sequence that holds held[group] of its rows, spans that ascend. No
+  // group is whole: of pages that cannot be cut spans do not tell where they end.
+  std::optional<LackedRow> LackedAt(std::span<const GroupTraits> groups,
+                                    std::span<const std::vector<RowSpan>> held,
+                                    uint64_t rows) const;
+  // The longest prefix of such a copy, of at most `rows` rows, that lacks nothing.
+  UsablePrefix LongestUsable(std::span<const GroupTraits> groups,
+                             std::span<const std::vector<RowSpan>> held, uint64_t rows) const;
   // Gives up extents that no later token can attend to. Returns their pages, one for each extent.
   std::vector<PageId> DropMasked(std::span<const GroupTraits> groups);
   // The rows that a group holds, ascending; neighbours are one span.

@@ -101,6 +101,7 @@ void JobToProto(const EngineJobInfo& info, v1::EngineJob* job) {
   job->set_code(static_cast<int32_t>(info.status.code()));
   job->set_reason(GetReason(info.status));
   job->set_message(std::string(info.status.message()));
+  if (info.progress.limiting_group) job->set_limiting_group(*info.progress.limiting_group);
 }
 
 }  // namespace

@@ -10,6 +10,7 @@
 #include "base/error_info.h"
 #include "base/log.h"
 #include "base/status_macros.h"
+#include "worker/loaded_rows.h"
 
 namespace pagetide {
 namespace {
@@ -17,6 +18,8 @@ namespace {
 // How soon a job that waits for a copy of a sequence's tail notices that it was stopped.
 constexpr absl::Duration kForkSlice = absl::Milliseconds(200);
 constexpr absl::Duration kForkPause = absl::Milliseconds(10);
+// How often a load looks for a shorter prefix because a page of the one it found was lost.
+constexpr int kMaxLookAgain = 4;
 
 // A sequence of the transfer's own, closed at the end.
 class OwnSequence {
@@ -49,10 +52,6 @@ absl::Status CheckGoesOn(const EngineTransfer& transfer, const EngineTransferJob
   return absl::DeadlineExceededError(absl::StrCat("the job's time is up after ",
                                                   progress.usable_tokens, " of ",
                                                   transfer.num_tokens, " tokens"));
-}
-
-const EngineSlotMap& MapOf(const EngineTransfer& transfer, uint32_t group) {
-  return transfer.maps.size() == 1 ? transfer.maps.front() : transfer.maps[group];
 }
 
 // Tokens at a time: whole pages, of which a small pool can hold as many beside others' pages.
@@ -91,7 +90,8 @@ absl::StatusOr<uint64_t> LoadRows(const EngineTransfer& transfer, const EngineTr
   const GroupGeometry& geometry = host->model().geometry().group(group);
   PT_ASSIGN_OR_RETURN(const auto pinned,
                       host->PinRows(transfer.tenant, id, group, begin, end, transfer.deadline));
-  const std::vector<int64_t> slots = transfer.layout->Slots(MapOf(transfer, group), begin, end);
+  const std::vector<int64_t> slots =
+      transfer.layout->Slots(MapOf(transfer.maps, group), begin, end);
   std::byte* const view = host->pool().host_view();
   uint64_t num_bytes = 0;
   std::vector<EngineLayout::Rows> rows;
@@ -120,46 +120,6 @@ absl::StatusOr<uint64_t> LoadRows(const EngineTransfer& transfer, const EngineTr
   return num_bytes;
 }
 
-// What the group holds of [begin, end) and the slot map wants.
-std::vector<RowSpan> WantedRows(std::span<const RowSpan> held, const EngineSlotMap& map,
-                                uint64_t begin, uint64_t end) {
-  std::vector<RowSpan> wanted;
-  for (const RowSpan& span : held) {
-    const uint64_t from = std::max({span.begin, begin, map.first_token});
-    const uint64_t to = std::min(span.end, end);
-    if (from < to) wanted.push_back({from, to});
-  }
-  return wanted;
-}
-
-// Whether the next token behind `end` finds in the engine's blocks all that layer groups that
-// forget rows let it see.
-absl::Status CheckWindows(const EngineTransfer& transfer, const SequenceContents& contents,
-                          uint64_t end) {
-  const PageGeometry& geometry = transfer.host->model().geometry();
-  for (uint32_t g = 0; g < geometry.num_groups(); ++g) {
-    const GroupTraits traits = TraitsOf(geometry.group(g).spec());
-    if (!traits.forgets() || end == 0) continue;
-    const auto first =
-        static_cast<uint64_t>(std::max<int64_t>(0, traits.FirstVisible(static_cast<int64_t>(end))));
-    const uint64_t mapped = MapOf(transfer, g).first_token;
-    if (mapped > first || (mapped > 0 && traits.keep_tokens > 0)) {
-      return WithReason(
-          absl::FailedPreconditionError(absl::StrCat(
-              "slot_maps of layer group ", g, " begin at token ", mapped, "; behind ", end,
-              " tokens its window begins at ", traits.keep_tokens > 0 ? 0 : first)),
-          "WINDOW_NOT_MAPPED", {{"group", absl::StrCat(g)}});
-    }
-    for (uint64_t row = first; row < end; ++row) {
-      if (!Holds(contents.held[g], row)) {
-        return absl::FailedPreconditionError(
-            absl::StrCat("layer group ", g, " no longer holds row ", row, " of ", end));
-      }
-    }
-  }
-  return absl::OkStatus();
-}
-
 // Rows of tokens [at, at + count) of all groups into an append's frames.
 absl::Status FillAppend(const EngineTransfer& transfer, const EngineTransferJob& job,
                         const PendingSlot& slot, const EngineProgress& progress) {
@@ -168,8 +128,8 @@ absl::Status FillAppend(const EngineTransfer& transfer, const EngineTransferJob&
   std::vector<std::byte> scratch;  // rows of one page, layer and kind
   for (uint32_t g = 0; g < geometry.num_groups(); ++g) {
     const GroupGeometry& group = geometry.group(g);
-    const std::vector<int64_t> slots = transfer.layout->Slots(MapOf(transfer, g), slot.first_row,
-                                                              slot.first_row + slot.num_tokens);
+    const std::vector<int64_t> slots = transfer.layout->Slots(
+        MapOf(transfer.maps, g), slot.first_row, slot.first_row + slot.num_tokens);
     for (uint32_t layer = 0; layer < group.num_layers(); ++layer) {
       for (const RowKind kind : {RowKind::kK, RowKind::kV}) {
         const uint64_t row_bytes = group.row_bytes(kind);
@@ -200,63 +160,84 @@ absl::Status LoadIntoEngine(const EngineTransfer& transfer, EngineTransferJob* j
   const PageGeometry& geometry = host->model().geometry();
   EngineProgress progress;
   PT_RETURN_IF_ERROR(CheckGoesOn(transfer, *job, progress));
-  SequenceInfo info;
-  if (transfer.sequence) {
-    PT_ASSIGN_OR_RETURN(info, ForkOf(transfer, *job));
-  } else {
-    const PromptOptions options{.allow_full_reuse = transfer.allow_full_reuse};
-    PT_ASSIGN_OR_RETURN(OpenResult opened,
-                        host->Open(transfer.tenant, transfer.tokens, transfer.inputs, options));
-    info = std::move(opened.info);
-    progress.reuse = std::move(opened.reuse);
-  }
-  const OwnSequence sequence(transfer, job, info);
-  PT_ASSIGN_OR_RETURN(const SequenceContents contents,
-                      host->ReadContents(transfer.tenant, sequence.id()));
-  uint64_t end = info.length;
-  uint64_t at = end;
-  for (const EngineSlotMap& map : transfer.maps) at = std::min(at, map.first_token);
-  // Of a model with groups that forget rows only the whole is of use: a window in front of `end`
-  // is not the one that a shorter prefix would need.
-  bool needs_all = false;
+  LoadedRows loaded(geometry, transfer.maps);
+  std::optional<OwnSequence> sequence;
+  uint64_t found = 0;  // rows that there are, or were
+  uint64_t end = 0;    // of those that are worth loading
+  const auto look_up = [&]() -> absl::Status {
+    sequence.reset();
+    SequenceInfo info;
+    if (transfer.sequence) {
+      PT_ASSIGN_OR_RETURN(info, ForkOf(transfer, *job));
+    } else {
+      const PromptOptions options{.allow_full_reuse = transfer.allow_full_reuse};
+      PT_ASSIGN_OR_RETURN(OpenResult opened,
+                          host->Open(transfer.tenant, transfer.tokens, transfer.inputs, options));
+      info = std::move(opened.info);
+      if (!progress.reuse) progress.reuse = std::move(opened.reuse);
+    }
+    found = std::max(found, info.length);
+    sequence.emplace(transfer, job, std::move(info));
+    return absl::OkStatus();
+  };
+  const auto plan = [&]() -> absl::Status {
+    PT_ASSIGN_OR_RETURN(SequenceContents contents,
+                        host->ReadContents(transfer.tenant, sequence->id()));
+    PT_ASSIGN_OR_RETURN(end, loaded.Plan(std::move(contents)));
+    return absl::OkStatus();
+  };
+  const auto report = [&] {
+    const LoadedRows::Usable usable = loaded.UsableOf(found);
+    progress.usable_tokens = usable.tokens;
+    progress.limiting_group = usable.limiting_group;
+    job->Report(progress);
+  };
+  PT_RETURN_IF_ERROR(look_up());
+  bool forgets = false;
   for (uint32_t g = 0; g < geometry.num_groups(); ++g) {
-    needs_all = needs_all || TraitsOf(geometry.group(g).spec()).forgets();
+    forgets = forgets || TraitsOf(geometry.group(g).spec()).forgets();
   }
-  if (needs_all) PT_RETURN_IF_ERROR(CheckWindows(transfer, contents, end));
-  progress.usable_tokens = needs_all ? 0 : at;
   job->Report(progress);
+  PT_RETURN_IF_ERROR(plan());
+  report();
 
   absl::Status lost;
+  int num_lost = 0;
   const uint64_t step = StepTokens(transfer);
+  const uint64_t first = loaded.first_mapped() - loaded.first_mapped() % geometry.page_tokens();
+  uint64_t at = first;
   while (at < end) {
     PT_RETURN_IF_ERROR(CheckGoesOn(transfer, *job, progress));
-    const uint64_t next = std::min(end, at - at % geometry.page_tokens() + step);
+    const uint64_t next = std::min(end, at + step);
     absl::Status status;
     for (uint32_t g = 0; g < geometry.num_groups() && status.ok(); ++g) {
       // One group after the other: who held the frames of one and waited for another's could wait
       // for a call that waits for him.
-      for (const RowSpan& span : WantedRows(contents.held[g], MapOf(transfer, g), at, next)) {
-        const auto moved = LoadRows(transfer, *job, sequence.id(), g, span.begin, span.end);
+      for (const RowSpan& span : loaded.Wanted(g, at, next)) {
+        const auto moved = LoadRows(transfer, *job, sequence->id(), g, span.begin, span.end);
         status = moved.status();
         if (!status.ok()) break;
+        loaded.Add(g, span);
         progress.moved_bytes += *moved;
         progress.moved_pages +=
             (span.end - 1) / geometry.page_tokens() - span.begin / geometry.page_tokens() + 1;
       }
     }
-    if (GetReason(status) == "PREFIX_LOST" && lost.ok() && !needs_all) {
-      // What stands in front of the lost page is loaded all the same.
-      PT_ASSIGN_OR_RETURN(info, host->Get(transfer.tenant, sequence.id()));
-      end = std::min(end, info.length);
+    report();
+    if (GetReason(status) == "PREFIX_LOST" && ++num_lost <= kMaxLookAgain) {
+      // What stands in front of the lost page is loaded all the same. Behind a shorter prefix the
+      // window begins earlier, in pages that this sequence does not hold and others may.
+      if (forgets && !transfer.sequence) PT_RETURN_IF_ERROR(look_up());
+      const absl::Status planned = plan();
       lost = std::move(status);
+      if (!planned.ok()) return lost;
+      at = first;
       continue;
     }
     PT_RETURN_IF_ERROR(status);
     at = next;
-    if (!needs_all || at == end) progress.usable_tokens = at;
-    job->Report(progress);
   }
-  return lost;
+  return progress.usable_tokens == found ? absl::OkStatus() : lost;
 }
 
 absl::Status StoreFromEngine(const EngineTransfer& transfer, EngineTransferJob* job) {

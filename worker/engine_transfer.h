@@ -34,9 +34,11 @@ struct EngineTransfer {
   const Clock* clock = nullptr;
 };
 
-// What a transfer has done so far; each field only grows.
+// What a transfer has done so far; the numbers only grow.
 struct EngineProgress {
   uint64_t usable_tokens = 0;
+  // Of a load: the layer group whose rows usable_tokens waits for, while another has them.
+  std::optional<uint32_t> limiting_group;
   uint64_t moved_pages = 0;
   uint64_t moved_bytes = 0;
   uint64_t known_pages = 0;

@@ -6,6 +6,7 @@
 
 #include <limits>
 #include <numeric>
+#include <random>
 
 #include "base/error_info.h"
 #include "tests/core/sequence_world.h"
@@ -591,6 +592,79 @@ TEST(SequenceWindowTest, RowsBehindAWindowAreGivenUpAndMissedByWhatNeedsThem) {
   // Moved nearer to the end, rows in front of the gap would be seen again.
   EXPECT_EQ(GetReason(edit().RemoveRange(1, {6, 8}).status()), "");
   EXPECT_EQ(GetReason(edit().ShiftWindow(1, {.keep = 4, .discard = 4}).status()), "ROWS_RECLAIMED");
+}
+
+TEST(SequenceWindowTest, TheLongestUsablePrefixIsWhatTheMasksSay) {
+  using WindowType = LayerGroupSpec::WindowType;
+  std::mt19937 random(11);
+  const auto pick = [&](uint32_t n) { return static_cast<uint32_t>(random() % n); };
+  uint64_t num_none = 0, num_part = 0, num_whole = 0;
+  for (int round = 0; round < 3000; ++round) {
+    SequenceRows sequence;
+    sequence.tokens.resize(1 + pick(24));
+    const uint64_t rows = sequence.num_rows();
+    if (pick(3) == 0) {
+      for (uint64_t row = 0, at = pick(3); row < rows; ++row, at += 1 + pick(2)) {
+        sequence.positions.push_back(static_cast<int32_t>(at));
+      }
+    }
+    std::vector<GroupTraits> groups(1 + pick(3));
+    std::vector<std::vector<RowSpan>> held(groups.size());
+    std::vector<std::vector<bool>> has(groups.size(), std::vector<bool>(rows, true));
+    for (size_t g = 0; g < groups.size(); ++g) {
+      groups[g].window = static_cast<WindowType>(pick(5));
+      groups[g].window_tokens = 1 + pick(9);
+      if (groups[g].window == WindowType::kRing)
+        groups[g].keep_tokens = pick(groups[g].window_tokens);
+      const uint32_t gaps = pick(4);
+      for (uint32_t gap = 0; gap < gaps; ++gap) {
+        const uint64_t from = pick(static_cast<uint32_t>(rows));
+        const uint64_t to = std::min<uint64_t>(rows, from + 1 + pick(8));
+        for (uint64_t row = from; row < to; ++row) has[g][row] = false;
+      }
+      for (uint64_t row = 0; row < rows; ++row) {
+        if (!has[g][row]) continue;
+        const bool goes_on = !held[g].empty() && held[g].back().end == row && pick(8) > 0;
+        if (goes_on) {
+          ++held[g].back().end;
+        } else {
+          held[g].push_back({row, row + 1});
+        }
+      }
+    }
+    const auto lacks = [&](size_t g, uint64_t length) {
+      if (length == 0) return false;
+      const int64_t next = sequence.position(length - 1) + 1;
+      for (uint64_t row = 0; row < length; ++row) {
+        bool is_seen = false;
+        for (int64_t query = next; query < next + 30 && !is_seen; ++query) {
+          is_seen = !IsMasked(groups[g], sequence.position(row), query);
+        }
+        if (is_seen && !has[g][row]) return true;
+      }
+      return false;
+    };
+    const auto is_usable = [&](uint64_t length) {
+      for (size_t g = 0; g < groups.size(); ++g) {
+        if (lacks(g, length)) return false;
+      }
+      return true;
+    };
+    uint64_t longest = rows;
+    while (!is_usable(longest)) --longest;
+    const UsablePrefix usable = sequence.LongestUsable(groups, held, rows);
+    ASSERT_EQ(usable.rows, longest) << "round " << round;
+    ASSERT_EQ(usable.lacked.has_value(), longest < rows);
+    if (usable.lacked) {
+      ASSERT_EQ(usable.lacked->row, longest);
+      ASSERT_FALSE(has[usable.lacked->group][longest]);
+    }
+    ASSERT_EQ(sequence.LackedAt(groups, held, rows).has_value(), longest < rows);
+    ++(longest == 0 ? num_none : longest < rows ? num_part : num_whole);
+  }
+  EXPECT_GT(num_none, 0u);
+  EXPECT_GT(num_part, 0u);
+  EXPECT_GT(num_whole, 0u);
 }
 
 }  // namespace

@@ -165,6 +165,31 @@ class TestEngine {
       }
     }
   }
+  // The blocks hold the row of a token in all layers of a group.
+  bool HoldsRow(uint32_t g, std::span<const uint32_t> tokens, const EngineSlotMap& map,
+                uint64_t token) const {
+    const GroupGeometry& group = geometry_.group(g);
+    const uint32_t heads = group.spec().kv_heads;
+    const uint64_t index = token / setup_.block_tokens - map.first_token / setup_.block_tokens;
+    for (uint32_t layer = 0; layer < group.num_layers(); ++layer) {
+      for (const RowKind kind : {RowKind::kK, RowKind::kV}) {
+        const uint32_t row_bytes = group.row_bytes(kind);
+        if (row_bytes == 0) continue;
+        const EngineGroupSpec::Layer& planes = plain_.groups[g].layers[layer];
+        const EnginePlaneSpec& plane = kind == RowKind::kK ? planes.k : *planes.v;
+        const std::vector<std::byte> row =
+            RowOracle::Rows(tokens, token, token + 1, g, layer, kind, row_bytes);
+        for (uint32_t h = 0; h < heads; ++h) {
+          const std::byte* const at =
+              data_ + plane.offset + map.blocks[index] * plane.block_stride +
+              token % setup_.block_tokens * plane.token_stride + h * plane.head_stride;
+          const uint64_t head_bytes = row_bytes / heads;
+          if (std::memcmp(at, row.data() + h * head_bytes, head_bytes) != 0) return false;
+        }
+      }
+    }
+    return true;
+  }
   // Bytes of the memory that are not what they should be.
   uint64_t WrongBytes() const {
     uint64_t wrong = 0;
