@@ -5,7 +5,9 @@
 #include <sys/mman.h>
 #include <sys/stat.h>
 #include <sys/vfs.h>
+#include <unistd.h>
 
+#include <algorithm>
 #include <cerrno>
 #include <cstring>
 
@@ -22,16 +24,11 @@ absl::Status Refused(const Parts&... parts) {
 }  // namespace
 
 absl::StatusOr<std::shared_ptr<const EngineMemory>> EngineMemory::Map(int fd, uint64_t size_bytes) {
-  struct stat info {};
-  if (fstat(fd, &info) != 0) return Refused("descriptor: ", std::strerror(errno));
-  if (!S_ISREG(info.st_mode)) return Refused("the descriptor is no memfd");
-  // Not of huge pages: those can run out at a page fault, which is a SIGBUS.
-  struct statfs system {};
-  if (fstatfs(fd, &system) != 0 || system.f_type != TMPFS_MAGIC) {
-    return Refused("the descriptor is no memfd of ordinary pages");
-  }
+  // First of all: it is answered for memory only, without a look at the file. Any call that follows
+  // could wait for a file system in the hands of the peer (FUSE), or for a pipe's other end.
   const int seals = fcntl(fd, F_GET_SEALS);
-  if (seals < 0 || (seals & F_SEAL_SHRINK) == 0) {
+  if (seals < 0) return Refused("the descriptor is no memfd: ", std::strerror(errno));
+  if ((seals & F_SEAL_SHRINK) == 0) {
     return Refused("it is not sealed with F_SEAL_SHRINK: it could shrink under the worker");
   }
   if ((seals & (F_SEAL_WRITE | F_SEAL_FUTURE_WRITE)) != 0) {
@@ -40,6 +37,13 @@ absl::StatusOr<std::shared_ptr<const EngineMemory>> EngineMemory::Map(int fd, ui
   if ((fcntl(fd, F_GETFL) & O_ACCMODE) != O_RDWR) {
     return Refused("the descriptor is not open for reading and writing");
   }
+  // Not of huge pages: those can run out at a page fault, which is a SIGBUS.
+  struct statfs system {};
+  if (fstatfs(fd, &system) != 0 || system.f_type != TMPFS_MAGIC) {
+    return Refused("the descriptor is no memfd of ordinary pages");
+  }
+  struct stat info {};
+  if (fstat(fd, &info) != 0) return Refused("descriptor: ", std::strerror(errno));
   const auto there = static_cast<uint64_t>(info.st_size);
   if (size_bytes == 0 || size_bytes > there) {
     return absl::InvalidArgumentError(absl::StrCat("map an engine's memory: size_bytes is ",
@@ -51,12 +55,38 @@ absl::StatusOr<std::shared_ptr<const EngineMemory>> EngineMemory::Map(int fd, ui
     return absl::ResourceExhaustedError(
         absl::StrCat("map an engine's memory of ", size_bytes, " bytes: ", std::strerror(errno)));
   }
+  const int own = fcntl(fd, F_DUPFD_CLOEXEC, 0);
+  if (own < 0) {
+    const absl::Status status = absl::ResourceExhaustedError(
+        absl::StrCat("map an engine's memory: descriptor: ", std::strerror(errno)));
+    munmap(data, size_bytes);
+    return status;
+  }
   return std::shared_ptr<const EngineMemory>(
-      new EngineMemory(static_cast<std::byte*>(data), size_bytes));
+      new EngineMemory(own, static_cast<std::byte*>(data), size_bytes));
 }
 
 EngineMemory::~EngineMemory() {
   munmap(data_, size_bytes_);
+  close(fd_);
+}
+
+absl::Status EngineMemory::CheckAllocated() const {
+  // The offset is the engine's too: it finds it as it was.
+  const off_t at = lseek(fd_, 0, SEEK_CUR);
+  const off_t hole = lseek(fd_, 0, SEEK_HOLE);
+  lseek(fd_, std::max<off_t>(0, at), SEEK_SET);
+  if (hole < 0 || static_cast<uint64_t>(hole) >= size_bytes_) return absl::OkStatus();
+  // Pages that were allocated and never touched count as holes to the search, and are none.
+  struct stat info {};
+  if (fstat(fd_, &info) != 0) {
+    return absl::InternalError(absl::StrCat("look at an engine's memory: ", std::strerror(errno)));
+  }
+  const uint64_t allocated = static_cast<uint64_t>(info.st_blocks) * 512;
+  if (allocated >= static_cast<uint64_t>(info.st_size)) return absl::OkStatus();
+  return absl::InvalidArgumentError(absl::StrCat(
+      "it has a hole at or behind byte ", hole, ": ", allocated, " of its ", info.st_size,
+      " bytes are allocated; allocate all of them (posix_fallocate) before they are used"));
 }
 
 }  // namespace pagetide

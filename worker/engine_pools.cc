@@ -63,6 +63,12 @@ absl::StatusOr<EnginePoolRef> EnginePools::Register(const Tenant& tenant, ModelH
                           "register an engine pool: the host cannot address this worker's frames"),
                       "POOL_NOT_ON_HOST");
   }
+  for (size_t m = 0; m < registration.memories.size(); ++m) {
+    const absl::Status allocated = registration.memories[m]->CheckAllocated();
+    if (allocated.ok()) continue;
+    return absl::Status(allocated.code(), absl::StrCat("register an engine pool: memory ", m, ": ",
+                                                       allocated.message()));
+  }
   PT_ASSIGN_OR_RETURN(EngineLayout layout,
                       EngineLayout::Create(host->model().geometry(), registration.spec,
                                            std::move(registration.memories)));

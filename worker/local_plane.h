@@ -40,8 +40,7 @@ class LocalPlane {
     absl::Duration handshake_timeout = absl::Seconds(5);
     // Longest wait for a model that a client names and that is not loaded yet.
     absl::Duration model_load_timeout = absl::Seconds(2);
-    // Memory of its own that one client may hand over. Reading what the client never wrote takes
-    // memory of this process.
+    // Memory of its own that one client may hand over.
     uint64_t max_engine_bytes = 256 * kGiB;
     // A client that was welcomed is gone; from the plane's thread, which must not wait. May be
     // null.

@@ -3,6 +3,7 @@
 #include "worker/local_plane.h"
 
 #include <fcntl.h>
+#include <gmock/gmock.h>
 #include <gtest/gtest.h>
 #include <sys/mman.h>
 #include <sys/socket.h>
@@ -17,6 +18,7 @@
 #include <utility>
 #include <vector>
 
+#include "absl/strings/str_cat.h"
 #include "base/error_info.h"
 #include "core/staging_layout.h"
 #include "kvstore/memory_page_store.h"
@@ -363,7 +365,7 @@ TEST_F(LocalPlaneTest, TheDeathOfAClientFreesStagingAndAbortsItsReservations) {
 // An engine's memory for `num_blocks` blocks of 16 tokens, laid out layer by layer, dense.
 class PlaneEngine {
  public:
-  PlaneEngine(const PageGeometry& geometry, uint32_t num_blocks) {
+  PlaneEngine(const PageGeometry& geometry, uint32_t num_blocks, bool is_sparse = false) {
     const GroupGeometry& group = geometry.group(0);
     request_.set_name("engine");
     request_.set_block_tokens(16);
@@ -382,8 +384,11 @@ class PlaneEngine {
     }
     fd_ = memfd_create("engine", MFD_CLOEXEC | MFD_ALLOW_SEALING);
     EXPECT_EQ(ftruncate(fd_, static_cast<off_t>(num_bytes_)), 0);
+    if (!is_sparse) Allocate();
     EXPECT_EQ(fcntl(fd_, F_ADD_SEALS, F_SEAL_SHRINK), 0);
   }
+  void Allocate() { EXPECT_EQ(posix_fallocate(fd_, 0, static_cast<off_t>(num_bytes_)), 0); }
+  uint64_t num_bytes() const { return num_bytes_; }
   ~PlaneEngine() { close(fd_); }
   PlaneEngine(const PlaneEngine&) = delete;
   PlaneEngine& operator=(const PlaneEngine&) = delete;
@@ -475,6 +480,33 @@ TEST_F(LocalPlaneTest, AnEnginesMemoryIsLoadedIntoAndItsPoolEndsWithItsConnectio
   registration.set_request_id("");
   status = FromGrpcStatus(engines->RegisterEnginePool(&fifth, registration, &registered));
   EXPECT_EQ(GetReason(status), "LOCAL_CLIENT_NOT_FOUND") << status;
+}
+
+TEST_F(LocalPlaneTest, AnEnginesMemoryWithHolesIsRefusedWithNumbersUntilItIsAllocated) {
+  const auto engines = v1::EnginePoolService::NewStub(client_->channel());
+  PlaneEngine engine(model_->geometry(), 4, /*is_sparse=*/true);
+  ASSERT_EQ(pwrite(engine.fd(), "x", 1, 0), 1);  // the first page is there
+  PlaneClient plane(path());
+  plane.SendWithFds(PlaneClient::Frame(engine.Hello().SerializeAsString()), {engine.fd()});
+  v1::LocalWelcome welcome;
+  ASSERT_TRUE(plane.Receive(&welcome));
+  ASSERT_EQ(welcome.error(), "");
+  const auto registered = [&] {
+    TestContext context;
+    v1::RegisterEnginePoolResponse response;
+    return FromGrpcStatus(engines->RegisterEnginePool(
+        &context, engine.Registration(*model_, welcome.client_id()), &response));
+  };
+  const absl::Status refused = registered();
+  EXPECT_EQ(refused.code(), absl::StatusCode::kInvalidArgument) << refused;
+  EXPECT_THAT(std::string(refused.message()),
+              ::testing::AllOf(::testing::HasSubstr("memory 0"), ::testing::HasSubstr("byte 4096"),
+                               ::testing::HasSubstr(
+                                   absl::StrCat("4096 of its ", engine.num_bytes(), " bytes"))));
+  EXPECT_EQ(lseek(engine.fd(), 0, SEEK_CUR), 0);  // where the engine left it
+  engine.Allocate();
+  const absl::Status taken = registered();
+  EXPECT_TRUE(taken.ok()) << taken;
 }
 
 TEST_F(LocalPlaneTest, DescriptorsThatNobodyAskedForEndTheConnection) {

@@ -220,6 +220,10 @@ TEST(EngineMemoryTest, TakesOnlyMemoryThatCannotShrinkUnderTheWorker) {
   ASSERT_EQ(pipe2(ends, O_CLOEXEC), 0);
   EXPECT_EQ(code(ends[0], 1), absl::StatusCode::kFailedPrecondition);
   close(ends[1]);
+  const int folder = open(dir.path().c_str(), O_RDONLY | O_CLOEXEC);
+  EXPECT_EQ(code(folder, 1), absl::StatusCode::kFailedPrecondition);
+  const int path = open(dir.path().c_str(), O_PATH | O_CLOEXEC);
+  EXPECT_EQ(code(path, 1), absl::StatusCode::kFailedPrecondition);
   const int writable = MakeEngineFd(8192);
   const int read_only =
       open(("/proc/self/fd/" + std::to_string(writable)).c_str(), O_RDONLY | O_CLOEXEC);
@@ -227,6 +231,34 @@ TEST(EngineMemoryTest, TakesOnlyMemoryThatCannotShrinkUnderTheWorker) {
   EXPECT_EQ(code(read_only, 8192), absl::StatusCode::kFailedPrecondition);
   close(writable);
   EXPECT_EQ(code(-1, 8192), absl::StatusCode::kFailedPrecondition);
+}
+
+TEST(EngineMemoryTest, KnowsItsHoles) {
+  const auto map = [](int fd) {
+    auto memory = EngineMemory::Map(fd, 5 * 4096);
+    EXPECT_TRUE(memory.ok()) << memory.status();
+    return *std::move(memory);
+  };
+  const int fd = MakeEngineFd(5 * 4096);
+  const auto memory = map(fd);
+  EXPECT_THAT(std::string(memory->CheckAllocated().message()),
+              HasSubstr("behind byte 0: 0 of its 20480 bytes are allocated"));
+  for (int page = 0; page < 4; ++page) memory->data()[page * 4096] = std::byte{1};
+  EXPECT_TRUE(absl::IsInvalidArgument(memory->CheckAllocated()));
+  EXPECT_THAT(std::string(memory->CheckAllocated().message()),
+              HasSubstr("behind byte 16384: 16384"));
+  memory->data()[4 * 4096] = std::byte{1};
+  EXPECT_TRUE(memory->CheckAllocated().ok()) << memory->CheckAllocated();
+  // Made later: seen by who looks again.
+  ASSERT_EQ(fallocate(fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, 4096, 4096), 0);
+  EXPECT_THAT(std::string(memory->CheckAllocated().message()),
+              HasSubstr("behind byte 4096: 16384"));
+  close(fd);
+  // Allocated and never touched.
+  const int allocated = MakeEngineFd(5 * 4096);
+  ASSERT_EQ(posix_fallocate(allocated, 0, 5 * 4096), 0);
+  EXPECT_TRUE(map(allocated)->CheckAllocated().ok());
+  close(allocated);
 }
 
 TEST(EngineMemoryTest, OutlivesTheDescriptorAndStaysWhole) {

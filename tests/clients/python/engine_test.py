@@ -4,6 +4,7 @@ and workers that die in the middle."""
 from __future__ import annotations
 
 import asyncio
+import ctypes
 import os
 import pathlib
 import socket
@@ -295,6 +296,23 @@ def test_memory_that_could_shrink_or_is_not_ours_to_take_is_refused(
     os.close(unsealed)
     memory.close()
     assert stat(client, "pagetide_engine_pools") == 0  # and the worker is there to say so
+
+
+def test_memory_with_holes_is_refused_with_numbers_and_ours_has_none(
+        client: pagetide.Client, model: pagetide.Model) -> None:
+    layout = LAYOUTS[0]
+    size = layout.num_bytes(model)
+    memory = pagetide.EngineMemory(size)
+    assert os.fstat(memory.fd).st_blocks * 512 >= size
+    # A hole that is made afterwards: its pages are no longer there.
+    fallocate = ctypes.CDLL(None, use_errno=True).fallocate
+    fallocate.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64]
+    assert fallocate(memory.fd, 1 | 2, 8192, 4096) == 0  # KEEP_SIZE, PUNCH_HOLE
+    with pytest.raises(pagetide.InvalidArgument, match=rf"hole at or behind byte \d+: \d+ of its {size} bytes"):
+        client.register_engine_pool(model, memory, layout, "holes")
+    os.posix_fallocate(memory.fd, 0, size)
+    client.register_engine_pool(model, memory, layout, "holes").close()
+    memory.close()
 
 
 def test_a_registration_of_the_same_name_stops_the_jobs_of_the_one_before(

@@ -22,7 +22,8 @@ _F_SEAL_GROW = 4
 
 
 class EngineMemory:
-    """`num_bytes` of zeros in a memfd, sealed against changes of its size: what a worker takes.
+    """`num_bytes` of zeros in a memfd, all allocated and sealed against changes of its size: what a worker
+    takes. OSError (ENOSPC, ENOMEM) when the memory is not to be had.
 
     bytes: the memory, writable. Arrays made of it keep it mapped after close(), which closes the
     descriptor only.
@@ -34,9 +35,14 @@ class EngineMemory:
         import fcntl  # only where there are memfds, which is Linux
 
         self.fd = os.memfd_create("pagetide-engine", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
-        os.ftruncate(self.fd, num_bytes)
-        fcntl.fcntl(self.fd, _F_ADD_SEALS, _F_SEAL_SHRINK | _F_SEAL_GROW)
-        self.bytes: Bytes = np.frombuffer(mmap.mmap(self.fd, num_bytes), np.uint8)
+        try:
+            # A hole would be filled by who touches it first, which may be the worker.
+            os.posix_fallocate(self.fd, 0, num_bytes)
+            fcntl.fcntl(self.fd, _F_ADD_SEALS, _F_SEAL_SHRINK | _F_SEAL_GROW)
+            self.bytes: Bytes = np.frombuffer(mmap.mmap(self.fd, num_bytes), np.uint8)
+        except OSError:
+            os.close(self.fd)
+            raise
 
     @property
     def num_bytes(self) -> int:
