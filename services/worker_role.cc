@@ -231,6 +231,8 @@ absl::StatusOr<std::unique_ptr<WorkerRole>> WorkerRole::Start(Options options, P
                          parts->sequence_edit_service.get(), parts->session_service.get(),
                          parts->engine_pool_service.get(), parts->admin_service.get()},
                         parts->metrics));
+  // Else a drain would wait for who watches jobs.
+  parts->server->OnDrain([pools = parts->engine_pools.get()] { pools->Drain(); });
   parts->advertise =
       options.advertise.empty() ? parts->server->addresses().front() : options.advertise;
   for (const std::string& router : options.routers) {

@@ -86,7 +86,7 @@ class EnginePools::Run final : public EngineTransferJob {
 };
 
 absl::Status EnginePools::CheckRoom(const Tenant& tenant) const {
-  if (is_stopped_) return absl::UnavailableError("the worker stops");
+  PT_RETURN_IF_ERROR(CheckAccepts("accept an engine job"));
   if (num_active_ >= options_.max_jobs) {
     return TooManyJobs("all tenants", num_active_, options_.max_jobs);
   }
@@ -368,10 +368,13 @@ absl::Status EnginePools::Watch(const Tenant& tenant, absl::string_view job_id,
     Leftovers left;
     std::optional<EngineJobInfo> info;
     bool is_news = false;
+    bool is_draining = false;
     const auto look = [&]() -> absl::Status {
       MutexLock lock(&mu_);
       ExpireJobs(&left);
       PT_ASSIGN_OR_RETURN(uint64_t number, FindJob(tenant.name, job_id));
+      is_draining = draining_since_.has_value();
+      if (is_draining) deadline = std::min(deadline, *draining_since_ + kDrainWait);
       if (jobs_.at(number).version == seen) {
         changed_.WaitWithTimeout(&mu_, std::min(deadline - clock_->MonotonicNow(), kLookAgain));
         PT_ASSIGN_OR_RETURN(number, FindJob(tenant.name, job_id));
@@ -387,10 +390,11 @@ absl::Status EnginePools::Watch(const Tenant& tenant, absl::string_view job_id,
     PT_RETURN_IF_ERROR(status);
     if (!watcher(*info, is_news)) return absl::CancelledError("watch engine job: the watcher left");
     if (info->has_ended()) return absl::OkStatus();
-    if (clock_->MonotonicNow() >= deadline) {
-      return absl::DeadlineExceededError(
-          absl::StrCat("watch engine job ", info->id, ": it has not ended yet"));
-    }
+    if (clock_->MonotonicNow() < deadline) continue;
+    const std::string what = absl::StrCat("watch engine job ", info->id, ": it has not ended yet");
+    if (!is_draining) return absl::DeadlineExceededError(what);
+    return WithReason(absl::FailedPreconditionError(absl::StrCat(what, ", and the worker drains")),
+                      error_reason::kDraining);
   }
 }
 

@@ -84,7 +84,7 @@ absl::StatusOr<EnginePoolRef> EnginePools::Register(const Tenant& tenant, ModelH
     uint64_t before = 0;
     {
       MutexLock lock(&mu_);
-      if (is_stopped_) return absl::UnavailableError("register an engine pool: the worker stops");
+      PT_RETURN_IF_ERROR(CheckAccepts("register an engine pool"));
       const auto at = pools_.find(key);
       // Of a pool of this name that ended by itself a job may still be writing to its memory.
       const uint64_t unended = at == pools_.end() ? UnendedGeneration(key) : 0;
@@ -212,6 +212,27 @@ void EnginePools::ForgetTenantIfIdle(const std::string& tenant) {
   if (at == tenants_.end()) return;
   const TenantState& state = at->second;
   if (state.num_pools == 0 && state.num_active == 0 && state.ended.empty()) tenants_.erase(at);
+}
+
+void EnginePools::Drain() {
+  Leftovers left;
+  {
+    MutexLock lock(&mu_);
+    if (draining_since_) return;
+    draining_since_ = clock_->MonotonicNow();
+    const absl::Status because =
+        WithReason(absl::CancelledError("its worker drains"), error_reason::kDraining);
+    for (auto& [number, job] : jobs_) StopJob(number, job, because, &left);
+    changed_.SignalAll();
+  }
+  Finish(std::move(left));
+}
+
+absl::Status EnginePools::CheckAccepts(absl::string_view what) const {
+  if (is_stopped_) return absl::UnavailableError(absl::StrCat(what, ": the worker stops"));
+  if (!draining_since_) return absl::OkStatus();
+  return WithReason(absl::FailedPreconditionError(absl::StrCat(what, ": the worker drains")),
+                    error_reason::kDraining);
 }
 
 void EnginePools::Stop() {

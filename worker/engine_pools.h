@@ -123,6 +123,10 @@ class EnginePools {
   absl::StatusOr<EngineJobInfo> Cancel(const Tenant& tenant, absl::string_view job_id,
                                        std::optional<MonotonicTime> deadline);
 
+  // The worker is about to end: jobs are stopped and neither jobs nor pools accepted any more, with
+  // the reason DRAINING. Does not wait: who watches a job is told its end, or after a moment that
+  // it has not come. Idempotent.
+  void Drain();
   // Ends all pools, waits for all jobs. Nothing is accepted any more. Idempotent.
   void Stop();
 
@@ -173,6 +177,8 @@ class EnginePools {
   };
   // How soon who waits looks at the clock again.
   static constexpr absl::Duration kLookAgain = absl::Milliseconds(100);
+  // How long who watches a job waits for it once the worker drains.
+  static constexpr absl::Duration kDrainWait = absl::Seconds(2);
 
   using PoolKey = std::pair<std::string, std::string>;  // tenant, name
   using Block = std::pair<uint64_t, uint64_t>;          // generation, block
@@ -185,6 +191,8 @@ class EnginePools {
   // The job's number.
   absl::StatusOr<uint64_t> FindJob(absl::string_view tenant, absl::string_view job_id) const
       ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
+  // UNAVAILABLE when it is stopped, FAILED_PRECONDITION (DRAINING).
+  absl::Status CheckAccepts(absl::string_view what) const ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
   absl::Status CheckRoom(const Tenant& tenant) const ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
   // FAILED_PRECONDITION (BLOCK_BUSY) and nothing taken, or all.
   absl::Status TakeBlocks(const Pool& pool, EngineJobKind kind, const EngineTransfer& transfer)
@@ -224,6 +232,7 @@ class EnginePools {
   mutable Mutex mu_;
   CondVar changed_;
   bool is_stopped_ ABSL_GUARDED_BY(mu_) = false;
+  std::optional<MonotonicTime> draining_since_ ABSL_GUARDED_BY(mu_);
   uint64_t last_generation_ ABSL_GUARDED_BY(mu_);
   uint64_t last_job_ ABSL_GUARDED_BY(mu_) = 0;
   std::map<PoolKey, PoolPtr> pools_ ABSL_GUARDED_BY(mu_);

@@ -15,6 +15,7 @@
 #include <functional>
 #include <memory>
 #include <string>
+#include <thread>
 #include <utility>
 #include <vector>
 
@@ -133,6 +134,7 @@ class LocalPlaneTest : public ::testing::Test {
     options.local_plane.socket_path = dir_ / "plane.sock";
     options.local_plane.max_staging_bytes = 1 << 20;
     options.local_plane.max_clients = 2;
+    options.server.drain_notice = drain_notice_;
     auto role = WorkerRole::Start(options, &store_, Clock::Real());
     ASSERT_TRUE(role.ok()) << role.status();
     role_ = *std::move(role);
@@ -172,6 +174,7 @@ class LocalPlaneTest : public ::testing::Test {
   testing::TempDir dir_;
   MemoryPageStore store_;
   std::shared_ptr<const Model> model_ = std::make_shared<const Model>(MakeTestModel());
+  absl::Duration drain_notice_ = absl::ZeroDuration();
   std::unique_ptr<WorkerRole> role_;
   std::unique_ptr<WorkerClient> client_;
   absl::Status status_;
@@ -507,6 +510,45 @@ TEST_F(LocalPlaneTest, AnEnginesMemoryWithHolesIsRefusedWithNumbersUntilItIsAllo
   engine.Allocate();
   const absl::Status taken = registered();
   EXPECT_TRUE(taken.ok()) << taken;
+}
+
+// Calls still come in for a while when it begins to drain.
+class DrainingPlaneTest : public LocalPlaneTest {
+ protected:
+  DrainingPlaneTest() { drain_notice_ = absl::Seconds(2); }
+};
+
+TEST_F(DrainingPlaneTest, ADrainingWorkerTakesNoMoreJobsAndSaysSo) {
+  const auto engines = v1::EnginePoolService::NewStub(client_->channel());
+  const PlaneEngine engine(model_->geometry(), 4);
+  PlaneClient plane(path());
+  plane.SendWithFds(PlaneClient::Frame(engine.Hello().SerializeAsString()), {engine.fd()});
+  v1::LocalWelcome welcome;
+  ASSERT_TRUE(plane.Receive(&welcome));
+  v1::RegisterEnginePoolResponse registered;
+  TestContext first;
+  const absl::Status status = FromGrpcStatus(engines->RegisterEnginePool(
+      &first, engine.Registration(*model_, welcome.client_id()), &registered));
+  ASSERT_TRUE(status.ok()) << status;
+  std::thread drain([&] { role_->Drain(absl::Seconds(30)); });
+  absl::Status refused;
+  EXPECT_TRUE(Eventually([&] {
+    TestContext context;
+    v1::StorePagesRequest request;
+    *request.mutable_pool() = registered.pool();
+    request.add_tokens(1);
+    request.add_slot_maps()->add_blocks(1);
+    v1::StorePagesResponse response;
+    refused = FromGrpcStatus(engines->StorePages(&context, request, &response));
+    return !refused.ok();
+  }));
+  EXPECT_EQ(refused.code(), absl::StatusCode::kFailedPrecondition) << refused;
+  EXPECT_EQ(GetReason(refused), "DRAINING");
+  TestContext second;
+  EXPECT_EQ(GetReason(FromGrpcStatus(engines->RegisterEnginePool(
+                &second, engine.Registration(*model_, welcome.client_id()), &registered))),
+            "DRAINING");
+  drain.join();
 }
 
 TEST_F(LocalPlaneTest, DescriptorsThatNobodyAskedForEndTheConnection) {

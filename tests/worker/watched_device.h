@@ -13,9 +13,10 @@
 namespace pagetide {
 
 // A CPU device that tells of the first copy within its pool before it is made. Its pools have no
-// host view, as those of a GPU.
+// host view, as those of a GPU, unless they are asked for with one.
 class WatchedDevice final : public Device {
  public:
+  explicit WatchedDevice(bool has_host_view = false) : has_host_view_(has_host_view) {}
   void OnNextCopy(std::function<void()> fn) {
     on_copy_ = std::move(fn);
     is_armed_ = true;
@@ -33,7 +34,9 @@ class WatchedDevice final : public Device {
     Pool(WatchedDevice* device, std::unique_ptr<DevicePool> pool)
         : device_(device), pool_(std::move(pool)) {}
     uint64_t size_bytes() const override { return pool_->size_bytes(); }
-    std::byte* host_view() override { return nullptr; }
+    std::byte* host_view() override {
+      return device_->has_host_view_ ? pool_->host_view() : nullptr;
+    }
     absl::Status Write(uint64_t offset, std::span<const std::byte> from) override {
       return pool_->Write(offset, from);
     }
@@ -60,6 +63,7 @@ class WatchedDevice final : public Device {
     const std::unique_ptr<DevicePool> pool_;
   };
 
+  const bool has_host_view_;
   CpuDevice cpu_;
   std::function<void()> on_copy_;
   std::atomic<bool> is_armed_{false};

@@ -4,6 +4,7 @@ and workers that die in the middle."""
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import ctypes
 import os
 import pathlib
@@ -12,6 +13,7 @@ import struct
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from typing import Any, Callable, Iterator
 
@@ -395,6 +397,41 @@ def test_an_engine_killed_in_the_middle_of_a_load_leaves_nothing_behind(
     engine.expect(tokens, wanted, 0, len(tokens))
     assert engine.is_as_expected()
     engine.close()
+
+
+def test_a_worker_that_drains_ends_the_jobs_and_tells_who_waits_for_them(
+        fleet: Fleet, model: pagetide.Model) -> None:
+    tokens = tokens_of(4 * PAGE, 8)
+    with connect(fleet) as client:
+        engine = Engine(client, model, "drained")
+        blocks = engine.blocks_for(len(tokens))
+        engine.compute(tokens, blocks)
+        assert engine.pool.store_pages(tokens, blocks).wait() == len(tokens)
+        holds_all = AllFrames(client, model)
+        wanted = engine.blocks_for(len(tokens))
+        blocked = engine.pool.load_pages(tokens, wanted, time_limit=600)
+        assert eventually(lambda: stat(client, "pagetide_engine_jobs") == 1)
+        # It would wait for minutes, and so would who watches it.
+        ended: list[pagetide.PageTideError] = []
+
+        def wait() -> None:
+            with pytest.raises(pagetide.Cancelled) as error:
+                blocked.wait()
+            ended.append(error.value)
+
+        waiter = threading.Thread(target=wait)
+        waiter.start()
+        running = engine_pool_pb2.EngineJob.STATE_RUNNING
+        assert eventually(lambda: blocked.state.state == running)  # as the watch tells it
+        begun = time.monotonic()
+        assert fleet.workers[-1].terminate() == 0
+        waiter.join()
+        assert time.monotonic() - begun < 25  # a drain waits 30 s for calls that do not end
+        assert ended[0].reason == "DRAINING" and blocked.usable_tokens == 0
+        assert engine.is_as_expected()
+        with contextlib.suppress(pagetide.PageTideError):
+            holds_all.__exit__()
+    fleet.workers.append(fleet.start_worker("w0"))
 
 
 def test_a_worker_killed_in_the_middle_of_a_store_leaves_whole_pages_only(
