@@ -11,6 +11,7 @@ free list, a load, a prefill of the rest, a store.
 from __future__ import annotations
 
 import argparse
+import contextlib
 
 import numpy as np
 
@@ -48,20 +49,29 @@ class Engine:
         needed = -(-len(prompt) // self.layout.block_tokens)
         blocks, self.free = self.free[:needed], self.free[needed:]
 
-        job = self.pool.load_pages(prompt, blocks)
-        try:
-            loaded = job.wait()
-        except pagetide.PageTideError as error:
-            loaded = job.usable_tokens  # late, or a page was lost: what is there is right
-            print(f"{self.name}: the load ended early: {error}")
+        loaded = self.finish("load", self.pool.load_pages(prompt, blocks)).usable_tokens
         self.prefill(prompt, blocks, loaded)
         print(f"{self.name}: {loaded} of {len(prompt)} tokens loaded, {len(prompt) - loaded} computed, "
               f"{self.wrong_bytes(prompt, blocks)} wrong bytes")
 
-        stored = self.pool.store_pages(prompt, blocks)
-        print(f"{self.name}: {stored.wait()} tokens are known now: {stored.state.moved_pages} pages copied, "
-              f"{stored.state.known_pages} were known")
+        stored = self.finish("store", self.pool.store_pages(prompt, blocks))
+        print(f"{self.name}: {stored.usable_tokens} tokens are known now: {stored.state.moved_pages} pages "
+              f"copied, {stored.state.known_pages} were known")
         self.free += blocks
+
+    def finish(self, what: str, job: pagetide.EngineJob) -> pagetide.EngineJob:
+        """Waits for a job. Whatever goes wrong meanwhile, the job works on no block any more afterwards:
+        one that nobody waits for any more would go on, in blocks that are somebody else's by then."""
+        try:
+            job.wait()
+        except pagetide.PageTideError as error:
+            # Late, or a page was lost, or the answer was: what the job states is right.
+            print(f"{self.name}: the {what} ended early: {error}")
+            job.cancel()
+        except BaseException:
+            job.cancel()
+            raise
+        return job
 
     def rows(self, prompt: np.ndarray, layer: int, kind: pagetide.RowKind) -> np.ndarray:
         """What the model computes: [token, head, byte], from all tokens up to each."""
@@ -96,15 +106,15 @@ def main() -> None:
     arguments = parser.parse_args()
     random = np.random.default_rng(1)
     system = random.integers(0, 32000, 200)
-    with pagetide.Client(router=arguments.router) as client:
+    with pagetide.Client(router=arguments.router) as client, contextlib.ExitStack() as engines:
         model = client.register_model(model_spec())
         first = Engine(client, model, "first", pagetide.EngineLayout(block_tokens=16, num_blocks=64))
+        engines.callback(first.close)
         second = Engine(client, model, "second", pagetide.EngineLayout(
             block_tokens=8, num_blocks=128, heads="HND", block_major=True))
+        engines.callback(second.close)
         first.run(np.concatenate([system, random.integers(0, 32000, 50)]))
         second.run(np.concatenate([system, random.integers(0, 32000, 70)]))
-        first.close()
-        second.close()
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import ctypes
+import importlib.util
 import os
 import pathlib
 import socket
@@ -27,6 +28,7 @@ from pagetide import aio
 from pagetide.v1 import engine_pool_pb2, local_plane_pb2, model_pb2, sequence_pb2
 
 HERE = pathlib.Path(__file__).resolve().parent
+EXAMPLES = HERE.parents[2] / "clients/python/examples"
 # Of the model of client_test: 16 tokens x 3 layers x 2 heads x (32 + 16) elements of f16.
 PAGE_BYTES = 9216
 FRAMES = 16
@@ -123,11 +125,12 @@ def stat(client: pagetide.Client, name: str) -> float:
 class AllFrames:
     """Every frame of the model's pool is promised to a reservation while this lasts: what needs one waits."""
 
-    def __init__(self, client: pagetide.Client, model: pagetide.Model) -> None:
+    def __init__(self, client: pagetide.Client, model: pagetide.Model,
+                 num_tokens: int = FRAMES * PAGE) -> None:
         self._client = client
         self._sequence = client.open(model, [], no_reuse=True)
         request = sequence_pb2.ReserveSlotsRequest(items=[sequence_pb2.ReserveSlotsRequest.Item(
-            sequence=self._sequence.ref(), num_tokens=FRAMES * PAGE)])
+            sequence=self._sequence.ref(), num_tokens=num_tokens)])
         request.lease.seconds = 300
         self._sequence.worker.sequences.ReserveSlots(request, timeout=60)
 
@@ -489,9 +492,60 @@ def test_asyncio(fleet: Fleet, model: pagetide.Model) -> None:
     asyncio.run(scene())
 
 
+def example() -> Any:
+    """The example as a module."""
+    spec = importlib.util.spec_from_file_location("engine_pool", EXAMPLES / "engine_pool.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_example_cancels_its_job_when_waiting_for_it_fails(
+        fleet: Fleet, client: pagetide.Client, capsys: pytest.CaptureFixture[str]) -> None:
+    module = example()
+    prompt = np.arange(200)
+    with pagetide.Client(router=fleet.router.grpc) as routed:
+        model = routed.register_model(module.model_spec())
+    first = module.Engine(client, model, "ok", pagetide.EngineLayout(block_tokens=16, num_blocks=64))
+    first.run(prompt)
+    first.close()
+    frames = FRAMES * PAGE_BYTES // model.groups[0].page_bytes
+    with AllFrames(client, model, frames * model.page_tokens), \
+            pagetide.Client(worker=fleet.workers[-1].grpc, timeout=2,
+                            worker_local_socket=str(fleet.folder / "w0.sock")) as hasty:
+        engine = module.Engine(hasty, model, "hasty", pagetide.EngineLayout(block_tokens=16, num_blocks=64))
+        jobs = []
+        submit = engine.pool.load_pages
+
+        def load_pages(*arguments: Any) -> pagetide.EngineJob:
+            jobs.append(submit(*arguments))
+            return jobs[-1]
+
+        engine.pool.load_pages = load_pages
+        prefill = engine.prefill
+
+        def prefill_when_the_load_is_over(*arguments: Any) -> None:
+            jobs[0].refresh()
+            assert jobs[0].state.state == engine_pool_pb2.EngineJob.STATE_CANCELLED
+            prefill(*arguments)
+
+        engine.prefill = prefill_when_the_load_is_over
+        engine.run(prompt)
+        assert "hasty: the load ended early" in capsys.readouterr().out
+        assert stat(client, "pagetide_engine_jobs") == 0
+        # Anything else that goes wrong passes on, and stops the job as well.
+        job = submit(prompt, engine.free[:13])
+        job.wait = lambda: 1 // 0
+        with pytest.raises(ZeroDivisionError):
+            engine.finish("load", job)
+        assert job.state.state == engine_pool_pb2.EngineJob.STATE_CANCELLED
+        engine.close()
+
+
 def test_the_example_loads_what_the_first_engine_stored(fleet: Fleet) -> None:
     done = subprocess.run(
-        [sys.executable, str(HERE.parents[2] / "clients/python/examples/engine_pool.py"),
+        [sys.executable, str(EXAMPLES / "engine_pool.py"),
          f"--router={fleet.router.grpc}"], capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr
     assert "first: 0 of 250 tokens loaded, 250 computed, 0 wrong bytes" in done.stdout
