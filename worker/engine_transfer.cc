@@ -73,7 +73,7 @@ absl::StatusOr<SequenceInfo> ForkOf(const EngineTransfer& transfer, const Engine
     const MonotonicTime slice =
         std::min(transfer.deadline, transfer.clock->MonotonicNow() + kForkSlice);
     const auto fork = transfer.host->Fork(transfer.tenant, {source.id, source.epoch, std::nullopt},
-                                          transfer.num_tokens, slice);
+                                          transfer.num_tokens, slice, /*is_unlisted=*/true);
     if (fork.ok()) return fork->info;
     const bool waits = absl::IsDeadlineExceeded(fork.status()) || absl::IsAborted(fork.status()) ||
                        GetReason(fork.status()) == error_reason::kPoolExhausted;
@@ -170,7 +170,8 @@ absl::Status LoadIntoEngine(const EngineTransfer& transfer, EngineTransferJob* j
     if (transfer.sequence) {
       PT_ASSIGN_OR_RETURN(info, ForkOf(transfer, *job));
     } else {
-      const PromptOptions options{.allow_full_reuse = transfer.allow_full_reuse};
+      const PromptOptions options{.allow_full_reuse = transfer.allow_full_reuse,
+                                  .is_unlisted = true};
       PT_ASSIGN_OR_RETURN(OpenResult opened,
                           host->Open(transfer.tenant, transfer.tokens, transfer.inputs, options));
       info = std::move(opened.info);
@@ -254,7 +255,7 @@ absl::Status StoreFromEngine(const EngineTransfer& transfer, EngineTransferJob* 
   std::erase_if(inputs,
                 [&](const PositionedInput& input) { return input.position >= full.size(); });
   const PromptOptions options{
-      .allow_full_reuse = true, .whole_pages_only = true, .is_copied = true};
+      .allow_full_reuse = true, .whole_pages_only = true, .is_copied = true, .is_unlisted = true};
   // First without effect: an open would restore what only the store has.
   PT_ASSIGN_OR_RETURN(const PrefixReuse known,
                       host->LookupPrefix(transfer.tenant, full, inputs, options));

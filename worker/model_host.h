@@ -115,6 +115,9 @@ struct PromptOptions {
   bool is_copied = false;
   // Window groups give no rows up until KeepRows says which they hold.
   bool keeps_masked_rows = false;
+  // Nobody's but the caller's, for the time of a job: List leaves it out, and edits of all
+  // sequences of a tenant do.
+  bool is_unlisted = false;
 };
 
 struct OpenResult {
@@ -542,9 +545,10 @@ class ModelHost {
   virtual std::vector<IdleSequence> CloseIdle() = 0;
   // Only if it has the expected revision and no write is pending; else as for any change.
   virtual absl::Status CloseUnchanged(const Tenant& tenant, const SequenceHandle& sequence) = 0;
+  // `is_unlisted` as PromptOptions has it.
   virtual absl::StatusOr<ForkResult> Fork(const Tenant& tenant, const SequenceHandle& source,
-                                          std::optional<uint64_t> length,
-                                          MonotonicTime deadline) = 0;
+                                          std::optional<uint64_t> length, MonotonicTime deadline,
+                                          bool is_unlisted = false) = 0;
   virtual absl::StatusOr<RewindResult> Rewind(const Tenant& tenant, const SequenceHandle& sequence,
                                               int64_t length) = 0;
 

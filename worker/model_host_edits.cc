@@ -9,7 +9,7 @@
 
 namespace pagetide {
 
-// The open sequences of one tenant. Lives under the lock.
+// The open sequences of one tenant, as it knows them. Lives under the lock.
 class ModelHostImpl::EditableSequences final : public SequenceEditor::Sequences {
  public:
   EditableSequences(const absl::btree_map<uint64_t, SequencePtr>& sequences,
@@ -23,7 +23,7 @@ class ModelHostImpl::EditableSequences final : public SequenceEditor::Sequences 
   }
   void ForEach(absl::FunctionRef<void(uint64_t, const SequenceRows&)> fn) const override {
     for (const auto& [number, sequence] : sequences_) {
-      if (sequence->tenant == tenant_) fn(number, *sequence);
+      if (sequence->tenant == tenant_ && !sequence->is_unlisted) fn(number, *sequence);
     }
   }
 

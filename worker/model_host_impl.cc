@@ -325,7 +325,8 @@ std::vector<SequenceInfo> ModelHostImpl::List(const Tenant& tenant, uint64_t aft
   MutexLock lock(&mu_);
   for (auto it = sequences_.upper_bound(after); it != sequences_.end() && out.size() < limit;
        ++it) {
-    if (it->second->tenant == tenant.name) out.push_back(InfoOf(*it->second));
+    const Sequence& sequence = *it->second;
+    if (sequence.tenant == tenant.name && !sequence.is_unlisted) out.push_back(InfoOf(sequence));
   }
   return out;
 }

@@ -67,7 +67,7 @@ class ModelHostImpl final : public ModelHost {
   std::vector<IdleSequence> CloseIdle() override;
   absl::Status CloseUnchanged(const Tenant&, const SequenceHandle&) override;
   absl::StatusOr<ForkResult> Fork(const Tenant&, const SequenceHandle&, std::optional<uint64_t>,
-                                  MonotonicTime) override;
+                                  MonotonicTime, bool is_unlisted) override;
   absl::StatusOr<RewindResult> Rewind(const Tenant&, const SequenceHandle&, int64_t) override;
   absl::StatusOr<EditResult> Edit(const Tenant&, std::span<const SequenceHandle>,
                                   std::span<const SequenceEdit>) override;
@@ -211,6 +211,7 @@ class ModelHostImpl final : public ModelHost {
     std::vector<Checkpoint> checkpoints;  // oldest first
     bool was_appended = false;            // since open: then a lost prefix is the caller's to know
     bool keeps_masked_rows = false;       // until KeepRows
+    bool is_unlisted = false;             // a job's own
     bool closed = false;
     std::string shortened_because;
     uint64_t length() const { return num_rows(); }

@@ -517,6 +517,7 @@ absl::StatusOr<OpenResult> ModelHostImpl::Open(const Tenant& tenant,
     }
     if (options.is_private) sequence->canonical_limit = 0;
     sequence->keeps_masked_rows = options.keeps_masked_rows;
+    sequence->is_unlisted = options.is_unlisted;
     AddSequence(sequence);
     if (!options.is_copied) counters_.tokens_reused += length;
     if (!options.is_copied) result.restoring_pages = Prefetch(*sequence);

@@ -352,7 +352,7 @@ absl::StatusOr<AttendOutput> ModelHostImpl::Attend(const Tenant& tenant, const A
 
 absl::StatusOr<ForkResult> ModelHostImpl::Fork(const Tenant& tenant, const SequenceHandle& source,
                                                std::optional<uint64_t> wanted,
-                                               MonotonicTime deadline) {
+                                               MonotonicTime deadline, bool is_unlisted) {
   const auto fork = [&]() -> absl::StatusOr<ForkResult> {
     MutexLock lock(&mu_);
     for (int attempt = 0; attempt < kMaxForkTries; ++attempt) {
@@ -433,6 +433,7 @@ absl::StatusOr<ForkResult> ModelHostImpl::Fork(const Tenant& tenant, const Seque
         }
       }
       to->was_appended = from->was_appended;
+      to->is_unlisted = is_unlisted;
       ForkResult result;
       for (uint32_t g = 0; g < num_groups(); ++g) {
         result.copied_rows = std::max(result.copied_rows, tails[g].num_copied_rows());

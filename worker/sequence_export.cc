@@ -329,7 +329,8 @@ absl::StatusOr<std::unique_ptr<SequenceExport>> SequenceExport::Begin(
     const FileLayout& layout, MonotonicTime deadline) {
   PT_ASSIGN_OR_RETURN(const SequenceInfo seen, host->Get(tenant, id));
   PT_ASSIGN_OR_RETURN(const ForkResult forked,
-                      host->Fork(tenant, {id, seen.epoch, std::nullopt}, std::nullopt, deadline));
+                      host->Fork(tenant, {id, seen.epoch, std::nullopt}, std::nullopt, deadline,
+                                 /*is_unlisted=*/true));
   auto fork = std::make_unique<Fork>(host, tenant, forked.info);
   PT_ASSIGN_OR_RETURN(SequenceContents contents, host->ReadContents(tenant, forked.info.id));
   if (!contents.positions.empty()) {

@@ -5,7 +5,6 @@
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 
-#include <latch>
 #include <memory>
 #include <random>
 #include <string>
@@ -13,98 +12,13 @@
 
 #include "base/error_info.h"
 #include "tests/support/timing.h"
-#include "tests/worker/model_host_fixture.h"
-#include "tests/worker/test_engine.h"
-#include "tests/worker/watched_device.h"
+#include "tests/worker/engine_pools_fixture.h"
 
 namespace pagetide {
 namespace {
 
 using ::pagetide::testing::Eventually;
 using ::testing::HasSubstr;
-
-constexpr uint32_t kPage = 8;
-
-std::shared_ptr<const Model> ModelOf(int num_groups, uint32_t kv_heads, DataType type,
-                                     uint32_t v_dim = 32, uint32_t window_tokens = 0) {
-  ModelSpec spec = TestModel(kPage, num_groups, false, window_tokens)->spec();
-  for (LayerGroupSpec& group : spec.geometry.groups) {
-    group.kv_heads = kv_heads;
-    group.k_dim = 32;
-    group.v_dim = v_dim;
-    group.k_type = group.v_type = type;
-  }
-  return std::make_shared<const Model>(Model::Create(std::move(spec)).value());
-}
-
-HostUnderTest::Setup HostSetup(std::shared_ptr<const Model> model, uint32_t num_frames = 16) {
-  return {.page_tokens = kPage, .num_frames = num_frames, .model = std::move(model)};
-}
-
-// Pools over one host.
-class Pools {
- public:
-  explicit Pools(const HostUnderTest::Setup& setup, EnginePools::Options options = {},
-                 Executor* executor = nullptr, Clock* clock = Clock::Real())
-      : under(setup),
-        threads({.name = "jobs", .num_threads = 4, .max_queue = 64}),
-        pools(options, executor != nullptr ? executor : &threads, clock, &metrics) {}
-
-  EnginePoolRef Register(const TestEngine& engine, const std::string& name = "e",
-                         uint64_t client_id = 1) {
-    auto ref = pools.Register(under.tenant, under.host, engine.Registration(name, client_id),
-                              HostUnderTest::Soon());
-    EXPECT_TRUE(ref.ok()) << ref.status();
-    return ref.value_or(EnginePoolRef());
-  }
-  absl::StatusOr<EngineJobInfo> Submit(EngineJobKind kind, const EnginePoolRef& pool,
-                                       std::vector<uint32_t> tokens,
-                                       std::vector<EngineSlotMap> maps) {
-    return pools.Submit(under.tenant, kind,
-                        {.pool = pool,
-                         .tokens = std::move(tokens),
-                         .maps = std::move(maps),
-                         .allow_full_reuse = true});
-  }
-  // Waits for the end of a job.
-  EngineJobInfo Await(const absl::StatusOr<EngineJobInfo>& submitted) {
-    EXPECT_TRUE(submitted.ok()) << submitted.status();
-    if (!submitted.ok()) return {};
-    EngineJobInfo last;
-    const absl::Status watched = pools.Watch(under.tenant, submitted->id, HostUnderTest::Soon(),
-                                             [&](const EngineJobInfo& info, bool) {
-                                               last = info;
-                                               return true;
-                                             });
-    EXPECT_TRUE(watched.ok()) << watched;
-    return last;
-  }
-  EngineJobInfo Load(const EnginePoolRef& pool, const std::vector<uint32_t>& tokens,
-                     const std::vector<EngineSlotMap>& maps) {
-    return Await(Submit(EngineJobKind::kLoad, pool, tokens, maps));
-  }
-  EngineJobInfo Store(const EnginePoolRef& pool, const std::vector<uint32_t>& tokens,
-                      const std::vector<EngineSlotMap>& maps) {
-    return Await(Submit(EngineJobKind::kStore, pool, tokens, maps));
-  }
-  EngineJobInfo Now(const EngineJobInfo& job) {
-    return pools.Get(under.tenant, job.id).value_or(EngineJobInfo());
-  }
-  // Pins all frames of the pool until destroyed, with a sequence of other tokens.
-  ModelHost::PinnedTable HoldAllFrames(uint32_t num_frames) {
-    const std::vector<uint32_t> tokens = Tokens(900'000, num_frames * kPage);
-    const auto info = under.OpenAndFill(tokens);
-    EXPECT_TRUE(info.ok()) << info.status();
-    auto table = under.host->PinTable(under.tenant, info->id, HostUnderTest::Soon());
-    EXPECT_TRUE(table.ok()) << table.status();
-    return *std::move(table);
-  }
-
-  HostUnderTest under;
-  InMemoryMetrics metrics;
-  ThreadPoolExecutor threads;
-  EnginePools pools;
-};
 
 TEST(EnginePoolsTest, WhatOneEngineStoresAnotherOfAnotherLayoutLoads) {
   Pools pools(HostSetup(ModelOf(1, 2, DataType::kF16)));
@@ -624,87 +538,6 @@ TEST(EnginePoolsTest, QueuesAreBoundedAndBlocksHaveOneWriter) {
                                 {{"operation", "store"}, {"outcome", "DEADLINE_EXCEEDED"}}),
             2);
   executor.RunAll();
-}
-
-TEST(EnginePoolsTest, ADrainStopsTheJobsTellsTheirWatchersAndTakesNoMore) {
-  Pools pools(HostSetup(ModelOf(1, 2, DataType::kF32), 4));
-  TestEngine engine(pools.under.model->geometry(), {.block_tokens = 4});
-  const EnginePoolRef ref = pools.Register(engine);
-  std::mt19937 random(12);
-  const std::vector<uint32_t> tokens = Tokens(1, 2 * kPage);
-  const EngineSlotMap map = engine.Allocate(0, tokens.size(), &random);
-  engine.Compute(tokens, map, 0, tokens.size());
-  ASSERT_EQ(pools.Store(ref, tokens, {map}).state, EngineJobState::kDone);
-  pools.under.host->Quiesce();
-  const ModelHost::PinnedTable held = pools.HoldAllFrames(4);
-  // Three run, as many as a tenant may have, and one is queued; all wait for frames.
-  std::vector<absl::StatusOr<EngineJobInfo>> jobs;
-  for (int j = 0; j < 4; ++j) {
-    jobs.push_back(pools.Submit(EngineJobKind::kLoad, ref, tokens,
-                                {engine.Allocate(0, tokens.size(), &random)}));
-    ASSERT_TRUE(jobs.back().ok()) << jobs.back().status();
-  }
-  ASSERT_TRUE(Eventually([&] { return pools.under.host->Counters().acquire_waits >= 3; }));
-  std::vector<EngineJobInfo> told(jobs.size());
-  std::vector<std::thread> watchers;
-  for (size_t j = 0; j < jobs.size(); ++j) {
-    watchers.emplace_back([&, j] { told[j] = pools.Await(jobs[j]); });
-  }
-  pools.pools.Drain();
-  pools.pools.Drain();
-  for (std::thread& watcher : watchers) watcher.join();
-  for (const EngineJobInfo& info : told) {
-    EXPECT_EQ(info.state, EngineJobState::kCancelled) << info.status;
-    EXPECT_EQ(GetReason(info.status), "DRAINING") << info.status;
-    EXPECT_EQ(info.progress.usable_tokens, 0);
-  }
-  const absl::Status refused = pools.Submit(EngineJobKind::kStore, ref, tokens, {map}).status();
-  EXPECT_EQ(refused.code(), absl::StatusCode::kFailedPrecondition) << refused;
-  EXPECT_EQ(GetReason(refused), "DRAINING");
-  EXPECT_EQ(GetReason(pools.pools
-                          .Register(pools.under.tenant, pools.under.host,
-                                    engine.Registration("late"), HostUnderTest::Soon())
-                          .status()),
-            "DRAINING");
-  EXPECT_EQ(pools.pools.num_active_jobs(), 0);
-  // What there is can still be asked for and ended.
-  EXPECT_EQ(pools.Now(told[0]).state, EngineJobState::kCancelled);
-  EXPECT_TRUE(pools.pools.Unregister(pools.under.tenant, ref, HostUnderTest::Soon()).ok());
-  EXPECT_EQ(engine.WrongBytes(), 0);
-}
-
-TEST(EnginePoolsTest, AWatchDoesNotHoldADrainUpThoughItsJobHasNotEnded) {
-  WatchedDevice device(/*has_host_view=*/true);
-  HostUnderTest::Setup setup = HostSetup(ModelOf(1, 2, DataType::kF32));
-  setup.device = &device;
-  Pools pools(setup);
-  TestEngine engine(pools.under.model->geometry(), {.block_tokens = 4});
-  const EnginePoolRef ref = pools.Register(engine);
-  const auto info = pools.under.OpenAndFill(Tokens(1, kPage + 3));
-  ASSERT_TRUE(info.ok()) << info.status();
-  // The copy of the sequence's tail, which a job takes first, does not come to an end.
-  std::latch is_copying(1), may_go_on(1);
-  device.OnNextCopy([&] {
-    is_copying.count_down();
-    may_go_on.wait();
-  });
-  const auto job =
-      pools.pools.Submit(pools.under.tenant, EngineJobKind::kLoad,
-                         {.pool = ref, .sequence = info->id, .maps = {{0, {1, 2, 3}}}});
-  ASSERT_TRUE(job.ok()) << job.status();
-  is_copying.wait();
-  pools.pools.Drain();
-  const MonotonicTime before = Clock::Real()->MonotonicNow();
-  const absl::Status watched =
-      pools.pools.Watch(pools.under.tenant, job->id, HostUnderTest::In(absl::Minutes(5)),
-                        [](const EngineJobInfo&, bool) { return true; });
-  EXPECT_LT(Clock::Real()->MonotonicNow() - before, absl::Minutes(1));
-  EXPECT_EQ(watched.code(), absl::StatusCode::kFailedPrecondition) << watched;
-  EXPECT_EQ(GetReason(watched), "DRAINING");
-  may_go_on.count_down();
-  pools.pools.Stop();
-  EXPECT_EQ(pools.Now(*job).state, EngineJobState::kCancelled);
-  EXPECT_EQ(engine.WrongBytes(), 0);
 }
 
 }  // namespace

@@ -360,6 +360,11 @@ def test_jobs_are_cancelled_and_blocks_have_one_writer(
         with pytest.raises(pagetide.FailedPrecondition, match="read by a store") as busy:
             engine.pool.load_pages(tokens, blocks)
         assert code_of(busy) == "BLOCK_BUSY"
+        # The sequence that it works on is nobody else's to see: there is the one that holds the frames.
+        assert eventually(lambda: stat(client, "pagetide_worker_open_sequences") == 2)
+        listed = engine.pool.worker.sequences.ListWorkerSequences(
+            sequence_pb2.ListWorkerSequencesRequest(page_size=100), timeout=60)
+        assert len(listed.sequences) == 1
         store.cancel()
         assert store.state.state == engine_pool_pb2.EngineJob.STATE_CANCELLED
         store.cancel()
