@@ -86,33 +86,21 @@ absl::StatusOr<EnginePoolRef> EnginePools::Register(const Tenant& tenant, ModelH
       MutexLock lock(&mu_);
       PT_RETURN_IF_ERROR(CheckAccepts("register an engine pool"));
       const auto at = pools_.find(key);
-      // Of a pool of this name that ended by itself a job may still be writing to its memory.
-      const uint64_t unended = at == pools_.end() ? UnendedGeneration(key) : 0;
-      if (unended != 0) {
-        before = unended;
-      } else if (at == pools_.end()) {
-        TenantState& state = tenants_[tenant.name];
-        if (pools_.size() >= options_.max_pools ||
-            state.num_pools >= options_.max_pools_per_tenant) {
-          const bool is_all = pools_.size() >= options_.max_pools;
-          const size_t num = is_all ? pools_.size() : state.num_pools;
-          ForgetTenantIfIdle(tenant.name);
-          return WithReason(absl::ResourceExhaustedError(absl::StrCat(
-                                num, " engine pools of ", is_all ? "all tenants" : "the tenant",
-                                " are registered, the limit is ",
-                                is_all ? options_.max_pools : options_.max_pools_per_tenant)),
-                            "TOO_MANY_ENGINE_POOLS");
-        }
-        pool->ref.generation = ++last_generation_;
-        ++state.num_pools;
-        const EnginePoolRef ref = pool->ref;
-        pools_.emplace(key, std::move(pool));
-        SetGauges();
-        return ref;
-      }
       if (at != pools_.end()) {
         before = at->second->ref.generation;
         EndPool(at, absl::CancelledError("its engine pool was registered again"), &left);
+      } else {
+        // Of a pool of this name that ended by itself a job may still be writing to its memory.
+        before = UnendedGeneration(key);
+        if (before == 0) {
+          PT_RETURN_IF_ERROR(CheckPoolRoom(tenant.name));
+          pool->ref.generation = ++last_generation_;
+          ++tenants_[tenant.name].num_pools;
+          const EnginePoolRef ref = pool->ref;
+          pools_.emplace(key, std::move(pool));
+          SetGauges();
+          return ref;
+        }
       }
     }
     Finish(std::move(left));
@@ -123,6 +111,18 @@ absl::StatusOr<EnginePoolRef> EnginePools::Register(const Tenant& tenant, ModelH
                                                       " have not ended yet"));
     }
   }
+}
+
+absl::Status EnginePools::CheckPoolRoom(const std::string& tenant) const {
+  const auto state = tenants_.find(tenant);
+  const size_t of_tenant = state == tenants_.end() ? 0 : state->second.num_pools;
+  const bool is_all = pools_.size() >= options_.max_pools;
+  if (!is_all && of_tenant < options_.max_pools_per_tenant) return absl::OkStatus();
+  return WithReason(absl::ResourceExhaustedError(absl::StrCat(
+                        is_all ? pools_.size() : of_tenant, " engine pools of ",
+                        is_all ? "all tenants" : "the tenant", " are registered, the limit is ",
+                        is_all ? options_.max_pools : options_.max_pools_per_tenant)),
+                    "TOO_MANY_ENGINE_POOLS");
 }
 
 absl::Status EnginePools::Unregister(const Tenant& tenant, const EnginePoolRef& ref,

@@ -194,6 +194,7 @@ class EnginePools {
   // UNAVAILABLE when it is stopped, FAILED_PRECONDITION (DRAINING).
   absl::Status CheckAccepts(absl::string_view what) const ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
   absl::Status CheckRoom(const Tenant& tenant) const ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
+  absl::Status CheckPoolRoom(const std::string& tenant) const ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
   // FAILED_PRECONDITION (BLOCK_BUSY) and nothing taken, or all.
   absl::Status TakeBlocks(const Pool& pool, EngineJobKind kind, const EngineTransfer& transfer)
       ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);

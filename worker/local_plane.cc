@@ -348,28 +348,28 @@ void LocalPlane::DropExpired() {
   }
 }
 
-absl::Status LocalPlane::CheckClient(uint64_t client_id) const {
-  MutexLock lock(&mu_);
-  if (clients_.contains(client_id)) return absl::OkStatus();
+absl::StatusOr<const LocalPlane::Client*> LocalPlane::FindClient(uint64_t client_id) const {
+  const auto client = clients_.find(client_id);
+  if (client != clients_.end()) return &client->second;
   return WithReason(absl::NotFoundError(absl::StrCat("local_client_id ", client_id,
                                                      " is not connected to this worker")),
                     "LOCAL_CLIENT_NOT_FOUND");
 }
 
+absl::Status LocalPlane::CheckClient(uint64_t client_id) const {
+  MutexLock lock(&mu_);
+  return FindClient(client_id).status();
+}
+
 absl::StatusOr<uint64_t> LocalPlane::Stage(uint64_t client_id, uint64_t reservation_id,
                                            Reservation reservation) {
   MutexLock lock(&mu_);
-  const auto client = clients_.find(client_id);
-  if (client == clients_.end()) {
-    return absl::NotFoundError(
-        absl::StrCat("local_client_id ", client_id, " is not connected to this worker"));
-  }
-  PT_ASSIGN_OR_RETURN(const uint64_t offset,
-                      client->second.staging->Allocate(reservation.num_bytes));
+  PT_ASSIGN_OR_RETURN(const Client* client, FindClient(client_id));
+  PT_ASSIGN_OR_RETURN(const uint64_t offset, client->staging->Allocate(reservation.num_bytes));
   staging_bytes_ += reservation.num_bytes;
   staging_high_water_bytes_ = std::max(staging_high_water_bytes_, staging_bytes_);
   reservations_.emplace(reservation_id,
-                        Entry{std::move(reservation), client_id, client->second.staging, offset});
+                        Entry{std::move(reservation), client_id, client->staging, offset});
   return offset;
 }
 
@@ -397,11 +397,8 @@ void LocalPlane::Release(SequenceId sequence, uint64_t reservation_id) {
 
 absl::StatusOr<EngineLayout::Memories> LocalPlane::MemoriesOf(uint64_t client_id) const {
   MutexLock lock(&mu_);
-  const auto client = clients_.find(client_id);
-  if (client != clients_.end()) return client->second.memories;
-  return WithReason(absl::NotFoundError(absl::StrCat("local_client_id ", client_id,
-                                                     " is not connected to this worker")),
-                    "LOCAL_CLIENT_NOT_FOUND");
+  PT_ASSIGN_OR_RETURN(const Client* client, FindClient(client_id));
+  return client->memories;
 }
 
 size_t LocalPlane::num_clients() const {

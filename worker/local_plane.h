@@ -63,7 +63,7 @@ class LocalPlane {
     uint64_t num_bytes = 0;
     MonotonicTime expires;
   };
-  // Returns the offset of the region. NOT_FOUND (the client), RESOURCE_EXHAUSTED.
+  // Returns the offset of the region. NOT_FOUND (LOCAL_CLIENT_NOT_FOUND), RESOURCE_EXHAUSTED.
   absl::StatusOr<uint64_t> Stage(uint64_t client_id, uint64_t reservation_id,
                                  Reservation reservation);
   struct StagedRows {
@@ -121,6 +121,9 @@ class LocalPlane {
                                                      const ReceivedFds& fds) const;
   void DropClient(uint64_t client_id);
   void DropExpired();
+  // NOT_FOUND (LOCAL_CLIENT_NOT_FOUND). Holds as long as the lock does.
+  absl::StatusOr<const Client*> FindClient(uint64_t client_id) const
+      ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
 
   const Options options_;
   Worker* const worker_;
