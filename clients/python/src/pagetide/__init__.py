@@ -15,6 +15,7 @@ in pagetide.v1.
 
 from pagetide._attention import Attention, merge_attention
 from pagetide._messages import RowsPart
+from pagetide.dlpack import DlpackView
 from pagetide.engine_memory import EngineLayout, EngineMemory
 from pagetide.errors import (Aborted, AlreadyExists, Cancelled, DataLoss, DeadlineExceeded,
                              FailedPrecondition, Internal, InvalidArgument, NotFound, PageTideError,
@@ -35,8 +36,9 @@ from pagetide.sync.steps import BatchStep, PendingStep
 
 __all__ = [
     "Aborted", "AlreadyExists", "Attention", "BatchStep", "CallOptions", "Cancelled", "Client",
-    "DataLoss", "DeadlineExceeded", "EngineJob", "EngineLayout", "EngineMemory", "EnginePool",
-    "Export", "FailedPrecondition", "Group", "Input", "Internal", "InvalidArgument", "LocalPlane", "Model",
+    "DataLoss", "DeadlineExceeded", "DlpackView", "EngineJob", "EngineLayout", "EngineMemory",
+    "EnginePool", "Export", "FailedPrecondition", "Group", "Input", "Internal", "InvalidArgument",
+    "LocalPlane", "Model",
     "NotFound", "PageLease", "PageTideError", "PendingAppend", "PendingStep", "PermissionDenied",
     "ResourceExhausted", "Retention", "RetryPolicy", "RowKind", "RowsPart", "Sequence",
     "SequenceMoved", "Unauthenticated", "Unavailable", "Unimplemented", "WorkerConnection",
