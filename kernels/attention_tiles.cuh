@@ -347,6 +347,13 @@ struct RowState {
   float sum;      // of this thread's share of the weights
 };
 
+// What weights are multiplied by before they are rounded to the operand, and values divided by in
+// the end. The largest weight is 1: this is the largest power of two that f16 holds, so that
+// weights down to 2^-29 keep all their digits; without it those below 2^-14 would lose some, and
+// those below 2^-25 all, while the sum that they are divided by counts them.
+template <Operand kOperand>
+constexpr float kWeightScale = kOperand == Operand::kF16 ? 32768.0f : 1.0f;
+
 // Turns a tile's scores into weights and factors.
 template <Operand kOperand, int kThreads, int kRows, int kTileRows>
 __device__ inline void WeighTile(const AttentionPlan& plan, const AttentionTable& table,
@@ -396,7 +403,8 @@ __device__ inline void WeighTile(const AttentionPlan& plan, const AttentionTable
       weights[at + 1] = x[i][1];
     } else {
       uint32_t* weights = reinterpret_cast<uint32_t*>(shared + plan.weights_at);
-      weights[at / 2] = PackTwo<kOperand == Operand::kBF16>(x[i][0], x[i][1]);
+      weights[at / 2] = PackTwo<kOperand == Operand::kBF16>(x[i][0] * kWeightScale<kOperand>,
+                                                            x[i][1] * kWeightScale<kOperand>);
     }
   }
   state->sum = fmaf(state->sum, factor, sum);

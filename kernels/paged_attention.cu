@@ -191,6 +191,7 @@ __global__ void __launch_bounds__(Math::kThreads, Math::kBlocks)
     sums[my_row] = sum;
   }
   __syncthreads();
+  constexpr float kUnscale = 1.0f / device::kWeightScale<Math::kOperand>;
   const int64_t q_rows = batch.all.num_queries * shape.num_q_heads;
   if (plan.num_chunks > 1) {
     const int64_t first_part = chunk * q_rows;
@@ -205,7 +206,7 @@ __global__ void __launch_bounds__(Math::kThreads, Math::kBlocks)
       if (row >= queries.num_rows || sums[row] == 0.0f) return;
       float* out = values + (first_part + queries.IndexOf(row)) * shape.v_dim;
       for_each_value([&](int32_t d, float value) {
-        if (d < shape.v_dim) out[d] = value;
+        if (d < shape.v_dim) out[d] = value * kUnscale;
       });
     });
     return;
@@ -219,7 +220,7 @@ __global__ void __launch_bounds__(Math::kThreads, Math::kBlocks)
     float* out = batch.all.out + queries.IndexOf(row) * shape.v_dim;
     const float whole = sums[row];
     for_each_value([&](int32_t d, float value) {
-      if (d < shape.v_dim) out[d] = whole == 0.0f ? 0.0f : value / whole;
+      if (d < shape.v_dim) out[d] = whole == 0.0f ? 0.0f : value * kUnscale / whole;
     });
   });
 }
@@ -325,7 +326,8 @@ int AttendCuda(const AttentionBatch& batch, void* workspace, CudaStream stream) 
       device::Launch(IndexRunsKernel, sequences, kIndexThreads, 0, stream, batch, plan, memory);
   if (error != cudaSuccess) return error;
   const Choice choice = Choose(plan, shape);
-  // The kernel's limit is the process's: never lowered, so that no other thread's launch fails by it.
+  // The kernel's limit is the process's: never lowered, so that no other thread's launch fails by
+  // it.
   error = cudaFuncSetAttribute(choice.kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                SharedLimit());
   if (error != cudaSuccess) return error;

@@ -365,6 +365,56 @@ TEST_P(AttentionContractTest, KeysAndValuesOfDifferentTypes) {
   }
 }
 
+// One key that takes nearly all of the weight and has no value, beside many whose weights are
+// `faint_bits` binary digits below its own: of the output they are all.
+Problem MakeFaintProblem(const Case& c, double faint_bits) {
+  Problem p = MakeProblem(c);
+  const AttentionShape& s = p.shape;
+  std::fill(p.q.begin(), p.q.end(), 1.0f);
+  const auto loud = static_cast<float>(faint_bits * std::log(2.0) / (s.k_dim * s.scale));
+  for (const KvRun& run : p.runs) {
+    for (int64_t i = 0; i < run.count; ++i) {
+      const bool is_loud = run.first_position + i == 0;
+      const auto fill = [&](KvType type, const void* rows, int64_t row_bytes, int dim,
+                            float value) {
+        const std::vector<float> row(static_cast<size_t>(c.kv_heads * dim), value);
+        NarrowFromF32(type, row.data(), static_cast<int64_t>(row.size()),
+                      &p.memory[reinterpret_cast<uintptr_t>(rows) +
+                                static_cast<size_t>((run.first_slot + i) * row_bytes)]);
+      };
+      fill(s.k_type, run.k_rows, s.k_row_bytes, s.k_dim, is_loud ? loud : 0.0f);
+      fill(s.v_type, run.v_rows, s.v_row_bytes, s.v_dim, is_loud ? 0.0f : 1.0f);
+    }
+  }
+  return p;
+}
+
+TEST_P(AttentionContractTest, FaintKeysCountThoughOneOutweighsThemAll) {
+  // Down to what f16 operands keep, docs/kernels.md; below 2^-14 f16 by itself has fewer digits,
+  // and below 2^-25 nothing.
+  const auto check = [&](KvType type, double faint_bits, const SequenceSpec& sequence) {
+    SCOPED_TRACE(testing::Message() << KvTypeName(type) << ", " << faint_bits << " bits, "
+                                    << sequence.rows << " rows");
+    Case c;
+    c.k_type = c.v_type = type;
+    c.sequences = {sequence};
+    const Problem p = MakeFaintProblem(c, faint_bits);
+    HostKernelDevice host;
+    const Result got = Attend(*device_, p);
+    ExpectClose(p, got, Attend(host, p));
+    // All values are 0 or 1, so the output is the share of the faint keys.
+    const double share = SizesOf(p, p.sequences[0], 0, 0).value[0];
+    ASSERT_GT(share, 0);
+    ASSERT_NEAR(got.out[0], share, share * 0.02);
+  };
+  for (const KvType type : {KvType::kF16, KvType::kF8E5M2, KvType::kQ8_0, KvType::kBF16}) {
+    for (const double faint_bits : {13.7, 20.6, 26.3, 28.9}) check(type, faint_bits, {150, 1});
+    check(type, 26.3, {120, 20});
+  }
+  for (const double faint_bits : {15.3, 24.4}) check(KvType::kF16, faint_bits, {400, 1});
+  check(KvType::kF16, 26.3, {5000, 1});  // in several chunks
+}
+
 // (query heads, KV heads, k_dim, v_dim) of today's models and some that none has.
 TEST_P(AttentionContractTest, HeadSizesAndGroupings) {
   const int shapes[][4] = {{4, 4, 64, 64},   {5, 1, 80, 80},    {6, 2, 96, 96}, {8, 2, 128, 128},
