@@ -197,14 +197,17 @@ void LocalPlane::Accept() {
       close(fd);
       continue;
     }
-    connections_.push_back(
-        {fd, worker_->clock().MonotonicNow() + options_.handshake_timeout, {}, 0, {}});
+    connections_.push_back({fd,
+                            worker_->clock().MonotonicNow() + options_.handshake_timeout,
+                            {},
+                            0,
+                            ReceivedFds(&fd_closer_)});
   }
 }
 
 bool LocalPlane::Receive(Connection* connection) {
   const ssize_t n = ReceiveWithFds(connection->fd, kLocalLengthBytes + kMaxLocalHelloBytes,
-                                   &connection->received, &connection->fds);
+                                   !fd_closer_.is_full(), &connection->received, &connection->fds);
   if (n < 0) return errno == EAGAIN || errno == EINTR;
   // Nothing is said after the welcome, so bytes then are as much an end as the end itself.
   if (n == 0 || connection->client_id != 0) return false;

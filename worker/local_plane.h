@@ -4,8 +4,9 @@
 // over with the hello. The connection is the client's life: when it closes, the staging is freed,
 // the reservations that used it are aborted, and on_client_gone ends what stood on its memory.
 //
-// One named thread serves the socket and never waits for a client. Clients are hostile until proven
-// otherwise: a bad length, version or message closes their connection and nothing else.
+// One named thread serves the socket and never waits for a client, nor for what a client's
+// descriptors lead to. Clients are hostile until proven otherwise: a bad length, version or message
+// closes their connection and nothing else.
 // Thread-safe. The worker outlives it.
 #ifndef PAGETIDE_WORKER_LOCAL_PLANE_H_
 #define PAGETIDE_WORKER_LOCAL_PLANE_H_
@@ -128,7 +129,8 @@ class LocalPlane {
   const Options options_;
   Worker* const worker_;
   const int listen_fd_;
-  const int wake_fd_;                    // eventfd: stop
+  const int wake_fd_;  // eventfd: stop
+  FdCloser fd_closer_;
   std::vector<Connection> connections_;  // owned by the thread
 
   mutable Mutex mu_;

@@ -1,5 +1,6 @@
 #include "worker/local_plane_wire.h"
 
+#include <fcntl.h>
 #include <sys/socket.h>
 #include <unistd.h>
 
@@ -11,11 +12,18 @@
 namespace pagetide {
 
 void ReceivedFds::Clear() {
-  for (int fd : fds_) close(fd);
+  for (int fd : fds_) {
+    if (fcntl(fd, F_GET_SEALS) >= 0) {
+      close(fd);
+    } else {
+      closer_->Close(fd);
+    }
+  }
   fds_.clear();
 }
 
-ssize_t ReceiveWithFds(int socket, size_t max_bytes, std::string* bytes, ReceivedFds* fds) {
+ssize_t ReceiveWithFds(int socket, size_t max_bytes, bool takes_fds, std::string* bytes,
+                       ReceivedFds* fds) {
   const size_t before = bytes->size();
   bytes->resize(before + max_bytes);
   iovec part{bytes->data() + before, max_bytes};
@@ -23,8 +31,10 @@ ssize_t ReceiveWithFds(int socket, size_t max_bytes, std::string* bytes, Receive
   msghdr message{};
   message.msg_iov = &part;
   message.msg_iovlen = 1;
-  message.msg_control = control;
-  message.msg_controllen = sizeof(control);
+  if (takes_fds) {
+    message.msg_control = control;
+    message.msg_controllen = sizeof(control);
+  }
   const ssize_t n = recvmsg(socket, &message, MSG_DONTWAIT | MSG_CMSG_CLOEXEC);
   bytes->resize(before + static_cast<size_t>(n < 0 ? 0 : n));
   if (n < 0) return n;

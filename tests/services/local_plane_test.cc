@@ -28,6 +28,7 @@
 #include "pagetide/v1/local_plane.pb.h"
 #include "rpc/status_mapping.h"
 #include "services/worker_role.h"
+#include "tests/services/silent_file_system.h"
 #include "tests/support/process.h"
 #include "tests/support/timing.h"
 #include "tests/support/worker_client.h"
@@ -571,6 +572,33 @@ TEST_F(LocalPlaneTest, DescriptorsThatNobodyAskedForEndTheConnection) {
   ASSERT_TRUE(after.Hello(Hello(), &welcome));
   after.SendWithFds("x", {engine.fd()});
   EXPECT_TRUE(after.IsClosedByPeer());
+}
+
+TEST_F(LocalPlaneTest, AFileWhoseFileSystemNeverAnswersHoldsNobodyUp) {
+  const testing::SilentFileSystem silent;
+  if (!silent.why_not().empty()) GTEST_SKIP() << silent.why_not();
+  v1::LocalHello hello;
+  hello.set_version(1);
+  v1::LocalMemory* const memory = hello.add_memories();
+  memory->set_kind(v1::LocalMemory::KIND_MEMFD);
+  memory->set_size_bytes(8192);
+  // More than there are threads that may be stuck with the file.
+  for (int i = 0; i < 6; ++i) {
+    PlaneClient hostile(path());
+    hostile.SendWithFds(PlaneClient::Frame(hello.SerializeAsString()), {silent.file()});
+    v1::LocalWelcome welcome;
+    ASSERT_TRUE(hostile.Receive(&welcome)) << "the plane waits for the file system";
+    EXPECT_THAT(welcome.error(), ::testing::HasSubstr("no memfd"));
+    EXPECT_TRUE(hostile.IsClosedByPeer());
+    PlaneClient hasty(path());
+    hasty.SendWithFds("garbage that is no hello", {silent.file(), silent.file()});
+    EXPECT_TRUE(hasty.IsClosedByPeer());
+    PlaneClient good(path());
+    ASSERT_TRUE(good.Hello(Hello(), &welcome)) << "the plane waits for the file system";
+    EXPECT_EQ(welcome.error(), "");
+  }
+  // The threads that close do wait: this is what the plane would have done.
+  EXPECT_TRUE(Eventually([&] { return silent.num_unanswered() > 0; }));
 }
 
 TEST_F(LocalPlaneTest, StagingThatIsFullRefusesTheReservationWhole) {
