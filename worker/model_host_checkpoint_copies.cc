@@ -180,69 +180,107 @@ Page& ModelHostImpl::MakeCopiedPage(const Sequence& sequence, const SavedCheckpo
   return page;
 }
 
-absl::StatusOr<std::vector<PageId>> ModelHostImpl::BringBack(const SequencePtr& sequence,
-                                                             const SavedCheckpoint& saved,
-                                                             const std::vector<PrefixKey>& keys,
-                                                             MonotonicTime deadline) {
-  std::vector<CopiedPage> copied;  // in the order of their rows, by group
-  std::vector<std::optional<PageId>> known(saved.copies.size());  // with a reference
+ModelHostImpl::CopyPlan ModelHostImpl::PlanCopies(const std::string& tenant,
+                                                  const SavedCheckpoint& saved,
+                                                  const std::vector<PrefixKey>& keys) {
+  CopyPlan plan;
+  plan.known.resize(saved.copies.size());
+  plan.need.fresh.assign(num_groups(), 0);
   std::vector<bool> is_seen(saved.copies.size());
   std::vector<std::pair<CopiedPage, PageId>> stored;  // not resident, but the store has them
-  Need need;
-  need.fresh.assign(num_groups(), 0);
   const auto take = [&](uint32_t index, PageId id) {
     mu_.AssertHeld();
-    known[index] = id;
+    plan.known[index] = id;
     pages_.Ref(pages_.Get(id));
   };
   for (uint32_t g = 0; g < num_groups(); ++g) {
     for (const SavedExtent& extent : saved.state.groups[g]) {
       if (is_seen[extent.page]) continue;
       is_seen[extent.page] = true;
-      copied.push_back({extent.page, g, &extent});
+      plan.copied.push_back({extent.page, g, &extent});
       const Page* page = FindSavedPage(g, extent, saved.pages[extent.page], keys);
+      if (page != nullptr && page->tenant() != tenant) page = nullptr;
       if (page != nullptr && page->is_readable()) {
         take(extent.page, page->id());
       } else if (page != nullptr && page->state() == PageState::kStored) {
-        stored.emplace_back(copied.back(), page->id());
+        stored.emplace_back(plan.copied.back(), page->id());
       } else {
-        ++need.fresh[g];
+        ++plan.need.fresh[g];
       }
     }
   }
   // They come from the copy too, as far as frames can hold all at once; the others stay in the
   // store until somebody reads them, so that a sequence larger than the pool comes back.
   for (const auto& [page, id] : stored) {
-    if (need.fresh[page.group] < num_frames_) {
-      ++need.fresh[page.group];
+    if (plan.need.fresh[page.group] < num_frames_) {
+      ++plan.need.fresh[page.group];
     } else {
       take(page.page, id);
     }
   }
-  Acquired got;
-  const auto undo = [&] {
-    mu_.AssertHeld();
-    ReleaseAcquired(got);
-    for (const std::optional<PageId>& id : known) {
-      if (id) pages_.Unref(pages_.Get(*id));
+  return plan;
+}
+
+void ModelHostImpl::AssignFrames(CopyPlan& plan, const Acquired& got) {
+  std::vector<size_t> next(got.fresh.size());
+  for (CopiedPage& page : plan.copied) {
+    if (!plan.known[page.page]) page.frame = got.fresh[page.group][next[page.group]++].frame;
+  }
+}
+
+absl::Status ModelHostImpl::CheckKnown(absl::string_view action, const CopyPlan& plan) const {
+  for (const std::optional<PageId>& id : plan.known) {
+    if (id && pages_.Find(*id)->state() == PageState::kQuarantined) {
+      return absl::AbortedError(absl::StrCat(action, ": a page was lost meanwhile"));
     }
-  };
+  }
+  return absl::OkStatus();
+}
+
+std::vector<PageId> ModelHostImpl::AdoptCopies(const Sequence& sequence,
+                                               const SavedCheckpoint& saved, CopyPlan& plan,
+                                               const std::vector<PrefixKey>& keys, Acquired& got) {
+  std::vector<std::optional<PageId>> parents(num_groups());
+  for (const CopiedPage& page : plan.copied) {
+    std::optional<PageId>& id = plan.known[page.page];
+    if (!id) id = AdoptCopiedPage(sequence, saved, page, parents[page.group], keys, got);
+    parents[page.group] = id;
+  }
+  ReleaseAcquired(got);  // frames whose pages came back by themselves meanwhile
+  std::vector<PageId> pages;
+  for (const std::optional<PageId>& id : plan.known) pages.push_back(*id);
+  return pages;
+}
+
+void ModelHostImpl::DropPlan(const CopyPlan& plan, Acquired& got) {
+  ReleaseAcquired(got);
+  for (const std::optional<PageId>& id : plan.known) {
+    if (id) pages_.Unref(pages_.Get(*id));
+  }
+}
+
+absl::StatusOr<std::vector<PageId>> ModelHostImpl::BringBack(const SequencePtr& sequence,
+                                                             const SavedCheckpoint& saved,
+                                                             const std::vector<PrefixKey>& keys,
+                                                             MonotonicTime deadline) {
+  CopyPlan plan = PlanCopies(sequence->tenant, saved, keys);
+  const std::vector<uint32_t>& fresh = plan.need.fresh;
+  Acquired got;
   const uint64_t planned_at = sequence->revision;
   absl::Status status;
   // Without anything to wait for it does not stand in line.
-  if (std::any_of(need.fresh.begin(), need.fresh.end(), [](uint32_t n) { return n > 0; })) {
-    status = Acquire(sequence->tenant, need, deadline, &got);
+  if (std::any_of(fresh.begin(), fresh.end(), [](uint32_t n) { return n > 0; })) {
+    status = Acquire(sequence->tenant, plan.need, deadline, &got);
   }
   if (!status.ok()) {
-    undo();
+    DropPlan(plan, got);
     return status;
   }
+  AssignFrames(plan, got);
   mu_.Unlock();
-  std::vector<size_t> next(num_groups());
-  for (CopiedPage& page : copied) {
-    if (known[page.page]) continue;
+  for (const CopiedPage& page : plan.copied) {
+    if (!page.frame) continue;
     const StateSnapshot::Copy& copy = saved.copies[page.page];
-    page.frame = got.fresh[page.group][next[page.group]++].frame;
     if (ChecksumOf(copy.body) != copy.ref.checksum && !options_.unsafe_skip_verify) {
       status = absl::DataLossError("restore checkpoint: its copy in host memory has changed");
     }
@@ -256,33 +294,19 @@ absl::StatusOr<std::vector<PageId>> ModelHostImpl::BringBack(const SequencePtr& 
     status = absl::AbortedError("restore checkpoint: the sequence changed meanwhile");
   }
   // The copy is good where the page it was is not: with the next try it takes its place.
-  const bool is_lost = std::any_of(known.begin(), known.end(), [&](const auto& id) {
-    mu_.AssertHeld();
-    return id && pages_.Get(*id).state() == PageState::kQuarantined;
-  });
-  if (status.ok() && is_lost) {
-    status = absl::AbortedError("restore checkpoint: a page was lost meanwhile");
-  }
+  if (status.ok()) status = CheckKnown("restore checkpoint", plan);
   if (!status.ok()) {
-    undo();
+    DropPlan(plan, got);
     return status;
   }
-  std::vector<std::optional<PageId>> parents(num_groups());
-  for (const CopiedPage& page : copied) {
-    std::optional<PageId>& id = known[page.page];
-    if (!id) id = AdoptCopiedPage(*sequence, saved, page, parents[page.group], keys, got);
-    parents[page.group] = id;
-  }
-  ReleaseAcquired(got);  // frames whose pages came back by themselves meanwhile
-  std::vector<PageId> pages;
-  for (const std::optional<PageId>& id : known) pages.push_back(*id);
-  return pages;
+  return AdoptCopies(*sequence, saved, plan, keys, got);
 }
 
 PageId ModelHostImpl::AdoptCopiedPage(const Sequence& sequence, const SavedCheckpoint& saved,
                                       const CopiedPage& copied, std::optional<PageId> parent,
                                       const std::vector<PrefixKey>& keys, Acquired& got) {
   const Page* known = FindSavedPage(copied.group, *copied.extent, saved.pages[copied.page], keys);
+  if (known != nullptr && known->tenant() != sequence.tenant) known = nullptr;
   if (known != nullptr && known->is_readable()) {
     pages_.Ref(pages_.Get(known->id()));
     return known->id();

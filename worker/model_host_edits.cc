@@ -3,7 +3,6 @@
 #include <utility>
 
 #include "absl/strings/str_cat.h"
-#include "base/error_info.h"
 #include "base/status_macros.h"
 #include "worker/model_host_impl.h"
 
@@ -64,12 +63,7 @@ absl::StatusOr<EditResult> ModelHostImpl::EditLocked(const Tenant& tenant,
   std::vector<Sequence*> changed;
   for (auto& [number, rows] : editor.changed()) {
     Sequence& sequence = *sequences_.at(number);
-    if (sequence.pending != nullptr) {
-      return WithReason(absl::FailedPreconditionError(absl::StrCat(
-                            "edit: sequence ", sequence.id.ToString(), " has a pending write of ",
-                            sequence.pending->num_tokens, " tokens")),
-                        error_reason::kPendingWrite, {{"sequence", sequence.id.ToString()}});
-    }
+    PT_RETURN_IF_ERROR(CheckMayChange("edit: ", sequence));
     rows.DropMasked(traits_);  // its references are not taken yet
     changes.push_back({&sequence, std::move(rows)});
     changed.push_back(&sequence);

@@ -183,19 +183,30 @@ absl::StatusOr<ModelHostImpl::SequencePtr> ModelHostImpl::FindForChange(
     const Tenant& tenant, const SequenceHandle& handle) {
   PT_ASSIGN_OR_RETURN(SequencePtr sequence, FindSequence(tenant, handle.id));
   PT_RETURN_IF_ERROR(CheckHandle(*sequence, handle));
-  if (sequence->pending != nullptr) {
-    return WithReason(absl::FailedPreconditionError(
-                          absl::StrCat("sequence ", handle.id.ToString(), ": a write of ",
-                                       sequence->pending->num_tokens, " tokens is pending")),
-                      error_reason::kPendingWrite);
-  }
+  PT_RETURN_IF_ERROR(CheckMayChange("", *sequence));
   return sequence;
+}
+
+absl::Status ModelHostImpl::CheckMayChange(absl::string_view action, const Sequence& sequence) {
+  const Pending* const pending = sequence.pending.get();
+  if (pending == nullptr) return absl::OkStatus();
+  const std::string id = sequence.id.ToString();
+  if (pending->is_hold()) {
+    return WithReason(absl::FailedPreconditionError(
+                          absl::StrCat(action, "sequence ", id, ": it is being moved to the worker at ",
+                                       pending->moving_to)),
+                      error_reason::kSequenceMoved, {{"address", pending->moving_to}});
+  }
+  return WithReason(
+      absl::FailedPreconditionError(absl::StrCat(action, "sequence ", id, ": a write of ",
+                                                 pending->num_tokens, " tokens is pending")),
+      error_reason::kPendingWrite, {{"sequence", id}});
 }
 
 absl::StatusOr<ModelHostImpl::Pending*> ModelHostImpl::FindPending(Sequence& sequence,
                                                                    uint64_t pending_id) {
   Pending* const pending = sequence.pending.get();
-  if (pending == nullptr || pending->id != pending_id || pending->aborted ||
+  if (pending == nullptr || pending->id != pending_id || pending->aborted || pending->is_hold() ||
       pending->state != Pending::State::kOpen) {
     return WithReason(absl::FailedPreconditionError(
                           absl::StrCat("sequence ", sequence.id.ToString(), ": write ", pending_id,

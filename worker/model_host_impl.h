@@ -25,6 +25,7 @@
 #include "core/tier_planner.h"
 #include "worker/filling_checksum.h"
 #include "worker/model_host.h"
+#include "worker/sequence_transfer.h"
 
 namespace pagetide {
 
@@ -34,7 +35,7 @@ inline constexpr size_t kBatchPages = 8;
 // ended, the store's back-off).
 inline constexpr absl::Duration kLookAgain = absl::Milliseconds(100);
 
-class ModelHostImpl final : public ModelHost {
+class ModelHostImpl final : public ModelHost, public TransferHost {
  public:
   ModelHostImpl(Options options, std::shared_ptr<const Model> model,
                 std::unique_ptr<DevicePool> pool, uint32_t num_frames, PageStore* store,
@@ -125,11 +126,34 @@ class ModelHostImpl final : public ModelHost {
   HostLoad Load() override;
   void SetResidencyListener(std::function<void(const std::vector<ResidencyChange>&)>) override;
   std::vector<ResidencyChange> ResidencySnapshot() override;
+  absl::StatusOr<std::unique_ptr<OutgoingSequence>> BeginOutgoing(const Tenant&,
+                                                                  const SequenceHandle&,
+                                                                  absl::string_view,
+                                                                  MonotonicTime) override;
+  void EndHold(SequenceId, uint64_t) override;
+  absl::StatusOr<std::unique_ptr<IncomingSequence>> BeginIncoming(const Tenant&, TransferPlan,
+                                                                  MonotonicTime) override;
 
  private:
   class PinnedRowsImpl;
   class PinnedPagesImpl;
   class SnapshotImpl;
+  class OutgoingImpl;
+  class IncomingImpl;
+
+  // A snapshot whose pages are also read one by one, for a transfer. Not with PutPages or CopyPages.
+  class PagedSnapshot : public StateSnapshot {
+   public:
+    virtual uint32_t num_pages() const = 0;
+    virtual uint32_t GroupOf(uint32_t page) const = 0;
+    // What a copy of the page would be, without its body. Reads it unless the directory knows.
+    virtual absl::StatusOr<Copy> DescribePage(uint32_t page, MonotonicTime deadline) = 0;
+    // Some at a time, in order. Ends with the sink's error.
+    using CopySink = absl::FunctionRef<absl::Status(uint32_t page, const ManifestPageRef& ref,
+                                                    std::span<const std::byte> body)>;
+    virtual absl::Status ReadPages(std::span<const uint32_t> pages, MonotonicTime deadline,
+                                   CopySink sink) = 0;
+  };
 
   // Pins of pages, given back when it goes. Made with the lock held, destroyed without.
   class PagePins {
@@ -178,7 +202,11 @@ class ModelHostImpl final : public ModelHost {
     // Of a reservation fixed when it opens; of an append put off by each run of rows.
     MonotonicTime expires = MonotonicTime::InfiniteFuture();
     bool pin_prefix = false;
+    // Nobody writes: the sequence is being moved to the worker at this address, and until its source
+    // knows the outcome it changes for nobody.
+    std::string moving_to;
     bool is_append() const { return !append_id.empty(); }
+    bool is_hold() const { return !moving_to.empty(); }
     bool is_busy() const { return state != State::kOpen || num_writers > 0; }
   };
 
@@ -299,6 +327,8 @@ class ModelHostImpl final : public ModelHost {
   absl::StatusOr<SequencePtr> FindForChange(const Tenant& tenant, const SequenceHandle& handle)
       ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
   absl::Status CheckHandle(const Sequence& sequence, const SequenceHandle& handle) const;
+  // OK unless a write is pending, or the sequence is being moved. `action` begins the text.
+  static absl::Status CheckMayChange(absl::string_view action, const Sequence& sequence);
   absl::StatusOr<Pending*> FindPending(Sequence& sequence, uint64_t pending_id)
       ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
   SequenceInfo InfoOf(const Sequence& sequence) const ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
@@ -525,7 +555,7 @@ class ModelHostImpl final : public ModelHost {
 
   // --- saved state on its way out (model_host_snapshots.cc) ---
   // Its end takes the lock.
-  absl::StatusOr<std::unique_ptr<StateSnapshot>> TakeSnapshot(const Tenant& tenant,
+  absl::StatusOr<std::unique_ptr<PagedSnapshot>> TakeSnapshot(const Tenant& tenant,
                                                               const Sequence& sequence,
                                                               std::optional<uint64_t> length,
                                                               CheckpointScope scope)
@@ -569,6 +599,25 @@ class ModelHostImpl final : public ModelHost {
     const SavedExtent* extent = nullptr;  // the first of the page
     std::optional<FrameId> frame;         // holds the copy's bytes
   };
+  // What is to be done so that all pages of a copy are in frames.
+  struct CopyPlan {
+    std::vector<CopiedPage> copied;            // in the order of their rows, by group
+    std::vector<std::optional<PageId>> known;  // [page of the copy] with a reference
+    Need need;                                 // frames for those that are not known
+  };
+  CopyPlan PlanCopies(const std::string& tenant, const SavedCheckpoint& saved,
+                      const std::vector<PrefixKey>& keys) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
+  // Hands out the frames that were acquired for a plan.
+  static void AssignFrames(CopyPlan& plan, const Acquired& got);
+  // ABORTED (`action` begins the text) when a page that was known was lost since.
+  absl::Status CheckKnown(absl::string_view action, const CopyPlan& plan) const
+      ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
+  // [page of the copy] the pages that stand for it, with the references of `known` or one of their
+  // own. The bytes of the others are in their frames.
+  std::vector<PageId> AdoptCopies(const Sequence& sequence, const SavedCheckpoint& saved,
+                                  CopyPlan& plan, const std::vector<PrefixKey>& keys, Acquired& got)
+      ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
+  void DropPlan(const CopyPlan& plan, Acquired& got) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
   // [page of the copy] the pages that stand for it, with one reference each, which the caller gives
   // back. What is not resident is written into new frames. Unlocks while it waits for frames and
   // writes. ABORTED when the sequence changed meanwhile.

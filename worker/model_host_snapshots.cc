@@ -14,13 +14,16 @@
 namespace pagetide {
 namespace {
 
+// Bodies that a transfer has in memory at a time, unless one page is larger.
+constexpr uint64_t kMaxReadBytes = uint64_t{32} << 20;
+
 absl::Status PrefixLost(absl::string_view what) {
   return WithReason(absl::FailedPreconditionError(absl::StrCat("save: ", what)), "PREFIX_LOST");
 }
 
 }  // namespace
 
-class ModelHostImpl::SnapshotImpl final : public StateSnapshot {
+class ModelHostImpl::SnapshotImpl final : public PagedSnapshot {
  public:
   SnapshotImpl(ModelHostImpl* host, const Tenant& tenant) : host_(host), tenant_(tenant) {}
 
@@ -154,6 +157,63 @@ class ModelHostImpl::SnapshotImpl final : public StateSnapshot {
     }
     host_->Flush();
     return copies;
+  }
+
+  uint32_t num_pages() const override { return static_cast<uint32_t>(items_.size()); }
+  uint32_t GroupOf(uint32_t page) const override { return items_[page].group; }
+
+  absl::StatusOr<Copy> DescribePage(uint32_t i, MonotonicTime deadline) override {
+    Item& item = items_[i];
+    bool is_tail = false;
+    {
+      MutexLock lock(&host_->mu_);
+      const Page& page = host_->pages_.Get(item.page);
+      if (page.state() == PageState::kQuarantined) return PrefixLost("a page's bytes were lost");
+      is_tail = !page.is_full();
+      const bool is_named =
+          page.is_keyed() || (page.is_stored() && page.checksum() == page.stored()->checksum);
+      // What the store has of rows of colder types is not what is in frames.
+      if (!is_tail && page.checksum() && is_named && !host_->Geometry(item.group).has_cold_types()) {
+        return Copy{.ref = {page.is_keyed() ? *page.page_key() : page.stored()->key,
+                            *page.checksum()},
+                    .rows = host_->page_tokens(),
+                    .is_full = true};
+      }
+    }
+    copies_.resize(items_.size());
+    const size_t batch[] = {i};
+    PT_RETURN_IF_ERROR(CopyBatch(batch, copies_, deadline));
+    Copy& copy = copies_[i];
+    // The rows of a tail may not stay what they are.
+    if (is_tail) item.body = std::move(copy.body);
+    copy.body = {};
+    return copy;
+  }
+
+  absl::Status ReadPages(std::span<const uint32_t> pages, MonotonicTime deadline,
+                         CopySink sink) override {
+    copies_.resize(items_.size());
+    absl::Status status;
+    while (!pages.empty() && status.ok()) {
+      size_t count = 0;
+      uint64_t bytes = 0;
+      std::vector<size_t> batch;
+      for (; count < std::min(pages.size(), BatchPages()); ++count) {
+        bytes += host_->Geometry(items_[pages[count]].group).page_bytes();
+        if (count > 0 && bytes > kMaxReadBytes) break;
+        if (items_[pages[count]].body.empty()) batch.push_back(pages[count]);
+      }
+      if (!batch.empty()) status = CopyBatch(batch, copies_, deadline);
+      for (size_t n = 0; n < count && status.ok(); ++n) {
+        const Item& item = items_[pages[n]];
+        Copy& copy = copies_[pages[n]];
+        status = sink(pages[n], copy.ref, item.body.empty() ? copy.body : item.body);
+      }
+      for (size_t i : batch) copies_[i].body = {};
+      pages = pages.subspan(count);
+    }
+    host_->Flush();
+    return status;
   }
 
  private:
@@ -462,9 +522,10 @@ class ModelHostImpl::SnapshotImpl final : public StateSnapshot {
   std::vector<Item> items_;
   bool selects_ = false;  // some items only
   Put put_;
+  std::vector<Copy> copies_;  // [item] of DescribePage and ReadPages; bodies only meanwhile
 };
 
-absl::StatusOr<std::unique_ptr<StateSnapshot>> ModelHostImpl::TakeSnapshot(
+absl::StatusOr<std::unique_ptr<ModelHostImpl::PagedSnapshot>> ModelHostImpl::TakeSnapshot(
     const Tenant& tenant, const Sequence& sequence, std::optional<uint64_t> length,
     CheckpointScope scope) {
   const uint64_t rows = length.value_or(sequence.length());
@@ -477,7 +538,7 @@ absl::StatusOr<std::unique_ptr<StateSnapshot>> ModelHostImpl::TakeSnapshot(
   }
   auto snapshot = std::make_unique<SnapshotImpl>(this, tenant);
   snapshot->Take(sequence, rows, scope);
-  return snapshot;
+  return std::unique_ptr<PagedSnapshot>(std::move(snapshot));
 }
 
 absl::StatusOr<std::unique_ptr<StateSnapshot>> ModelHostImpl::Snapshot(
@@ -489,6 +550,10 @@ absl::StatusOr<std::unique_ptr<StateSnapshot>> ModelHostImpl::Snapshot(
   PT_ASSIGN_OR_RETURN(SequencePtr sequence, FindSequence(tenant, handle.id));
   PT_RETURN_IF_ERROR(CheckHandle(*sequence, handle));
   if (!sequence->pending) PT_RETURN_IF_ERROR(CutIfLost(*sequence));
+  // Saved here, it would be older than what its next owner has.
+  if (sequence->pending && sequence->pending->is_hold()) {
+    PT_RETURN_IF_ERROR(CheckMayChange("save: ", *sequence));
+  }
   return TakeSnapshot(tenant, *sequence, length, CheckpointScope::kAll);
 }
 

@@ -588,7 +588,9 @@ absl::Status ModelHostImpl::Abort(const Tenant& tenant, SequenceId id, uint64_t 
     const absl::StatusOr<SequencePtr> sequence = FindSequence(tenant, id);
     if (!sequence.ok()) return absl::OkStatus();
     Pending* const pending = (*sequence)->pending.get();
-    if (pending == nullptr || pending->id != pending_id) return absl::OkStatus();
+    if (pending == nullptr || pending->id != pending_id || pending->is_hold()) {
+      return absl::OkStatus();
+    }
     pending->aborted = true;
     Settle(**sequence);
     changed_.SignalAll();
