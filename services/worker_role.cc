@@ -22,6 +22,7 @@
 #include "worker/choose_device.h"
 #include "worker/engine_pool_service.h"
 #include "worker/engine_pools.h"
+#include "worker/incoming_transfers.h"
 #include "worker/parking.h"
 #include "worker/prefix_service.h"
 #include "worker/prompt_planner.h"
@@ -30,10 +31,12 @@
 #include "worker/retention.h"
 #include "worker/router_link.h"
 #include "worker/sequence_edit_service.h"
+#include "worker/sequence_sender.h"
 #include "worker/sequence_service.h"
 #include "worker/session_service.h"
 #include "worker/sessions.h"
 #include "worker/store_lease.h"
+#include "worker/transfer_service.h"
 #include "worker/worker_admin_service.h"
 #include "worker/worker_fence.h"
 
@@ -53,6 +56,10 @@ namespace {
 // does not answer may hold up the end of this worker.
 constexpr absl::Duration kGiveUpIdlePause = absl::Seconds(1);
 constexpr absl::Duration kGiveUpIdleTimeout = absl::Seconds(2);
+// How soon frames of transfers of which nothing comes are free, and how often the targets of moves
+// in doubt are asked.
+constexpr absl::Duration kExpireTransfersPause = absl::Milliseconds(200);
+constexpr absl::Duration kResolveMovesPause = absl::Seconds(1);
 
 // Equal for processes of one running machine: its name and the id of this boot.
 std::string HostName() {
@@ -120,6 +127,11 @@ struct WorkerRole::Parts {
   std::unique_ptr<SequenceEditServiceImpl> sequence_edit_service;
   std::unique_ptr<SessionServiceImpl> session_service;
   std::unique_ptr<EnginePoolServiceImpl> engine_pool_service;
+  std::unique_ptr<IncomingTransfers> incoming_transfers;
+  std::unique_ptr<SequenceSender> sequence_sender;
+  std::unique_ptr<PeriodicTask> transfer_expirer;
+  std::unique_ptr<PeriodicTask> move_resolver;
+  std::unique_ptr<TransferServiceImpl> transfer_service;
   std::unique_ptr<WorkerAdminService> admin_service;
   std::unique_ptr<RpcServer> server;
   std::vector<std::unique_ptr<RouterLink>> links;
@@ -223,13 +235,30 @@ absl::StatusOr<std::unique_ptr<WorkerRole>> WorkerRole::Start(Options options, P
   parts->engine_pool_service =
       std::make_unique<EnginePoolServiceImpl>(worker, parts->engine_pools.get(), local_plane,
                                               parts->memos.get(), parts->stream_deadlines.get());
+  parts->incoming_transfers = std::make_unique<IncomingTransfers>(
+      IncomingTransfers::Options{.incarnation = worker->incarnation()}, clock,
+      parts->metrics.get());
+  parts->sequence_sender = std::make_unique<SequenceSender>(
+      SequenceSender::Options(), worker, parts->parking.get(), parts->memos.get());
+  parts->transfer_expirer =
+      std::make_unique<PeriodicTask>("transfer-expire", kExpireTransfersPause,
+                                     [transfers = parts->incoming_transfers.get()] {
+                                       transfers->Expire();
+                                     });
+  parts->move_resolver = std::make_unique<PeriodicTask>(
+      "move-resolve", kResolveMovesPause,
+      [sender = parts->sequence_sender.get()] { sender->Resolve(); });
+  parts->transfer_service = std::make_unique<TransferServiceImpl>(
+      worker, parts->incoming_transfers.get(), parts->sequence_sender.get(), parts->memos.get(),
+      parts->stream_deadlines.get());
   worker->Start();
   PT_ASSIGN_OR_RETURN(
       parts->server,
       RpcServer::Create(options.server,
                         {parts->prefix_service.get(), parts->sequence_service.get(),
                          parts->sequence_edit_service.get(), parts->session_service.get(),
-                         parts->engine_pool_service.get(), parts->admin_service.get()},
+                         parts->engine_pool_service.get(), parts->transfer_service.get(),
+                         parts->admin_service.get()},
                         parts->metrics));
   // Else a drain would wait for who watches jobs.
   parts->server->OnDrain([pools = parts->engine_pools.get()] { pools->Drain(); });
@@ -264,6 +293,10 @@ WorkerRole::~WorkerRole() {
   parts_->server.reset();
   parts_->local_plane.reset();
   parts_->engine_pools->Stop();
+  // Before the hosts that they hold frames and sequences of.
+  parts_->move_resolver.reset();
+  parts_->transfer_expirer.reset();
+  parts_->incoming_transfers.reset();
   parts_->sequence_service.reset();
   parts_->worker->Stop();
 }

@@ -1,6 +1,7 @@
 #include "worker/incoming_transfers.h"
 
 #include <utility>
+#include <vector>
 
 #include "absl/strings/str_cat.h"
 #include "base/error_info.h"
@@ -128,14 +129,13 @@ absl::StatusOr<IncomingTransfers::Reserved> IncomingTransfers::Reserve(const Ten
                     .wanted_bytes = (*incoming)->wanted_bytes(),
                     .ttl = ttl};
   known_pages_->Add(static_cast<double>((*incoming)->num_pages() - wanted.size()));
-  open_[reserved.id] = std::make_shared<Transfer>(
-      Transfer{.id = reserved.id,
-               .tenant = tenant.name,
-               .host = host,
-               .is_move = is_move,
-               .ttl = ttl,
-               .incoming = *std::move(incoming),
-               .expires = clock_->MonotonicNow() + ttl});
+  open_[reserved.id].reset(new Transfer{.id = reserved.id,
+                                        .tenant = tenant.name,
+                                        .host = host,
+                                        .is_move = is_move,
+                                        .ttl = ttl,
+                                        .incoming = *std::move(incoming),
+                                        .expires = clock_->MonotonicNow() + ttl});
   num_open_gauge_->Set(static_cast<double>(open_.size()));
   return reserved;
 }

@@ -16,6 +16,7 @@
 #include <optional>
 #include <span>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "absl/container/flat_hash_map.h"
@@ -40,9 +41,9 @@ class IncomingTransfers {
     uint32_t max_open_of_tenant = 32;
     absl::Duration default_ttl = absl::Seconds(10);
     absl::Duration max_ttl = absl::Seconds(60);
-    // What was committed is remembered so long, the last so many.
-    absl::Duration remember = absl::Minutes(10);
-    size_t max_remembered = 10'000;
+    // What was committed is remembered so long, the last so many: longer than a source asks.
+    absl::Duration remember = absl::Minutes(20);
+    size_t max_remembered = 100'000;
   };
   IncomingTransfers(Options options, const Clock* clock, Metrics* metrics);
   // Ends all that are open. No call runs any more.
@@ -113,6 +114,7 @@ class IncomingTransfers {
   void Remember(const std::shared_ptr<Transfer>& transfer, const Committed& committed)
       ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
   void Take(Transfer& transfer) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
+  // Counter of transfers that ended so.
   Counter* Ended(absl::string_view outcome) const;
 
   struct Past {

@@ -128,7 +128,7 @@ class ModelHostImpl final : public ModelHost, public TransferHost {
   std::vector<ResidencyChange> ResidencySnapshot() override;
   absl::StatusOr<std::unique_ptr<OutgoingSequence>> BeginOutgoing(const Tenant&,
                                                                   const SequenceHandle&,
-                                                                  absl::string_view,
+                                                                  TransferKind, absl::string_view,
                                                                   MonotonicTime) override;
   void EndHold(SequenceId, uint64_t) override;
   absl::StatusOr<std::unique_ptr<IncomingSequence>> BeginIncoming(const Tenant&, TransferPlan,

@@ -9,10 +9,10 @@ namespace pagetide {
 
 class ModelHostImpl::OutgoingImpl final : public OutgoingSequence {
  public:
-  OutgoingImpl(ModelHostImpl* host, std::unique_ptr<PagedSnapshot> snapshot,
+  OutgoingImpl(ModelHostImpl* host, std::unique_ptr<PagedSnapshot> snapshot, TransferKind kind,
                SequenceIdentity identity, uint64_t hold)
       : host_(host), snapshot_(std::move(snapshot)), hold_(hold) {
-    plan_.kind = hold == 0 ? TransferKind::kCopy : TransferKind::kMove;
+    plan_.kind = kind;
     plan_.state = snapshot_->state();
     plan_.identity = identity;
   }
@@ -65,32 +65,33 @@ class ModelHostImpl::OutgoingImpl final : public OutgoingSequence {
 };
 
 absl::StatusOr<std::unique_ptr<OutgoingSequence>> ModelHostImpl::BeginOutgoing(
-    const Tenant& tenant, const SequenceHandle& handle, absl::string_view moving_to,
-    MonotonicTime deadline) {
+    const Tenant& tenant, const SequenceHandle& handle, TransferKind kind,
+    absl::string_view address, MonotonicTime deadline) {
+  const bool is_move = kind == TransferKind::kMove;
   std::unique_ptr<OutgoingImpl> outgoing;
   {
     std::unique_ptr<PagedSnapshot> snapshot;  // its end takes the lock
     MutexLock lock(&mu_);
     SequencePtr sequence;
     uint64_t hold = 0;
-    if (moving_to.empty()) {
+    if (is_move) {
+      PT_ASSIGN_OR_RETURN(sequence, FindForChange(tenant, handle));
+    } else {
       PT_ASSIGN_OR_RETURN(sequence, FindSequence(tenant, handle.id));
       PT_RETURN_IF_ERROR(CheckHandle(*sequence, handle));
-    } else {
-      PT_ASSIGN_OR_RETURN(sequence, FindForChange(tenant, handle));
     }
     if (!sequence->pending) PT_RETURN_IF_ERROR(CutIfLost(*sequence));
     PT_ASSIGN_OR_RETURN(
         snapshot, TakeSnapshot(tenant, *sequence, std::nullopt, CheckpointScope::kAll));
-    if (!moving_to.empty()) {
+    if (is_move) {
       // It never expires by itself: who made it knows when the outcome is known.
       sequence->pending = NewPending(*sequence, 0, /*pin_prefix=*/false);
       sequence->pending->state = Pending::State::kOpen;
-      sequence->pending->moving_to = std::string(moving_to);
+      sequence->pending->moving_to = std::string(address);
       hold = sequence->pending->id;
     }
     outgoing = std::make_unique<OutgoingImpl>(
-        this, std::move(snapshot), SequenceIdentity{sequence->id, sequence->epoch}, hold);
+        this, std::move(snapshot), kind, SequenceIdentity{sequence->id, sequence->epoch}, hold);
   }
   PT_RETURN_IF_ERROR(CheckManifestSize(absl::StrCat("send sequence ", handle.id.ToString()),
                                        outgoing->plan().state));

@@ -94,12 +94,11 @@ class IncomingSequence {
 class TransferHost {
  public:
   virtual ~TransferHost() = default;
-  // `moving_to`: the address that calls which want to change the sequence are told; empty: a copy.
-  // Errors of a change of the sequence, of a copy those of a snapshot; INVALID_ARGUMENT
-  // (SESSION_TOO_LONG).
+  // `address`: of kMove, what calls that want to change the sequence are told. Errors of a change of
+  // the sequence, of the other kinds those of a snapshot; INVALID_ARGUMENT (SESSION_TOO_LONG).
   virtual absl::StatusOr<std::unique_ptr<OutgoingSequence>> BeginOutgoing(
-      const Tenant& tenant, const SequenceHandle& sequence, absl::string_view moving_to,
-      MonotonicTime deadline) = 0;
+      const Tenant& tenant, const SequenceHandle& sequence, TransferKind kind,
+      absl::string_view address, MonotonicTime deadline) = 0;
   // The sequence goes on; nothing if the hold is over.
   virtual void EndHold(SequenceId id, uint64_t hold) = 0;
   // Waits in line for the frames. `plan` is proven. FAILED_PRECONDITION (MODEL_MISMATCH),

@@ -1,0 +1,372 @@
+#include "worker/sequence_sender.h"
+
+#include <grpcpp/client_context.h>
+
+#include <algorithm>
+#include <chrono>
+#include <utility>
+#include <vector>
+
+#include "absl/strings/cord.h"
+#include "absl/strings/str_cat.h"
+#include "base/error_info.h"
+#include "base/log.h"
+#include "base/status_macros.h"
+#include "pagetide/v1/transfer.grpc.pb.h"
+#include "rpc/channel.h"
+#include "rpc/retry.h"
+#include "rpc/status_mapping.h"
+#include "worker/service_support.h"
+#include "worker/transfer_wire.h"
+
+namespace pagetide {
+namespace {
+
+constexpr size_t kMaxAddressBytes = 1024;
+
+// Could the target have done what it was asked for, and only the answer be lost?
+bool IsInDoubt(const absl::Status& status) {
+  return absl::IsUnavailable(status) || absl::IsDeadlineExceeded(status) ||
+         absl::IsCancelled(status) || absl::IsUnknown(status) || absl::IsInternal(status) ||
+         GetReason(status) == "TRANSFER_BUSY";
+}
+
+struct RetryInDoubt {
+  static bool IsRetryable(const absl::Status& status) { return IsInDoubt(status); }
+};
+
+absl::Status Unresolved(SequenceId id, absl::string_view address) {
+  return WithRetryDelay(
+      WithReason(absl::UnavailableError(absl::StrCat(
+                     "send sequence ", id.ToString(), ": the worker at ", address,
+                     " was told to take it and has not answered; whether it has it is not known yet")),
+                 "TRANSFER_UNRESOLVED", {{"address", std::string(address)}}),
+      absl::Seconds(1));
+}
+
+}  // namespace
+
+// The other worker. For one thread.
+class SequenceSender::Peer {
+ public:
+  static absl::StatusOr<std::unique_ptr<Peer>> Dial(const std::string& address, const Clock* clock) {
+    PT_ASSIGN_OR_RETURN(std::shared_ptr<grpc::Channel> channel, MakeBulkChannel(address));
+    return std::unique_ptr<Peer>(new Peer(address, std::move(channel), clock));
+  }
+
+  template <typename Request, typename Response>
+  absl::Status Call(grpc::Status (v1::TransferService::Stub::*method)(grpc::ClientContext*,
+                                                                      const Request&, Response*),
+                    const Request& request, Response* response, MonotonicTime deadline) {
+    grpc::ClientContext context;
+    SetDeadline(deadline, &context);
+    return Said(FromGrpcStatus((stub_.get()->*method)(&context, request, response)));
+  }
+
+  absl::Status Push(OutgoingSequence& outgoing, const v1::ReserveTransferResponse& reserved,
+                    MonotonicTime deadline, v1::SendSequenceResponse* sent) {
+    if (reserved.wanted().empty()) return absl::OkStatus();
+    grpc::ClientContext context;
+    SetDeadline(deadline, &context);
+    v1::PushPagesResponse response;
+    const auto writer = stub_->PushPages(&context, &response);
+    v1::PushPagesRequest part;
+    part.set_transfer_id(reserved.transfer_id());
+    bool is_broken = false;
+    const std::vector<uint32_t> wanted(reserved.wanted().begin(), reserved.wanted().end());
+    const absl::Status read = outgoing.ReadPages(
+        wanted, deadline, [&](uint32_t page, std::span<const std::byte> body) -> absl::Status {
+          part.set_page(page);
+          for (size_t at = 0; at < body.size(); at += kMaxTransferPartBytes) {
+            const auto some = body.subspan(at, std::min(kMaxTransferPartBytes, body.size() - at));
+            part.set_offset(at);
+            part.set_data(some.data(), some.size());
+            if (!writer->Write(part)) {
+              is_broken = true;
+              return absl::UnavailableError("the stream broke");
+            }
+            part.clear_transfer_id();
+            sent->set_sent_bytes(sent->sent_bytes() + some.size());
+          }
+          sent->set_sent_pages(sent->sent_pages() + 1);
+          return absl::OkStatus();
+        });
+    // Why a stream broke says its end.
+    if (!read.ok() && !is_broken) context.TryCancel();
+    if (read.ok()) writer->WritesDone();
+    const absl::Status finished = FromGrpcStatus(writer->Finish());
+    if (!read.ok() && !is_broken) return read;
+    return Said(finished.ok() ? read : finished);
+  }
+
+ private:
+  Peer(std::string address, std::shared_ptr<grpc::Channel> channel, const Clock* clock)
+      : address_(std::move(address)), clock_(clock), stub_(v1::TransferService::NewStub(channel)) {}
+
+  void SetDeadline(MonotonicTime deadline, grpc::ClientContext* context) const {
+    const absl::Duration left = deadline - clock_->MonotonicNow();
+    context->set_deadline(std::chrono::system_clock::now() + absl::ToChronoMicroseconds(left));
+  }
+  // With the reason and the facts that the target gave.
+  absl::Status Said(const absl::Status& status) const {
+    if (status.ok()) return status;
+    absl::Status said(status.code(), absl::StrCat("worker at ", address_, ": ", status.message()));
+    status.ForEachPayload([&](absl::string_view type, const absl::Cord& payload) {
+      said.SetPayload(type, payload);
+    });
+    return said;
+  }
+
+  const std::string address_;
+  const Clock* const clock_;
+  const std::unique_ptr<v1::TransferService::Stub> stub_;
+};
+
+SequenceSender::SequenceSender(Options options, Worker* worker, Parking* parking,
+                               RequestMemos* memos)
+    : options_(options),
+      worker_(worker),
+      parking_(parking),
+      memos_(memos),
+      slots_({.what = "sends of sequences",
+              .reason = "TOO_MANY_TRANSFERS",
+              .in_all = options.max_running,
+              .per_tenant = options.max_running_of_tenant}) {}
+
+void SequenceSender::Count(const absl::Status& status) const {
+  worker_->metrics()
+      .GetCounter("pagetide_transfer_sends_total",
+                  "Sequences sent to other workers, by the code of the answer",
+                  {{"code", absl::StatusCodeToString(status.code())}})
+      ->Increment();
+}
+
+absl::StatusOr<v1::SendSequenceResponse> SequenceSender::Send(
+    const Tenant& tenant, const v1::SendSequenceRequest& request, MonotonicTime deadline) {
+  const auto send = [&]() -> absl::StatusOr<v1::SendSequenceResponse> {
+    PT_ASSIGN_OR_RETURN(const auto slot, slots_.Take(tenant.name));
+    return SendOnce(tenant, request, deadline);
+  };
+  absl::StatusOr<v1::SendSequenceResponse> sent = send();
+  Count(sent.status());
+  if (sent.ok()) {
+    worker_->metrics()
+        .GetCounter("pagetide_transfer_sent_bytes_total", "Bytes of pages sent to other workers")
+        ->Add(static_cast<double>(sent->sent_bytes()));
+  }
+  return sent;
+}
+
+absl::StatusOr<std::optional<v1::SendSequenceResponse>> SequenceSender::FindEarlier(
+    const Tenant& tenant, const v1::SendSequenceRequest& request, SequenceId id) {
+  Move move;
+  {
+    MutexLock lock(&mu_);
+    const auto moved = moved_.find(id);
+    if (moved != moved_.end() && moved->second.tenant.name == tenant.name &&
+        moved->second.epoch == request.sequence().epoch() &&
+        moved->second.address == request.target_address()) {
+      return moved->second.sent;
+    }
+    const auto it = unresolved_.find(id);
+    if (it == unresolved_.end() || it->second.tenant.name != tenant.name) return std::nullopt;
+    move = it->second;
+  }
+  switch (Settle(move)) {
+    case Outcome::kMoved:
+      if (move.address == request.target_address()) return move.sent;
+      return std::nullopt;  // it is not open here any more
+    case Outcome::kNotMoved:
+      return std::nullopt;
+    case Outcome::kUnknown:
+      break;
+  }
+  return Unresolved(id, move.address);
+}
+
+absl::StatusOr<v1::SendSequenceResponse> SequenceSender::SendOnce(
+    const Tenant& tenant, const v1::SendSequenceRequest& request, MonotonicTime deadline) {
+  const int asked = request.kind() == v1::TRANSFER_KIND_UNSPECIFIED ? v1::TRANSFER_KIND_COPY
+                                                                    : request.kind();
+  if (asked < v1::TRANSFER_KIND_COPY || asked > v1::TRANSFER_KIND_PAGES) {
+    return absl::InvalidArgumentError(absl::StrCat("kind is ", asked, ", known are 1 to 3"));
+  }
+  const auto kind = static_cast<TransferKind>(asked);
+  const std::string& address = request.target_address();
+  if (address.empty() || address.size() > kMaxAddressBytes) {
+    return absl::InvalidArgumentError(absl::StrCat("target_address has ", address.size(),
+                                                   " bytes, must have 1 to ", kMaxAddressBytes));
+  }
+  PT_ASSIGN_OR_RETURN(const SequenceId id, SequenceIdFromProto(request.sequence().sequence_id()));
+  if (kind == TransferKind::kMove) {
+    PT_ASSIGN_OR_RETURN(std::optional<v1::SendSequenceResponse> earlier,
+                        FindEarlier(tenant, request, id));
+    if (earlier) return *std::move(earlier);
+  }
+  PT_ASSIGN_OR_RETURN(const HandleTarget target, FindSequence(*worker_, request.sequence()));
+  PT_ASSIGN_OR_RETURN(const std::unique_ptr<OutgoingSequence> outgoing,
+                      TransfersOf(*target.host)
+                          .BeginOutgoing(tenant, target.handle, kind, address, deadline));
+  // After it was held: a park that came before is seen, a later one is refused.
+  if (kind == TransferKind::kMove && parking_->Owns(id)) {
+    return WithReason(
+        absl::FailedPreconditionError(absl::StrCat(
+            "send sequence ", id.ToString(),
+            ": the store names its owner; move it with ParkSequence here and ResumeSequence there")),
+        "SEQUENCE_IS_PARKED");
+  }
+  PT_ASSIGN_OR_RETURN(const std::unique_ptr<Peer> peer, Peer::Dial(address, &worker_->clock()));
+  v1::ReserveTransferRequest reserve = PlanToProto(outgoing->plan(), tenant);
+  reserve.set_request_id(absl::StrCat("send-", absl::Hex(worker_->incarnation(), absl::kZeroPad16),
+                                      "-", next_request_.fetch_add(1)));
+  *reserve.mutable_ttl() = request.ttl();
+  v1::ReserveTransferResponse reserved;
+  PT_RETURN_IF_ERROR(
+      peer->Call(&v1::TransferService::Stub::ReserveTransfer, reserve, &reserved, deadline));
+  reserve.Clear();
+  v1::SendSequenceResponse response;
+  absl::Status status;
+  for (uint32_t page : reserved.wanted()) {
+    if (page < outgoing->plan().pages.size()) continue;
+    status = absl::InternalError(absl::StrCat("worker at ", address, " asks for page ", page,
+                                              " of ", outgoing->plan().pages.size()));
+  }
+  if (status.ok()) status = peer->Push(*outgoing, reserved, deadline, &response);
+  if (!status.ok()) {
+    // So that its frames are free at once; otherwise they are when its ttl has passed.
+    Abort(*peer, reserved.transfer_id()).status().IgnoreError();
+    return status;
+  }
+  Move move{.tenant = tenant,
+            .host = target.host,
+            .id = id,
+            .epoch = outgoing->plan().identity.epoch,
+            .address = address,
+            .transfer_id = reserved.transfer_id()};
+  PT_RETURN_IF_ERROR(Commit(*peer, *outgoing, std::move(move), deadline, &response));
+  return response;
+}
+
+absl::Status SequenceSender::Commit(Peer& peer, OutgoingSequence& outgoing, Move move,
+                                    MonotonicTime deadline, v1::SendSequenceResponse* response) {
+  const bool is_move = outgoing.plan().kind == TransferKind::kMove;
+  const Clock& clock = worker_->clock();
+  move.give_up = clock.MonotonicNow() + options_.give_up;
+  v1::CommitTransferRequest request;
+  request.set_transfer_id(move.transfer_id);
+  const absl::Status status = CallWithRetry<RetryInDoubt>(
+      RetryPolicy(), deadline - clock.MonotonicNow(), [&](absl::Duration left) {
+        return peer.Call(&v1::TransferService::Stub::CommitTransfer, request,
+                         response->mutable_committed(), clock.MonotonicNow() + left);
+      });
+  if (status.ok()) {
+    if (is_move) CloseHere(move);
+    return status;
+  }
+  if (!is_move || !IsInDoubt(status)) {
+    const absl::StatusOr<v1::AbortTransferResponse> aborted = Abort(peer, move.transfer_id);
+    if (!aborted.ok() || !aborted->has_committed()) return status;
+    *response->mutable_committed() = aborted->committed();
+    return absl::OkStatus();
+  }
+  move.hold = outgoing.KeepHold();
+  move.sent = *response;
+  move.sent.clear_committed();
+  {
+    // Known to others from here on, who may learn the outcome first.
+    MutexLock lock(&mu_);
+    unresolved_.insert_or_assign(move.id, move);
+  }
+  switch (Settle(move)) {
+    case Outcome::kMoved:
+      *response = move.sent;
+      return absl::OkStatus();
+    case Outcome::kNotMoved:
+      return status;
+    case Outcome::kUnknown:
+      break;
+  }
+  LogWarning("worker", "send sequence ", move.id.ToString(), " to ", move.address,
+             ": no answer to the commit: ", status.message(), "; it is asked for again");
+  return Unresolved(move.id, move.address);
+}
+
+absl::StatusOr<v1::AbortTransferResponse> SequenceSender::Abort(
+    Peer& peer, const std::string& transfer_id) const {
+  v1::AbortTransferRequest request;
+  request.set_transfer_id(transfer_id);
+  v1::AbortTransferResponse response;
+  PT_RETURN_IF_ERROR(peer.Call(&v1::TransferService::Stub::AbortTransfer, request, &response,
+                               worker_->clock().MonotonicNow() + options_.ask_timeout));
+  return response;
+}
+
+void SequenceSender::CloseHere(const Move& move) {
+  move.host->Close(move.tenant, move.id, move.epoch).IgnoreError();
+  if (parking_->Owns(move.id)) {
+    // Parked between two looks: the state there is older than what went to the target.
+    parking_
+        ->Drop(move.tenant, move.id, move.epoch,
+               worker_->clock().MonotonicNow() + options_.ask_timeout)
+        .IgnoreError();
+  }
+  memos_->ForgetSequence(move.tenant.name, move.id.ToString());
+  worker_->NoteClosed(*move.host, move.tenant, move.id);
+}
+
+SequenceSender::Outcome SequenceSender::Settle(Move& move) {
+  const absl::StatusOr<std::unique_ptr<Peer>> peer = Peer::Dial(move.address, &worker_->clock());
+  absl::StatusOr<v1::AbortTransferResponse> said = peer.status();
+  if (peer.ok()) said = Abort(**peer, move.transfer_id);
+  const bool gives_up = !said.ok() && worker_->clock().MonotonicNow() >= move.give_up;
+  if (!said.ok() && !gives_up) return Outcome::kUnknown;
+  const bool is_moved = said.ok() && said->has_committed();
+  if (is_moved) *move.sent.mutable_committed() = said->committed();
+  {
+    MutexLock lock(&mu_);
+    const auto it = unresolved_.find(move.id);
+    // Another learned it first, and acted on it.
+    if (it == unresolved_.end() || it->second.transfer_id != move.transfer_id) {
+      return is_moved ? Outcome::kMoved : gives_up ? Outcome::kUnknown : Outcome::kNotMoved;
+    }
+    unresolved_.erase(it);
+    if (is_moved) {
+      moved_.insert_or_assign(move.id, move);
+      moved_in_order_.push_back(move.id);
+      if (moved_in_order_.size() > options_.max_remembered) {
+        moved_.erase(moved_in_order_.front());
+        moved_in_order_.pop_front();
+      }
+    }
+  }
+  if (is_moved) {
+    CloseHere(move);
+    return Outcome::kMoved;
+  }
+  if (gives_up) {
+    // It may be open there: going on here would make it two.
+    LogWarning("worker", "sequence ", move.id.ToString(), " is closed: the worker at ", move.address,
+               ", which was told to take it, has not answered for ",
+               absl::FormatDuration(options_.give_up));
+    CloseHere(move);
+    return Outcome::kUnknown;
+  }
+  TransfersOf(*move.host).EndHold(move.id, move.hold);
+  return Outcome::kNotMoved;
+}
+
+void SequenceSender::Resolve() {
+  std::vector<Move> moves;
+  {
+    MutexLock lock(&mu_);
+    for (const auto& [id, move] : unresolved_) moves.push_back(move);
+  }
+  for (Move& move : moves) Settle(move);
+}
+
+size_t SequenceSender::num_unresolved() const {
+  MutexLock lock(&mu_);
+  return unresolved_.size();
+}
+
+}  // namespace pagetide

@@ -1,0 +1,24 @@
+// Plans of transfers as messages. Pure functions; thread-safe.
+#ifndef PAGETIDE_WORKER_TRANSFER_WIRE_H_
+#define PAGETIDE_WORKER_TRANSFER_WIRE_H_
+
+#include <cstddef>
+
+#include "absl/status/statusor.h"
+#include "pagetide/v1/transfer.pb.h"
+#include "worker/model_host.h"
+#include "worker/sequence_transfer.h"
+
+namespace pagetide {
+
+inline constexpr size_t kMaxTransferPartBytes = size_t{1} << 20;
+
+// All but request_id and ttl, with the proof for this tenant.
+v1::ReserveTransferRequest PlanToProto(const TransferPlan& plan, const Tenant& tenant);
+// INVALID_ARGUMENT names the field; PERMISSION_DENIED (NOT_PROVEN); DATA_LOSS: the state is damaged.
+absl::StatusOr<TransferPlan> PlanFromProto(const v1::ReserveTransferRequest& request,
+                                           const Tenant& tenant);
+
+}  // namespace pagetide
+
+#endif  // PAGETIDE_WORKER_TRANSFER_WIRE_H_
