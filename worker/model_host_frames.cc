@@ -247,6 +247,7 @@ absl::Status ModelHostImpl::Acquire(const std::string& tenant, const Need& need,
         status = absl::DeadlineExceededError("restore pages: the deadline passed");
         break;
       }
+      ReleaseAcquired(ticket.got);  // what it has so far is free for others, and counts as free
       status = exhausted("", absl::Milliseconds(50));
       break;
     }
