@@ -240,11 +240,9 @@ absl::StatusOr<std::unique_ptr<WorkerRole>> WorkerRole::Start(Options options, P
       parts->metrics.get());
   parts->sequence_sender = std::make_unique<SequenceSender>(
       SequenceSender::Options(), worker, parts->parking.get(), parts->memos.get());
-  parts->transfer_expirer =
-      std::make_unique<PeriodicTask>("transfer-expire", kExpireTransfersPause,
-                                     [transfers = parts->incoming_transfers.get()] {
-                                       transfers->Expire();
-                                     });
+  parts->transfer_expirer = std::make_unique<PeriodicTask>(
+      "transfer-expire", kExpireTransfersPause,
+      [transfers = parts->incoming_transfers.get()] { transfers->Expire(); });
   parts->move_resolver = std::make_unique<PeriodicTask>(
       "move-resolve", kResolveMovesPause,
       [sender = parts->sequence_sender.get()] { sender->Resolve(); });

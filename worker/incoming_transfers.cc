@@ -19,10 +19,10 @@ absl::Status NotFound(absl::string_view id) {
 }
 
 absl::Status Busy(absl::string_view id, absl::string_view with) {
-  return WithRetryDelay(
-      WithReason(absl::AbortedError(absl::StrCat("transfer ", id, ": another ", with, " of it runs")),
-                 "TRANSFER_BUSY"),
-      absl::Milliseconds(50));
+  return WithRetryDelay(WithReason(absl::AbortedError(absl::StrCat("transfer ", id, ": another ",
+                                                                   with, " of it runs")),
+                                   "TRANSFER_BUSY"),
+                        absl::Milliseconds(50));
 }
 
 }  // namespace
@@ -103,10 +103,10 @@ absl::StatusOr<IncomingTransfers::Reserved> IncomingTransfers::Reserve(const Ten
     if (open_.size() + num_reserving_ >= options_.max_open ||
         of_tenant >= options_.max_open_of_tenant) {
       return WithRetryDelay(
-          WithReason(absl::ResourceExhaustedError(absl::StrCat(
-                         "reserve transfer: ", open_.size() + num_reserving_, " are open, ",
-                         of_tenant, " of this tenant; the limits are ", options_.max_open, " and ",
-                         options_.max_open_of_tenant)),
+          WithReason(absl::ResourceExhaustedError(
+                         absl::StrCat("reserve transfer: ", open_.size() + num_reserving_,
+                                      " are open, ", of_tenant, " of this tenant; the limits are ",
+                                      options_.max_open, " and ", options_.max_open_of_tenant)),
                      "TOO_MANY_TRANSFERS"),
           absl::Seconds(1));
     }
@@ -244,7 +244,8 @@ absl::StatusOr<std::optional<IncomingTransfers::Committed>> IncomingTransfers::A
 }
 
 void IncomingTransfers::Expire() {
-  std::vector<std::shared_ptr<Transfer>> ended;  // their end, without the lock, frees what they hold
+  std::vector<std::shared_ptr<Transfer>>
+      ended;  // their end, without the lock, frees what they hold
   {
     MutexLock lock(&mu_);
     const MonotonicTime now = clock_->MonotonicNow();

@@ -192,10 +192,10 @@ absl::Status ModelHostImpl::CheckMayChange(absl::string_view action, const Seque
   if (pending == nullptr) return absl::OkStatus();
   const std::string id = sequence.id.ToString();
   if (pending->is_hold()) {
-    return WithReason(absl::FailedPreconditionError(
-                          absl::StrCat(action, "sequence ", id, ": it is being moved to the worker at ",
-                                       pending->moving_to)),
-                      error_reason::kSequenceMoved, {{"address", pending->moving_to}});
+    return WithReason(
+        absl::FailedPreconditionError(absl::StrCat(
+            action, "sequence ", id, ": it is being moved to the worker at ", pending->moving_to)),
+        error_reason::kSequenceMoved, {{"address", pending->moving_to}});
   }
   return WithReason(
       absl::FailedPreconditionError(absl::StrCat(action, "sequence ", id, ": a write of ",

@@ -141,7 +141,8 @@ class ModelHostImpl final : public ModelHost, public TransferHost {
   class OutgoingImpl;
   class IncomingImpl;
 
-  // A snapshot whose pages are also read one by one, for a transfer. Not with PutPages or CopyPages.
+  // A snapshot whose pages are also read one by one, for a transfer. Not with PutPages or
+  // CopyPages.
   class PagedSnapshot : public StateSnapshot {
    public:
     virtual uint32_t num_pages() const = 0;
@@ -202,8 +203,8 @@ class ModelHostImpl final : public ModelHost, public TransferHost {
     // Of a reservation fixed when it opens; of an append put off by each run of rows.
     MonotonicTime expires = MonotonicTime::InfiniteFuture();
     bool pin_prefix = false;
-    // Nobody writes: the sequence is being moved to the worker at this address, and until its source
-    // knows the outcome it changes for nobody.
+    // Nobody writes: the sequence is being moved to the worker at this address, and until its
+    // source knows the outcome it changes for nobody.
     std::string moving_to;
     bool is_append() const { return !append_id.empty(); }
     bool is_hold() const { return !moving_to.empty(); }

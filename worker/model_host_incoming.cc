@@ -1,6 +1,6 @@
 // A sequence on its way in from another worker: frames for the pages that are not here, filled from
-// outside, and the sequence over them. Pages come into being as those of a checkpoint's copy in host
-// memory do (model_host_checkpoint_copies.cc); only their bytes take another way.
+// outside, and the sequence over them. Pages come into being as those of a checkpoint's copy in
+// host memory do (model_host_checkpoint_copies.cc); only their bytes take another way.
 #include <algorithm>
 #include <utility>
 
@@ -23,15 +23,15 @@ absl::Status CheckPages(const TransferPlan& plan, uint32_t page_tokens) {
       }
       int64_t& group = group_of[extent.page];
       if (group >= 0 && group != static_cast<int64_t>(g)) {
-        return absl::InvalidArgumentError(absl::StrCat("state: page ", extent.page,
-                                                       " is of layer groups ", group, " and ", g));
+        return absl::InvalidArgumentError(
+            absl::StrCat("state: page ", extent.page, " is of layer groups ", group, " and ", g));
       }
       group = static_cast<int64_t>(g);
       const uint64_t end_slot = uint64_t{extent.first_slot} + extent.count;
       if (end_slot > plan.pages[extent.page].rows) {
-        return absl::InvalidArgumentError(absl::StrCat("pages[", extent.page, "].rows is ",
-                                                       plan.pages[extent.page].rows,
-                                                       ", the state has rows up to slot ", end_slot));
+        return absl::InvalidArgumentError(
+            absl::StrCat("pages[", extent.page, "].rows is ", plan.pages[extent.page].rows,
+                         ", the state has rows up to slot ", end_slot));
       }
     }
   }
@@ -65,8 +65,7 @@ class ModelHostImpl::IncomingImpl final : public IncomingSequence {
       saved_.copies.push_back({.ref = page.ref, .rows = page.rows, .is_full = page.is_full});
     }
     sequence_->tenant = tenant.name;
-    sequence_->root =
-        RootPrefixKey(tenant.salt, host_->model_->identity(), host_->page_tokens());
+    sequence_->root = RootPrefixKey(tenant.salt, host_->model_->identity(), host_->page_tokens());
     sequence_->tables.resize(host_->num_groups());
     const SessionState& state = saved_.state;
     keys_ = PrefixKeysOf(sequence_->root, std::span(state.tokens).first(state.canonical_length),
@@ -156,13 +155,11 @@ class ModelHostImpl::IncomingImpl final : public IncomingSequence {
     if (num_missing_ > 0) {
       const auto first = std::find_if(wanted_.begin(), wanted_.end(),
                                       [&](uint32_t page) { return !places_[page].is_there; });
-      return WithReason(
-          absl::FailedPreconditionError(absl::StrCat("commit transfer: ", num_missing_, " of ",
-                                                     wanted_.size(),
-                                                     " pages have not come, the first is page ",
-                                                     *first)),
-          "PAGES_MISSING",
-          {{"missing", absl::StrCat(num_missing_)}, {"first", absl::StrCat(*first)}});
+      return WithReason(absl::FailedPreconditionError(
+                            absl::StrCat("commit transfer: ", num_missing_, " of ", wanted_.size(),
+                                         " pages have not come, the first is page ", *first)),
+                        "PAGES_MISSING",
+                        {{"missing", absl::StrCat(num_missing_)}, {"first", absl::StrCat(*first)}});
     }
     absl::StatusOr<std::optional<SequenceInfo>> info;
     {
@@ -190,10 +187,9 @@ class ModelHostImpl::IncomingImpl final : public IncomingSequence {
     }
     if (host_->sequences_.size() < host_->options_.max_open_sequences) return absl::OkStatus();
     return WithRetryDelay(
-        WithReason(absl::ResourceExhaustedError(
-                       absl::StrCat("transfer: ", host_->sequences_.size(),
-                                    " sequences are open, the limit is ",
-                                    host_->options_.max_open_sequences)),
+        WithReason(absl::ResourceExhaustedError(absl::StrCat("transfer: ", host_->sequences_.size(),
+                                                             " sequences are open, the limit is ",
+                                                             host_->options_.max_open_sequences)),
                    "TOO_MANY_SEQUENCES"),
         absl::Seconds(1));
   }
@@ -204,16 +200,15 @@ class ModelHostImpl::IncomingImpl final : public IncomingSequence {
     PT_RETURN_IF_ERROR(host_->CheckKnown("commit transfer", plan_));
     // From here on nothing can fail.
     PageDirectory& directory = host_->pages_;
-    const std::vector<PageId> pages =
-        host_->AdoptCopies(*sequence_, saved_, plan_, keys_, got_);
+    const std::vector<PageId> pages = host_->AdoptCopies(*sequence_, saved_, plan_, keys_, got_);
     is_committed_ = true;
     std::optional<SequenceInfo> info;
     if (kind_ != TransferKind::kPages) {
-      static_cast<SequenceRows&>(*sequence_) = host_->SavedRows(
-          saved_.state, saved_.state.length(), keys_,
-          [&](uint32_t, const PageTable&, const SavedExtent& extent) -> Page& {
-            return directory.Get(pages[extent.page]);
-          });
+      static_cast<SequenceRows&>(*sequence_) =
+          host_->SavedRows(saved_.state, saved_.state.length(), keys_,
+                           [&](uint32_t, const PageTable&, const SavedExtent& extent) -> Page& {
+                             return directory.Get(pages[extent.page]);
+                           });
       // What its client has seen of it must not become shorter silently.
       sequence_->was_appended = true;
       host_->AddSequence(sequence_, identity_);

@@ -46,10 +46,9 @@ class ModelHostImpl::OutgoingImpl final : public OutgoingSequence {
             std::span<const std::byte> body) -> absl::Status {
           const ManifestPageRef& said = plan_.pages[page].ref;
           if (ref.key != said.key || ref.checksum != said.checksum) {
-            return absl::AbortedError(absl::StrCat("send sequence: page ", page,
-                                                   " changed while it was sent: checksum 0x",
-                                                   ref.checksum.ToHex(), " != 0x",
-                                                   said.checksum.ToHex()));
+            return absl::AbortedError(absl::StrCat(
+                "send sequence: page ", page, " changed while it was sent: checksum 0x",
+                ref.checksum.ToHex(), " != 0x", said.checksum.ToHex()));
           }
           return sink(page, body);
         });
@@ -81,8 +80,8 @@ absl::StatusOr<std::unique_ptr<OutgoingSequence>> ModelHostImpl::BeginOutgoing(
       PT_RETURN_IF_ERROR(CheckHandle(*sequence, handle));
     }
     if (!sequence->pending) PT_RETURN_IF_ERROR(CutIfLost(*sequence));
-    PT_ASSIGN_OR_RETURN(
-        snapshot, TakeSnapshot(tenant, *sequence, std::nullopt, CheckpointScope::kAll));
+    PT_ASSIGN_OR_RETURN(snapshot,
+                        TakeSnapshot(tenant, *sequence, std::nullopt, CheckpointScope::kAll));
     if (is_move) {
       // It never expires by itself: who made it knows when the outcome is known.
       sequence->pending = NewPending(*sequence, 0, /*pin_prefix=*/false);

@@ -173,11 +173,12 @@ class ModelHostImpl::SnapshotImpl final : public PagedSnapshot {
       const bool is_named =
           page.is_keyed() || (page.is_stored() && page.checksum() == page.stored()->checksum);
       // What the store has of rows of colder types is not what is in frames.
-      if (!is_tail && page.checksum() && is_named && !host_->Geometry(item.group).has_cold_types()) {
-        return Copy{.ref = {page.is_keyed() ? *page.page_key() : page.stored()->key,
-                            *page.checksum()},
-                    .rows = host_->page_tokens(),
-                    .is_full = true};
+      if (!is_tail && page.checksum() && is_named &&
+          !host_->Geometry(item.group).has_cold_types()) {
+        return Copy{
+            .ref = {page.is_keyed() ? *page.page_key() : page.stored()->key, *page.checksum()},
+            .rows = host_->page_tokens(),
+            .is_full = true};
       }
     }
     copies_.resize(items_.size());

@@ -37,10 +37,11 @@ struct RetryInDoubt {
 
 absl::Status Unresolved(SequenceId id, absl::string_view address) {
   return WithRetryDelay(
-      WithReason(absl::UnavailableError(absl::StrCat(
-                     "send sequence ", id.ToString(), ": the worker at ", address,
-                     " was told to take it and has not answered; whether it has it is not known yet")),
-                 "TRANSFER_UNRESOLVED", {{"address", std::string(address)}}),
+      WithReason(
+          absl::UnavailableError(absl::StrCat(
+              "send sequence ", id.ToString(), ": the worker at ", address,
+              " was told to take it and has not answered; whether it has it is not known yet")),
+          "TRANSFER_UNRESOLVED", {{"address", std::string(address)}}),
       absl::Seconds(1));
 }
 
@@ -49,7 +50,8 @@ absl::Status Unresolved(SequenceId id, absl::string_view address) {
 // The other worker. For one thread.
 class SequenceSender::Peer {
  public:
-  static absl::StatusOr<std::unique_ptr<Peer>> Dial(const std::string& address, const Clock* clock) {
+  static absl::StatusOr<std::unique_ptr<Peer>> Dial(const std::string& address,
+                                                    const Clock* clock) {
     PT_ASSIGN_OR_RETURN(std::shared_ptr<grpc::Channel> channel, MakeBulkChannel(address));
     return std::unique_ptr<Peer>(new Peer(address, std::move(channel), clock));
   }
@@ -111,9 +113,8 @@ class SequenceSender::Peer {
   absl::Status Said(const absl::Status& status) const {
     if (status.ok()) return status;
     absl::Status said(status.code(), absl::StrCat("worker at ", address_, ": ", status.message()));
-    status.ForEachPayload([&](absl::string_view type, const absl::Cord& payload) {
-      said.SetPayload(type, payload);
-    });
+    status.ForEachPayload(
+        [&](absl::string_view type, const absl::Cord& payload) { said.SetPayload(type, payload); });
     return said;
   }
 
@@ -186,8 +187,8 @@ absl::StatusOr<std::optional<v1::SendSequenceResponse>> SequenceSender::FindEarl
 
 absl::StatusOr<v1::SendSequenceResponse> SequenceSender::SendOnce(
     const Tenant& tenant, const v1::SendSequenceRequest& request, MonotonicTime deadline) {
-  const int asked = request.kind() == v1::TRANSFER_KIND_UNSPECIFIED ? v1::TRANSFER_KIND_COPY
-                                                                    : request.kind();
+  const int asked =
+      request.kind() == v1::TRANSFER_KIND_UNSPECIFIED ? v1::TRANSFER_KIND_COPY : request.kind();
   if (asked < v1::TRANSFER_KIND_COPY || asked > v1::TRANSFER_KIND_PAGES) {
     return absl::InvalidArgumentError(absl::StrCat("kind is ", asked, ", known are 1 to 3"));
   }
@@ -204,15 +205,15 @@ absl::StatusOr<v1::SendSequenceResponse> SequenceSender::SendOnce(
     if (earlier) return *std::move(earlier);
   }
   PT_ASSIGN_OR_RETURN(const HandleTarget target, FindSequence(*worker_, request.sequence()));
-  PT_ASSIGN_OR_RETURN(const std::unique_ptr<OutgoingSequence> outgoing,
-                      TransfersOf(*target.host)
-                          .BeginOutgoing(tenant, target.handle, kind, address, deadline));
+  PT_ASSIGN_OR_RETURN(
+      const std::unique_ptr<OutgoingSequence> outgoing,
+      TransfersOf(*target.host).BeginOutgoing(tenant, target.handle, kind, address, deadline));
   // After it was held: a park that came before is seen, a later one is refused.
   if (kind == TransferKind::kMove && parking_->Owns(id)) {
     return WithReason(
-        absl::FailedPreconditionError(absl::StrCat(
-            "send sequence ", id.ToString(),
-            ": the store names its owner; move it with ParkSequence here and ResumeSequence there")),
+        absl::FailedPreconditionError(absl::StrCat("send sequence ", id.ToString(),
+                                                   ": the store names its owner; move it with "
+                                                   "ParkSequence here and ResumeSequence there")),
         "SEQUENCE_IS_PARKED");
   }
   PT_ASSIGN_OR_RETURN(const std::unique_ptr<Peer> peer, Peer::Dial(address, &worker_->clock()));
@@ -316,8 +317,9 @@ void SequenceSender::CloseHere(const Move& move) {
 
 SequenceSender::Outcome SequenceSender::Settle(Move& move) {
   const absl::StatusOr<std::unique_ptr<Peer>> peer = Peer::Dial(move.address, &worker_->clock());
-  absl::StatusOr<v1::AbortTransferResponse> said = peer.status();
-  if (peer.ok()) said = Abort(**peer, move.transfer_id);
+  const absl::StatusOr<v1::AbortTransferResponse> said =
+      peer.ok() ? Abort(**peer, move.transfer_id)
+                : absl::StatusOr<v1::AbortTransferResponse>(peer.status());
   const bool gives_up = !said.ok() && worker_->clock().MonotonicNow() >= move.give_up;
   if (!said.ok() && !gives_up) return Outcome::kUnknown;
   const bool is_moved = said.ok() && said->has_committed();
@@ -345,8 +347,8 @@ SequenceSender::Outcome SequenceSender::Settle(Move& move) {
   }
   if (gives_up) {
     // It may be open there: going on here would make it two.
-    LogWarning("worker", "sequence ", move.id.ToString(), " is closed: the worker at ", move.address,
-               ", which was told to take it, has not answered for ",
+    LogWarning("worker", "sequence ", move.id.ToString(), " is closed: the worker at ",
+               move.address, ", which was told to take it, has not answered for ",
                absl::FormatDuration(options_.give_up));
     CloseHere(move);
     return Outcome::kUnknown;

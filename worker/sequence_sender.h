@@ -1,7 +1,7 @@
-// SequenceSender: sends sequences that are open here to other workers, by TransferService. Of a move
-// it answers for one owner at a time: the sequence changes for nobody from the first byte on, and is
-// closed when the target has it, or goes on when the target cannot have it any more. While neither
-// is known it asks, for as long as Options::give_up says.
+// SequenceSender: sends sequences that are open here to other workers, by TransferService. Of a
+// move it answers for one owner at a time: the sequence changes for nobody from the first byte on,
+// and is closed when the target has it, or goes on when the target cannot have it any more. While
+// neither is known it asks, for as long as Options::give_up says.
 //
 // Thread-safe. What the constructor takes outlives it.
 #ifndef PAGETIDE_WORKER_SEQUENCE_SENDER_H_
@@ -78,8 +78,8 @@ class SequenceSender {
   Outcome Settle(Move& move);
   // The target has it.
   void CloseHere(const Move& move);
-  // A move of it that is not resolved: asks. The answer if it was moved there, nullopt if nothing is
-  // in the way of a send.
+  // A move of it that is not resolved: asks. The answer if it was moved there, nullopt if nothing
+  // is in the way of a send.
   absl::StatusOr<std::optional<v1::SendSequenceResponse>> FindEarlier(
       const Tenant& tenant, const v1::SendSequenceRequest& request, SequenceId id);
   void Count(const absl::Status& status) const;

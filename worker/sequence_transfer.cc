@@ -15,8 +15,7 @@ Digest ProveTransfer(const TransferPlan& plan, absl::string_view state, const Te
     hash.AppendU64(page.ref.checksum.low).AppendU64(page.ref.checksum.high);
     hash.AppendU32(page.rows).AppendU32(page.is_full ? 1 : 0);
   }
-  return HmacSha256(salt.digest.view(),
-                    absl::StrCat("pagetide.transfer.v1", hash.Finish().view()));
+  return HmacSha256(salt.digest.view(), absl::StrCat("pagetide.transfer.v1", hash.Finish().view()));
 }
 
 }  // namespace pagetide

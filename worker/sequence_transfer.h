@@ -94,8 +94,8 @@ class IncomingSequence {
 class TransferHost {
  public:
   virtual ~TransferHost() = default;
-  // `address`: of kMove, what calls that want to change the sequence are told. Errors of a change of
-  // the sequence, of the other kinds those of a snapshot; INVALID_ARGUMENT (SESSION_TOO_LONG).
+  // `address`: of kMove, what calls that want to change the sequence are told. Errors of a change
+  // of the sequence, of the other kinds those of a snapshot; INVALID_ARGUMENT (SESSION_TOO_LONG).
   virtual absl::StatusOr<std::unique_ptr<OutgoingSequence>> BeginOutgoing(
       const Tenant& tenant, const SequenceHandle& sequence, TransferKind kind,
       absl::string_view address, MonotonicTime deadline) = 0;

@@ -13,16 +13,13 @@ namespace pagetide {
 TransferServiceImpl::TransferServiceImpl(Worker* worker, IncomingTransfers* incoming,
                                          SequenceSender* sender, RequestMemos* memos,
                                          StreamDeadlines* deadlines)
-    : worker_(worker),
-      incoming_(incoming),
-      sender_(sender),
-      memos_(memos),
-      deadlines_(deadlines) {}
+    : worker_(worker), incoming_(incoming), sender_(sender), memos_(memos), deadlines_(deadlines) {}
 
 v1::CommitTransferResponse TransferServiceImpl::ToProto(
     const IncomingTransfers::Committed& committed) const {
   v1::CommitTransferResponse proto;
-  if (committed.info) *proto.mutable_state() = StateToProto(*worker_, *committed.host, *committed.info);
+  if (committed.info)
+    *proto.mutable_state() = StateToProto(*worker_, *committed.host, *committed.info);
   proto.set_pages(committed.pages);
   proto.set_received_pages(committed.received_pages);
   proto.set_received_bytes(committed.received_bytes);
@@ -34,14 +31,13 @@ absl::StatusOr<v1::ReserveTransferResponse> TransferServiceImpl::Reserve(
   PT_ASSIGN_OR_RETURN(const absl::Duration ttl, DurationFromProto("ttl", request.ttl()));
   PT_ASSIGN_OR_RETURN(TransferPlan plan, PlanFromProto(request, call.tenant));
   if (plan.state.model_digest.ToHex() != request.model_digest()) {
-    return absl::InvalidArgumentError(absl::StrCat("model_digest is not that of the state, ",
-                                                   plan.state.model_digest.ToHex()));
+    return absl::InvalidArgumentError(
+        absl::StrCat("model_digest is not that of the state, ", plan.state.model_digest.ToHex()));
   }
   PT_ASSIGN_OR_RETURN(ModelHost* const host,
                       worker_->HostOfModel(request.model_digest(), call.deadline));
-  PT_ASSIGN_OR_RETURN(
-      const IncomingTransfers::Reserved reserved,
-      incoming_->Reserve(call.tenant, host, std::move(plan), ttl, call.deadline));
+  PT_ASSIGN_OR_RETURN(const IncomingTransfers::Reserved reserved,
+                      incoming_->Reserve(call.tenant, host, std::move(plan), ttl, call.deadline));
   v1::ReserveTransferResponse response;
   response.set_transfer_id(reserved.id);
   response.mutable_wanted()->Add(reserved.wanted.begin(), reserved.wanted.end());
@@ -75,12 +71,12 @@ absl::Status TransferServiceImpl::Push(const CallContext& call, grpc::ServerCont
       return absl::InvalidArgumentError("transfer_id changed within the stream");
     }
     if (part.data().size() > kMaxTransferPartBytes) {
-      return absl::InvalidArgumentError(absl::StrCat("data has ", part.data().size(),
-                                                     " bytes, a part at most ",
-                                                     kMaxTransferPartBytes));
+      return absl::InvalidArgumentError(absl::StrCat(
+          "data has ", part.data().size(), " bytes, a part at most ", kMaxTransferPartBytes));
     }
-    PT_RETURN_IF_ERROR(push->Write(part.page(), part.offset(),
-                                   std::as_bytes(std::span(part.data().data(), part.data().size()))));
+    PT_RETURN_IF_ERROR(
+        push->Write(part.page(), part.offset(),
+                    std::as_bytes(std::span(part.data().data(), part.data().size()))));
   }
   // The end of a stream and its loss look alike to Read. What came whole is there all the same.
   if (context->IsCancelled()) return absl::CancelledError("push pages: the stream broke");

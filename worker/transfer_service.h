@@ -1,5 +1,5 @@
-// TransferService over a Worker, its IncomingTransfers and its SequenceSender. Thread-safe; what the
-// constructor takes outlives it.
+// TransferService over a Worker, its IncomingTransfers and its SequenceSender. Thread-safe; what
+// the constructor takes outlives it.
 #ifndef PAGETIDE_WORKER_TRANSFER_SERVICE_H_
 #define PAGETIDE_WORKER_TRANSFER_SERVICE_H_
 

@@ -52,9 +52,9 @@ absl::StatusOr<TransferPlan> PlanFromProto(const v1::ReserveTransferRequest& req
     const v1::TransferPage& from = request.pages(i);
     absl::StatusOr<Digest> key = Digest::FromBytes(from.key());
     if (!key.ok() || from.checksum().size() != kChecksumBytes) {
-      return absl::InvalidArgumentError(absl::StrCat(
-          "pages[", i, "] has a key of ", from.key().size(), " and a checksum of ",
-          from.checksum().size(), " bytes, must have 32 and ", kChecksumBytes));
+      return absl::InvalidArgumentError(
+          absl::StrCat("pages[", i, "] has a key of ", from.key().size(), " and a checksum of ",
+                       from.checksum().size(), " bytes, must have 32 and ", kChecksumBytes));
     }
     TransferPage& page = plan.pages.emplace_back();
     page.ref.key.digest = *key;

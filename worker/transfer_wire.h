@@ -15,7 +15,8 @@ inline constexpr size_t kMaxTransferPartBytes = size_t{1} << 20;
 
 // All but request_id and ttl, with the proof for this tenant.
 v1::ReserveTransferRequest PlanToProto(const TransferPlan& plan, const Tenant& tenant);
-// INVALID_ARGUMENT names the field; PERMISSION_DENIED (NOT_PROVEN); DATA_LOSS: the state is damaged.
+// INVALID_ARGUMENT names the field; PERMISSION_DENIED (NOT_PROVEN); DATA_LOSS: the state is
+// damaged.
 absl::StatusOr<TransferPlan> PlanFromProto(const v1::ReserveTransferRequest& request,
                                            const Tenant& tenant);
 

@@ -46,8 +46,7 @@ struct WorkerProcess {
   std::unique_ptr<v1::TransferService::Stub> transfers;
 
   absl::StatusOr<v1::SendSequenceResponse> Send(const v1::SequenceState& state,
-                                                const std::string& address,
-                                                v1::TransferKind kind) {
+                                                const std::string& address, v1::TransferKind kind) {
     TestContext context;
     v1::SendSequenceRequest request;
     request.mutable_sequence()->set_sequence_id(state.sequence_id());
@@ -79,8 +78,8 @@ struct WorkerProcess {
 class TransferProcessTest : public ::testing::Test {
  protected:
   void SetUp() override {
-    model_ = std::make_shared<const Model>(MakeTestModel(
-        {.page_tokens = kPageTokens, .num_layers = 4, .kv_heads = 4, .dim = 64}));
+    model_ = std::make_shared<const Model>(
+        MakeTestModel({.page_tokens = kPageTokens, .num_layers = 4, .kv_heads = 4, .dim = 64}));
     ASSERT_EQ(model_->geometry().bytes_per_page_of_tokens(), kPageBytes);
     store_process_ = Start("pagetide-store", {absl::StrCat("--data-dir=", dir_ / "data")});
     RemotePageStore store(MakeChannel(store_process_->Address("grpc"), {.own_connection = true}));
@@ -116,8 +115,7 @@ class TransferProcessTest : public ::testing::Test {
     longer.resize(kLength + 20, 7);
     const auto appended = worker.client->Append(state, longer, longer.size());
     ASSERT_TRUE(appended.ok()) << appended.status();
-    const auto verified =
-        worker.client->Verify(state.sequence_id(), longer, 0, longer.size());
+    const auto verified = worker.client->Verify(state.sequence_id(), longer, 0, longer.size());
     EXPECT_TRUE(verified.ok()) << verified.status();
   }
   // Moves a sequence of `a` to `b` until some of its bytes are on their way; then `b` stands still,
@@ -126,12 +124,10 @@ class TransferProcessTest : public ::testing::Test {
   absl::Status HurtInTheMiddle(const v1::SequenceState& state, Hurt hurt) {
     CuttingProxy proxy(b_.process->Address("grpc"));
     absl::Status status;
-    std::thread mover([&] {
-      status = a_.Send(state, proxy.address(), v1::TRANSFER_KIND_MOVE).status();
-    });
+    std::thread mover(
+        [&] { status = a_.Send(state, proxy.address(), v1::TRANSFER_KIND_MOVE).status(); });
     const MonotonicTime give_up = Clock::Real()->MonotonicNow() + absl::Seconds(60);
-    while (proxy.forwarded_bytes() < 4 * kPageBytes &&
-           Clock::Real()->MonotonicNow() < give_up) {
+    while (proxy.forwarded_bytes() < 4 * kPageBytes && Clock::Real()->MonotonicNow() < give_up) {
       std::this_thread::yield();
     }
     b_.process->Stop();

@@ -289,8 +289,7 @@ TEST_F(TransferServiceTest, AMoveInDoubtStaysUntilItIsKnown) {
     lossy_->lose_commit = !was_committed;
     lossy_->lose_abort = true;
     const std::string request_id = absl::StrCat("move-", was_committed);
-    const auto unknown =
-        a_.Send(state, lossy_->address(), v1::TRANSFER_KIND_MOVE, request_id);
+    const auto unknown = a_.Send(state, lossy_->address(), v1::TRANSFER_KIND_MOVE, request_id);
     EXPECT_EQ(GetReason(unknown.status()), "TRANSFER_UNRESOLVED") << unknown.status();
     // Neither changed nor gone, and no other move begins.
     std::vector<uint32_t> longer = tokens_;
@@ -333,13 +332,12 @@ TEST_F(TransferServiceTest, OnlyAWorkerOfTheDeploymentIsBelieved) {
     return a_.Send(state, lossy_->address(), v1::TRANSFER_KIND_MOVE).status();
   };
   using Request = v1::ReserveTransferRequest;
-  for (const absl::Status& status :
-       {denied([](Request& r) { r.set_epoch(9); }),
-        denied([](Request& r) { r.set_kind(v1::TRANSFER_KIND_COPY); }),
-        denied([](Request& r) { r.mutable_pages(1)->set_rows(3); }),
-        denied([](Request& r) { (*r.mutable_state())[40] ^= 1; }),
-        denied([](Request& r) { r.clear_proof(); }),
-        denied([](Request& r) { r.mutable_pages()->RemoveLast(); })}) {
+  for (const absl::Status& status : {denied([](Request& r) { r.set_epoch(9); }),
+                                     denied([](Request& r) { r.set_kind(v1::TRANSFER_KIND_COPY); }),
+                                     denied([](Request& r) { r.mutable_pages(1)->set_rows(3); }),
+                                     denied([](Request& r) { (*r.mutable_state())[40] ^= 1; }),
+                                     denied([](Request& r) { r.clear_proof(); }),
+                                     denied([](Request& r) { r.mutable_pages()->RemoveLast(); })}) {
     EXPECT_EQ(GetReason(status), "NOT_PROVEN") << status;
   }
   for (const absl::Status& status :
@@ -368,16 +366,15 @@ TEST_F(TransferServiceTest, WhatCannotBeSentIsRefused) {
   unknown.set_sequence_id("00000000000000ff-1");
   EXPECT_EQ(GetReason(a_.Send(unknown, b, v1::TRANSFER_KIND_MOVE).status()), "SEQUENCE_NOT_FOUND");
   for (const std::string& address : {std::string(), std::string(2000, 'x')}) {
-    EXPECT_TRUE(
-        absl::IsInvalidArgument(a_.Send(state, address, v1::TRANSFER_KIND_COPY).status()));
+    EXPECT_TRUE(absl::IsInvalidArgument(a_.Send(state, address, v1::TRANSFER_KIND_COPY).status()));
   }
-  EXPECT_TRUE(absl::IsInvalidArgument(
-      a_.Send(state, b, static_cast<v1::TransferKind>(9)).status()));
+  EXPECT_TRUE(
+      absl::IsInvalidArgument(a_.Send(state, b, static_cast<v1::TransferKind>(9)).status()));
   // Nobody listens there.
   EXPECT_TRUE(absl::IsUnavailable(a_.Send(state, "127.0.0.1:1", v1::TRANSFER_KIND_MOVE).status()));
   // It is open there already: here.
-  EXPECT_TRUE(absl::IsAlreadyExists(
-      a_.Send(state, a_.role->address(), v1::TRANSFER_KIND_MOVE).status()));
+  EXPECT_TRUE(
+      absl::IsAlreadyExists(a_.Send(state, a_.role->address(), v1::TRANSFER_KIND_MOVE).status()));
   ExpectGoesOn(a_, state, tokens_);
 }
 
@@ -419,9 +416,9 @@ TEST_F(TransferServiceTest, RawCallsWithBadInputAreRefused) {
   EXPECT_EQ(GetReason(push({part})), "TRANSFER_NOT_FOUND");
   TestContext commit_context, abort_context, reserve_context;
   v1::CommitTransferResponse committed;
-  EXPECT_EQ(GetReason(FromGrpcStatus(
-                b_.transfers->CommitTransfer(&commit_context, {}, &committed))),
-            "TRANSFER_NOT_FOUND");
+  EXPECT_EQ(
+      GetReason(FromGrpcStatus(b_.transfers->CommitTransfer(&commit_context, {}, &committed))),
+      "TRANSFER_NOT_FOUND");
   v1::AbortTransferResponse aborted;
   EXPECT_TRUE(b_.transfers->AbortTransfer(&abort_context, {}, &aborted).ok());
   EXPECT_FALSE(aborted.has_committed());

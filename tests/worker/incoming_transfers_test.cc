@@ -34,10 +34,9 @@ class IncomingTransfersTest : public ::testing::Test {
   // The first `count` pages that are wanted.
   absl::Status PushSome(IncomingTransfers::Push& push, const IncomingTransfers::Reserved& reserved,
                         size_t count) {
-    return from_->ReadPages(std::span(reserved.wanted).first(count), Soon(),
-                            [&](uint32_t page, std::span<const std::byte> body) {
-                              return push.Write(page, 0, body);
-                            });
+    return from_->ReadPages(
+        std::span(reserved.wanted).first(count), Soon(),
+        [&](uint32_t page, std::span<const std::byte> body) { return push.Write(page, 0, body); });
   }
   uint64_t FreeFrames() { return b_.host->Usage().front().free_frames; }
   double Metric(const std::string& name) {
@@ -191,7 +190,8 @@ TEST_F(IncomingTransfersTest, ThereAreOnlySoMany) {
   EXPECT_TRUE(GetRetryDelay(third.status()).has_value());
   ASSERT_TRUE(transfers_.Abort(b_.tenant, first->id).ok());
   EXPECT_TRUE(Reserve().ok());
-  for (const absl::Duration ttl : {absl::Seconds(61), -absl::Seconds(1), absl::InfiniteDuration()}) {
+  for (const absl::Duration ttl :
+       {absl::Seconds(61), -absl::Seconds(1), absl::InfiniteDuration()}) {
     EXPECT_TRUE(absl::IsInvalidArgument(Reserve(ttl).status()));
   }
 }

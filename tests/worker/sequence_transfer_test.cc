@@ -38,15 +38,15 @@ using Change = std::function<void(uint32_t page, std::vector<std::byte>& body)>;
 
 // Pushes what is wanted, each page in two parts, as `change` leaves it.
 absl::Status PushAll(OutgoingSequence& from, IncomingSequence& to, const Change& change = nullptr) {
-  return from.ReadPages(
-      to.wanted(), Soon(), [&](uint32_t page, std::span<const std::byte> bytes) -> absl::Status {
-        std::vector<std::byte> body(bytes.begin(), bytes.end());
-        if (change != nullptr) change(page, body);
-        const std::span<const std::byte> whole(body);
-        const auto first = to.Write(page, 0, whole.first(100));
-        if (!first.ok()) return first.status();
-        return to.Write(page, 100, whole.subspan(100)).status();
-      });
+  return from.ReadPages(to.wanted(), Soon(),
+                        [&](uint32_t page, std::span<const std::byte> bytes) -> absl::Status {
+                          std::vector<std::byte> body(bytes.begin(), bytes.end());
+                          if (change != nullptr) change(page, body);
+                          const std::span<const std::byte> whole(body);
+                          const auto first = to.Write(page, 0, whole.first(100));
+                          if (!first.ok()) return first.status();
+                          return to.Write(page, 100, whole.subspan(100)).status();
+                        });
 }
 
 struct Sent {
@@ -433,9 +433,8 @@ TEST(SequenceTransferTest, AnEditedSequenceComesWithItsPositionsAndIsNotFound) {
     for (uint32_t layer = 0; rows.ok() && layer < 2; ++layer) {
       for (const auto& run : (*rows)->Runs(layer, RowKind::kK)) {
         std::string bytes(run.num_bytes, '\0');
-        EXPECT_TRUE(t.host->pool()
-                        .Read(run.offset, std::as_writable_bytes(std::span<char>(bytes)))
-                        .ok());
+        EXPECT_TRUE(
+            t.host->pool().Read(run.offset, std::as_writable_bytes(std::span<char>(bytes))).ok());
         all += bytes;
       }
     }
