@@ -129,6 +129,7 @@ struct WorkerRole::Parts {
   std::unique_ptr<EnginePoolServiceImpl> engine_pool_service;
   std::unique_ptr<IncomingTransfers> incoming_transfers;
   std::unique_ptr<SequenceSender> sequence_sender;
+  std::unique_ptr<GroupMailbox> group_mailbox;
   std::unique_ptr<PeriodicTask> transfer_expirer;
   std::unique_ptr<PeriodicTask> move_resolver;
   std::unique_ptr<TransferServiceImpl> transfer_service;
@@ -246,9 +247,10 @@ absl::StatusOr<std::unique_ptr<WorkerRole>> WorkerRole::Start(Options options, P
   parts->move_resolver = std::make_unique<PeriodicTask>(
       "move-resolve", kResolveMovesPause,
       [sender = parts->sequence_sender.get()] { sender->Resolve(); });
+  parts->group_mailbox = std::make_unique<GroupMailbox>(clock);
   parts->transfer_service = std::make_unique<TransferServiceImpl>(
-      worker, parts->incoming_transfers.get(), parts->sequence_sender.get(), parts->memos.get(),
-      parts->stream_deadlines.get());
+      worker, parts->incoming_transfers.get(), parts->sequence_sender.get(),
+      parts->group_mailbox.get(), parts->memos.get(), parts->stream_deadlines.get());
   worker->Start();
   PT_ASSIGN_OR_RETURN(
       parts->server,
@@ -304,6 +306,10 @@ void WorkerRole::Drain(absl::Duration timeout) {
   // Now: routers must not send more here until the next heartbeat.
   for (const std::unique_ptr<RouterLink>& link : parts_->links) link->ReportLoad();
   parts_->server->Drain(timeout);
+}
+
+GroupMailbox& WorkerRole::group_mailbox() {
+  return *parts_->group_mailbox;
 }
 
 size_t WorkerRole::num_attached_routers() const {

@@ -18,6 +18,7 @@
 #include "rpc/server.h"
 #include "worker/cpu_device.h"
 #include "worker/engine_pools.h"
+#include "worker/group_mailbox.h"
 #include "worker/local_plane.h"
 #include "worker/session_service.h"
 #include "worker/worker.h"
@@ -66,6 +67,8 @@ class WorkerRole {
   // "host:port" of /metrics; empty when there is none.
   std::string metrics_address() const;
   Worker& worker();
+  // Where groups of which this worker is a member get what others send (worker/grpc_collective.h).
+  GroupMailbox& group_mailbox();
   // Routers that have welcomed this worker and have not lost it since.
   size_t num_attached_routers() const;
 

@@ -44,7 +44,8 @@ SUBFOLDERS = [
     ("worker-wire", ["worker/*_service.*", "worker/session_service_files.*", "worker/import_stream.*",
                      "worker/service_support.*", "worker/row_wire.*",
                      "worker/lent_frames.*", "worker/local_plane*", "worker/router_link.*",
-                     "worker/sequence_sender.*", "worker/transfer_wire.*"]),
+                     "worker/grpc_collective.*", "worker/sequence_sender.*",
+                     "worker/transfer_wire.*"]),
     # What every program's services share; lower than the rest of services/.
     ("services-common", ["services/admin_common.*", "services/tenant.*"]),
 ]

@@ -16,6 +16,7 @@
 #include "worker/attention_call.h"
 #include "worker/cuda_context.h"
 #include "worker/cuda_status.h"
+#include "worker/device_addressed.h"
 #include "worker/k_shift.h"
 
 namespace pagetide {
@@ -94,7 +95,7 @@ class ShiftPlan {
   uint64_t table_bytes_ = 0;
 };
 
-class CudaPool final : public DevicePool {
+class CudaPool final : public DevicePool, public DeviceAddressed {
  public:
   static absl::StatusOr<std::unique_ptr<DevicePool>> Create(std::shared_ptr<CudaContext> context,
                                                             uint64_t size_bytes) {
@@ -125,6 +126,7 @@ class CudaPool final : public DevicePool {
 
   uint64_t size_bytes() const override { return size_bytes_; }
   std::byte* host_view() override { return nullptr; }
+  void* device_address() override { return base_; }
   int export_fd() const override { return -1; }
 
   absl::Status Write(uint64_t offset, std::span<const std::byte> from) override {

@@ -11,9 +11,14 @@
 namespace pagetide {
 
 TransferServiceImpl::TransferServiceImpl(Worker* worker, IncomingTransfers* incoming,
-                                         SequenceSender* sender, RequestMemos* memos,
-                                         StreamDeadlines* deadlines)
-    : worker_(worker), incoming_(incoming), sender_(sender), memos_(memos), deadlines_(deadlines) {}
+                                         SequenceSender* sender, GroupMailbox* mailbox,
+                                         RequestMemos* memos, StreamDeadlines* deadlines)
+    : worker_(worker),
+      incoming_(incoming),
+      sender_(sender),
+      mailbox_(mailbox),
+      memos_(memos),
+      deadlines_(deadlines) {}
 
 v1::CommitTransferResponse TransferServiceImpl::ToProto(
     const IncomingTransfers::Committed& committed) const {
@@ -133,6 +138,61 @@ grpc::Status TransferServiceImpl::SendSequence(grpc::ServerContext* context,
       [&] { return sender_->Send(call.tenant, *request, call.deadline); });
   if (answer.ok()) *response = *std::move(answer);
   return ToGrpcStatus(answer.status());
+}
+
+absl::Status TransferServiceImpl::Deliver(const CallContext& call,
+                                          grpc::ServerReader<v1::DeliverBytesRequest>* reader) {
+  v1::DeliverBytesRequest part;
+  if (!reader->Read(&part) || !part.has_header()) {
+    return absl::InvalidArgumentError("the first message has no header");
+  }
+  const v1::DeliverBytesRequest::Header header = part.header();
+  if (header.group_id().empty() || header.group_id().size() > kMaxGroupIdBytes) {
+    return absl::InvalidArgumentError(absl::StrCat("group_id has ", header.group_id().size(),
+                                                   " bytes, must have 1 to ", kMaxGroupIdBytes));
+  }
+  const DeliveryName name{call.tenant.name, header.group_id(), header.from_rank(), header.to_rank(),
+                          header.number()};
+  if (ProveDelivery(name, header.num_bytes(), call.tenant.salt).view() != header.proof()) {
+    return WithReason(
+        absl::PermissionDeniedError("deliver bytes: the proof is not of a worker of this "
+                                    "deployment, for this tenant"),
+        "NOT_PROVEN");
+  }
+  PT_ASSIGN_OR_RETURN(const auto delivery,
+                      mailbox_->Deliver(name, header.num_bytes(), call.deadline));
+  Counter* const received = worker_->metrics().GetCounter(
+      "pagetide_group_received_bytes_total", "Bytes that came from other members of groups");
+  while (reader->Read(&part)) {
+    if (part.has_header()) return absl::InvalidArgumentError("a second header in the stream");
+    if (!part.checksum().empty()) {
+      PT_ASSIGN_OR_RETURN(const Checksum128 checksum,
+                          ChecksumFromBytes("checksum", part.checksum()));
+      return delivery->Finish(checksum);
+    }
+    if (part.data().size() > kMaxTransferPartBytes) {
+      return absl::InvalidArgumentError(absl::StrCat(
+          "data has ", part.data().size(), " bytes, a part at most ", kMaxTransferPartBytes));
+    }
+    PT_RETURN_IF_ERROR(
+        delivery->Write(std::as_bytes(std::span(part.data().data(), part.data().size()))));
+    received->Add(static_cast<double>(part.data().size()));
+  }
+  return absl::CancelledError("deliver bytes: the stream ended before its checksum");
+}
+
+grpc::Status TransferServiceImpl::DeliverBytes(grpc::ServerContext* context,
+                                               grpc::ServerReader<v1::DeliverBytesRequest>* reader,
+                                               v1::DeliverBytesResponse*) {
+  const CallContext call = MakeCallContext(*context, *worker_);
+  const StreamDeadlines::Watch watch(deadlines_, context, call.end, "deliver bytes");
+  const absl::Status status = Deliver(call, reader);
+  worker_->metrics()
+      .GetCounter("pagetide_group_deliveries_total",
+                  "Deliveries from other members of groups, by the code of the answer",
+                  {{"code", absl::StatusCodeToString(status.code())}})
+      ->Increment();
+  return ToGrpcStatus(status);
 }
 
 }  // namespace pagetide

@@ -5,6 +5,7 @@
 
 #include "pagetide/v1/transfer.grpc.pb.h"
 #include "rpc/stream_deadlines.h"
+#include "worker/group_mailbox.h"
 #include "worker/incoming_transfers.h"
 #include "worker/request_memos.h"
 #include "worker/sequence_sender.h"
@@ -16,7 +17,7 @@ namespace pagetide {
 class TransferServiceImpl final : public v1::TransferService::Service {
  public:
   TransferServiceImpl(Worker* worker, IncomingTransfers* incoming, SequenceSender* sender,
-                      RequestMemos* memos, StreamDeadlines* deadlines);
+                      GroupMailbox* mailbox, RequestMemos* memos, StreamDeadlines* deadlines);
 
   grpc::Status ReserveTransfer(grpc::ServerContext* context,
                                const v1::ReserveTransferRequest* request,
@@ -31,6 +32,9 @@ class TransferServiceImpl final : public v1::TransferService::Service {
                              v1::AbortTransferResponse* response) override;
   grpc::Status SendSequence(grpc::ServerContext* context, const v1::SendSequenceRequest* request,
                             v1::SendSequenceResponse* response) override;
+  grpc::Status DeliverBytes(grpc::ServerContext* context,
+                            grpc::ServerReader<v1::DeliverBytesRequest>* reader,
+                            v1::DeliverBytesResponse* response) override;
 
  private:
   absl::StatusOr<v1::ReserveTransferResponse> Reserve(const CallContext& call,
@@ -38,11 +42,14 @@ class TransferServiceImpl final : public v1::TransferService::Service {
   absl::Status Push(const CallContext& call, grpc::ServerContext* context,
                     grpc::ServerReader<v1::PushPagesRequest>* reader,
                     v1::PushPagesResponse* response);
+  absl::Status Deliver(const CallContext& call,
+                       grpc::ServerReader<v1::DeliverBytesRequest>* reader);
   v1::CommitTransferResponse ToProto(const IncomingTransfers::Committed& committed) const;
 
   Worker* const worker_;
   IncomingTransfers* const incoming_;
   SequenceSender* const sender_;
+  GroupMailbox* const mailbox_;
   RequestMemos* const memos_;
   StreamDeadlines* const deadlines_;
 };

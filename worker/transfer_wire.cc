@@ -15,6 +15,24 @@ constexpr size_t kChecksumBytes = 16;
 
 }  // namespace
 
+void SetChecksum(const Checksum128& checksum, std::string* bytes) {
+  bytes->clear();
+  AppendLittleEndian<uint64_t>(bytes, checksum.low);
+  AppendLittleEndian<uint64_t>(bytes, checksum.high);
+}
+
+absl::StatusOr<Checksum128> ChecksumFromBytes(absl::string_view field, absl::string_view bytes) {
+  if (bytes.size() != kChecksumBytes) {
+    return absl::InvalidArgumentError(
+        absl::StrCat(field, " has ", bytes.size(), " bytes, must have ", kChecksumBytes));
+  }
+  LittleEndianReader reader(bytes);
+  Checksum128 checksum;
+  checksum.low = reader.Take<uint64_t>();
+  checksum.high = reader.Take<uint64_t>();
+  return checksum;
+}
+
 v1::ReserveTransferRequest PlanToProto(const TransferPlan& plan, const Tenant& tenant) {
   static_assert(static_cast<int>(TransferKind::kCopy) == v1::TRANSFER_KIND_COPY);
   static_assert(static_cast<int>(TransferKind::kMove) == v1::TRANSFER_KIND_MOVE);
@@ -26,8 +44,7 @@ v1::ReserveTransferRequest PlanToProto(const TransferPlan& plan, const Tenant& t
   for (const TransferPage& page : plan.pages) {
     v1::TransferPage* const to = proto.add_pages();
     to->set_key(page.ref.key.digest.ToBytes());
-    AppendLittleEndian<uint64_t>(to->mutable_checksum(), page.ref.checksum.low);
-    AppendLittleEndian<uint64_t>(to->mutable_checksum(), page.ref.checksum.high);
+    SetChecksum(page.ref.checksum, to->mutable_checksum());
     to->set_rows(page.rows);
     to->set_is_full(page.is_full);
   }
@@ -51,16 +68,16 @@ absl::StatusOr<TransferPlan> PlanFromProto(const v1::ReserveTransferRequest& req
   for (int i = 0; i < request.pages_size(); ++i) {
     const v1::TransferPage& from = request.pages(i);
     absl::StatusOr<Digest> key = Digest::FromBytes(from.key());
-    if (!key.ok() || from.checksum().size() != kChecksumBytes) {
+    if (!key.ok()) {
       return absl::InvalidArgumentError(
-          absl::StrCat("pages[", i, "] has a key of ", from.key().size(), " and a checksum of ",
-                       from.checksum().size(), " bytes, must have 32 and ", kChecksumBytes));
+          absl::StrCat("pages[", i, "].key has ", from.key().size(), " bytes, must have 32"));
     }
+    PT_ASSIGN_OR_RETURN(
+        const Checksum128 checksum,
+        ChecksumFromBytes(absl::StrCat("pages[", i, "].checksum"), from.checksum()));
     TransferPage& page = plan.pages.emplace_back();
     page.ref.key.digest = *key;
-    LittleEndianReader checksum(from.checksum());
-    page.ref.checksum.low = checksum.Take<uint64_t>();
-    page.ref.checksum.high = checksum.Take<uint64_t>();
+    page.ref.checksum = checksum;
     page.rows = from.rows();
     page.is_full = from.is_full();
   }
