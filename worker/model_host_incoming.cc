@@ -199,7 +199,6 @@ class ModelHostImpl::IncomingImpl final : public IncomingSequence {
     PT_RETURN_IF_ERROR(CheckRoom());
     PT_RETURN_IF_ERROR(host_->CheckKnown("commit transfer", plan_));
     // From here on nothing can fail.
-    PageDirectory& directory = host_->pages_;
     const std::vector<PageId> pages = host_->AdoptCopies(*sequence_, saved_, plan_, keys_, got_);
     is_committed_ = true;
     std::optional<SequenceInfo> info;
@@ -207,15 +206,16 @@ class ModelHostImpl::IncomingImpl final : public IncomingSequence {
       static_cast<SequenceRows&>(*sequence_) =
           host_->SavedRows(saved_.state, saved_.state.length(), keys_,
                            [&](uint32_t, const PageTable&, const SavedExtent& extent) -> Page& {
-                             return directory.Get(pages[extent.page]);
+                             host_->mu_.AssertHeld();
+                             return host_->pages_.Get(pages[extent.page]);
                            });
       // What its client has seen of it must not become shorter silently.
       sequence_->was_appended = true;
       host_->AddSequence(sequence_, identity_);
     }
-    for (PageId id : pages) directory.Unref(directory.Get(id));
+    for (PageId id : pages) host_->pages_.Unref(host_->pages_.Get(id));
     if (kind_ != TransferKind::kPages) {
-      SyncTails(*sequence_, sequence_->root, host_->page_tokens(), directory);
+      SyncTails(*sequence_, sequence_->root, host_->page_tokens(), host_->pages_);
       info = host_->InfoOf(*sequence_);
     }
     host_->changed_.SignalAll();

@@ -234,6 +234,38 @@ TEST_F(TransferServiceTest, AMoveLeavesNothingBehind) {
   EXPECT_EQ(b_.ReasonOfGet(state), "SEQUENCE_NOT_FOUND");
 }
 
+TEST_F(TransferServiceTest, PagesAloneAreThereForPrompts) {
+  const v1::SequenceState state = Fill(a_, tokens_);
+  auto sent = a_.Send(state, b_.role->address(), v1::TRANSFER_KIND_PAGES);
+  ASSERT_TRUE(sent.ok()) << sent.status();
+  EXPECT_FALSE(sent->committed().has_state());
+  EXPECT_EQ(sent->committed().pages(), 5u);
+  EXPECT_EQ(b_.client->Stat("pagetide_worker_open_sequences").value_or(1), 0);
+  const auto opened = b_.client->Open(tokens_);
+  ASSERT_TRUE(opened.ok()) << opened.status();
+  EXPECT_EQ(opened->reuse().device_tokens(), 64u);
+  EXPECT_GT(b_.client->Verify(opened->state().sequence_id(), tokens_, 0, 64).value_or(0), 0u);
+  ExpectGoesOn(a_, state, tokens_);
+}
+
+TEST_F(TransferServiceTest, ASequenceWhoseOwnerTheStoreNamesIsCopiedAndNotMoved) {
+  const v1::SequenceState state = Fill(a_, tokens_);
+  TestContext context;
+  v1::ParkSequenceRequest park;
+  park.mutable_sequence()->set_sequence_id(state.sequence_id());
+  park.mutable_sequence()->set_epoch(state.epoch());
+  park.set_keep_open(true);
+  v1::ParkSequenceResponse parked;
+  ASSERT_TRUE(a_.client->sequences().ParkSequence(&context, park, &parked).ok());
+  const auto refused = a_.Send(state, b_.role->address(), v1::TRANSFER_KIND_MOVE);
+  EXPECT_EQ(GetReason(refused.status()), "SEQUENCE_IS_PARKED") << refused.status();
+  EXPECT_EQ(b_.ReasonOfGet(state), "SEQUENCE_NOT_FOUND");
+  const auto copied = a_.Send(state, b_.role->address(), v1::TRANSFER_KIND_COPY);
+  ASSERT_TRUE(copied.ok()) << copied.status();
+  ExpectGoesOn(b_, copied->committed().state(), tokens_);
+  ExpectGoesOn(a_, state, tokens_);
+}
+
 TEST_F(TransferServiceTest, AFlippedByteIsRefusedAndNothingChanges) {
   const v1::SequenceState state = Fill(a_, tokens_);
   const uint64_t free = b_.FreeFrames();
