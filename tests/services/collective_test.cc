@@ -1,122 +1,29 @@
 // One contract for all collectives: over gRPC between real workers, and over NCCL's functions,
-// which an emulation stands for where no GPU is. And the choice between them, with NCCL's refusals
-// as this machine gives them.
+// which an emulation stands for where no GPU is.
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 
 #include <algorithm>
 #include <atomic>
 #include <chrono>
-#include <cstring>
-#include <functional>
 #include <memory>
 #include <random>
 #include <string>
 #include <thread>
+#include <utility>
 #include <vector>
 
-#include "absl/strings/str_cat.h"
 #include "base/error_info.h"
 #include "pagetide/v1/transfer.grpc.pb.h"
 #include "rpc/status_mapping.h"
-#include "services/worker_role.h"
+#include "tests/services/collective_fixture.h"
 #include "tests/support/worker_client.h"
-#include "worker/choose_device.h"
-#include "worker/collective.h"
-#include "worker/device_addressed.h"
-#include "worker/grpc_collective.h"
-#include "worker/nccl_collective.h"
 
 namespace pagetide {
 namespace {
 
 using ::pagetide::testing::TestContext;
-using ::testing::AnyOf;
 using ::testing::HasSubstr;
-
-constexpr uint64_t kPoolBytes = 8 << 20;
-
-MonotonicTime In(absl::Duration d) {
-  return Clock::Real()->MonotonicNow() + d;
-}
-MonotonicTime Soon() {
-  return In(absl::Seconds(60));
-}
-
-// Memory that both hosts and the emulated GPUs address.
-class TestPool final : public DevicePool, public DeviceAddressed {
- public:
-  uint64_t size_bytes() const override { return bytes_.size(); }
-  std::byte* host_view() override { return bytes_.data(); }
-  void* device_address() override { return bytes_.data(); }
-  absl::Status Write(uint64_t offset, std::span<const std::byte> from) override {
-    std::memcpy(bytes_.data() + offset, from.data(), from.size());
-    return absl::OkStatus();
-  }
-  absl::Status Read(uint64_t offset, std::span<std::byte> to) override {
-    std::memcpy(to.data(), bytes_.data() + offset, to.size());
-    return absl::OkStatus();
-  }
-  absl::Status Copy(uint64_t, uint64_t, uint64_t) override { return absl::UnimplementedError(""); }
-  absl::Status Zero(uint64_t, uint64_t) override { return absl::UnimplementedError(""); }
-  absl::Status Attend(const AttentionCall&) override { return absl::UnimplementedError(""); }
-  bool CanShift(const GroupGeometry&) const override { return false; }
-  absl::Status ReadShifted(const GroupGeometry&, uint64_t, uint32_t, int32_t,
-                           std::span<std::byte>) override {
-    return absl::UnimplementedError("");
-  }
-  int export_fd() const override { return -1; }
-
-  std::vector<std::byte>& bytes() { return bytes_; }
-
- private:
-  std::vector<std::byte> bytes_ = std::vector<std::byte>(kPoolBytes);
-};
-
-// Runs `member` for each rank at the same time.
-void ForAll(uint32_t size, const std::function<void(uint32_t)>& member) {
-  std::vector<std::thread> threads;
-  for (uint32_t rank = 0; rank < size; ++rank) threads.emplace_back(member, rank);
-  for (std::thread& thread : threads) thread.join();
-}
-
-// Workers whose mailboxes take what members of groups send.
-class Workers {
- public:
-  Workers(uint32_t size, const std::string& secret) {
-    for (uint32_t rank = 0; rank < size; ++rank) {
-      WorkerRole::Options options;
-      options.worker.id = absl::StrCat("w", rank);
-      options.worker.pool_bytes = 1 << 20;
-      options.worker.deployment_secret = secret;
-      roles_.push_back(WorkerRole::Start(options, nullptr, Clock::Real()).value());
-      addresses_.push_back(roles_.back()->address());
-    }
-  }
-  std::unique_ptr<Collective> Make(uint32_t rank, const std::string& group) {
-    return GrpcCollective::Create({.group_id = group,
-                                   .rank = rank,
-                                   .addresses = addresses_,
-                                   .tenant = roles_[rank]->worker().TenantNamed("default")},
-                                  &roles_[rank]->group_mailbox(), Clock::Real())
-        .value();
-  }
-  std::vector<std::unique_ptr<Collective>> MakeAll(const std::string& group) {
-    std::vector<std::unique_ptr<Collective>> all;
-    for (uint32_t rank = 0; rank < roles_.size(); ++rank) all.push_back(Make(rank, group));
-    return all;
-  }
-  WorkerRole& role(uint32_t rank) { return *roles_[rank]; }
-  const std::vector<std::string>& addresses() const { return addresses_; }
-
- private:
-  std::vector<std::unique_ptr<WorkerRole>> roles_;
-  std::vector<std::string> addresses_;
-};
-
-NcclLink::Options Emulated(int gpu) {
-  return {.gpu = gpu, .paths = {.nccl = EMULATED_NCCL, .cuda = EMULATED_NCCL}};
-}
 
 enum class Kind { kGrpc, kNccl };
 
@@ -356,134 +263,6 @@ TEST(GrpcCollectiveTest, RawDeliveriesWithBadInputAreRefused) {
   const auto broken = deliver({header(100), data});
   EXPECT_FALSE(broken.first.ok());
   EXPECT_TRUE(absl::IsUnavailable(broken.second)) << broken.second;
-}
-
-TEST(ChooseCollectiveTest, WithoutNcclTheGroupGoesOverGrpc) {
-  NcclLink none({.paths = {.nccl = "libnccl-that-is-not-there.so.2"}}, Clock::Real());
-  EXPECT_EQ(GetReason(none.Check()), "NO_NCCL") << none.Check();
-  EXPECT_EQ(GetReason(none.MakeId().status()), "NO_NCCL");
-  NcclLink no_driver({.paths = {.nccl = EMULATED_NCCL, .cuda = "libcuda-that-is-not-there.so.1"}},
-                     Clock::Real());
-  EXPECT_EQ(GetReason(no_driver.Check()), "NO_GPU") << no_driver.Check();
-  NcclLink not_nccl({.paths = {.nccl = "libc.so.6", .cuda = EMULATED_NCCL}}, Clock::Real());
-  EXPECT_EQ(GetReason(not_nccl.Check()), "NO_NCCL") << not_nccl.Check();
-  NcclLink no_such_gpu(Emulated(99), Clock::Real());
-  EXPECT_EQ(GetReason(no_such_gpu.Check()), "NO_GPU") << no_such_gpu.Check();
-  // As this machine has it: with both, it passes; else a reason is given.
-  NcclLink here({}, Clock::Real());
-  const absl::Status checked = here.Check();
-  EXPECT_THAT(GetReason(checked), AnyOf("", "NO_NCCL", "NO_GPU")) << checked;
-  EXPECT_EQ(checked.ok(), GetReason(checked).empty());
-
-  Workers workers(3, "a secret of tests");
-  auto members = workers.MakeAll("g");
-  ForAll(3, [&](uint32_t rank) {
-    NcclLink link({.paths = {.nccl = "libnccl-that-is-not-there.so.2"}}, Clock::Real());
-    auto chosen = ChooseCollective(std::move(members[rank]), &link, Soon());
-    ASSERT_TRUE(chosen.ok()) << chosen.status();
-    EXPECT_EQ(chosen->collective->name(), "grpc");
-    EXPECT_THAT(chosen->why_not_fast, HasSubstr("libnccl-that-is-not-there.so.2"));
-    std::vector<std::byte> bytes(1000, std::byte(rank));
-    EXPECT_TRUE(chosen->collective->Broadcast(2, CollectiveBuffer::Of(bytes), Soon()).ok());
-    EXPECT_EQ(bytes, std::vector<std::byte>(1000, std::byte{2}));
-  });
-}
-
-TEST(ChooseCollectiveTest, OneMemberThatCannotIsEnough) {
-  for (const uint32_t lame : {0, 1, 2}) {
-    Workers workers(3, "a secret of tests");
-    auto members = workers.MakeAll("g");
-    ForAll(3, [&](uint32_t rank) {
-      NcclLink link(Emulated(rank == lame ? 99 : static_cast<int>(rank)), Clock::Real());
-      auto chosen = ChooseCollective(std::move(members[rank]), &link, Soon());
-      ASSERT_TRUE(chosen.ok()) << chosen.status();
-      EXPECT_EQ(chosen->collective->name(), "grpc");
-      EXPECT_THAT(chosen->why_not_fast,
-                  HasSubstr(rank == lame ? "not one of number 99" : "another member"));
-      std::vector<std::byte> bytes(10, std::byte(rank));
-      EXPECT_TRUE(chosen->collective->Broadcast(1, CollectiveBuffer::Of(bytes), Soon()).ok());
-      EXPECT_EQ(bytes, std::vector<std::byte>(10, std::byte{1}));
-    });
-  }
-}
-
-TEST(ChooseCollectiveTest, TwoRanksOnOneGpuFallBack) {
-  Workers workers(2, "a secret of tests");
-  auto members = workers.MakeAll("g");
-  ForAll(2, [&](uint32_t rank) {
-    NcclLink link(Emulated(0), Clock::Real());
-    auto chosen = ChooseCollective(std::move(members[rank]), &link, In(absl::Seconds(10)));
-    ASSERT_TRUE(chosen.ok()) << chosen.status();
-    EXPECT_EQ(chosen->collective->name(), "grpc");
-    EXPECT_THAT(chosen->why_not_fast, AnyOf(HasSubstr("Duplicate GPU"), HasSubstr("another")));
-    std::vector<std::byte> bytes(10, std::byte(rank));
-    EXPECT_TRUE(chosen->collective->Broadcast(1, CollectiveBuffer::Of(bytes), Soon()).ok());
-  });
-}
-
-TEST(ChooseCollectiveTest, WhereAllCanTheFasterOneIsTaken) {
-  Workers workers(3, "a secret of tests");
-  auto members = workers.MakeAll("g");
-  ForAll(3, [&](uint32_t rank) {
-    NcclLink link(Emulated(static_cast<int>(rank)), Clock::Real());
-    auto chosen = ChooseCollective(std::move(members[rank]), &link, Soon());
-    ASSERT_TRUE(chosen.ok()) << chosen.status();
-    EXPECT_EQ(chosen->collective->name(), "nccl");
-    EXPECT_EQ(chosen->why_not_fast, "");
-    TestPool pool;
-    std::fill(pool.bytes().begin(), pool.bytes().end(), std::byte(rank));
-    EXPECT_TRUE(
-        chosen->collective->Broadcast(1, CollectiveBuffer::Of(&pool, 0, 1000), Soon()).ok());
-    EXPECT_EQ(pool.bytes()[999], std::byte{1});
-    EXPECT_EQ(pool.bytes()[1000], std::byte(rank));
-    // Host memory is not a GPU's.
-    std::vector<std::byte> bytes(10);
-    EXPECT_TRUE(absl::IsInvalidArgument(
-        chosen->collective->Broadcast(1, CollectiveBuffer::Of(bytes), Soon())));
-  });
-}
-
-// With one GPU: that NCCL is linked right, and that its refusal is handled. No transfer is shown.
-TEST(NcclOnGpuTest, OneRankBroadcastsAndTwoRanksFallBack) {
-  NcclLink link({}, Clock::Real());
-  if (const absl::Status checked = link.Check(); !checked.ok()) GTEST_SKIP() << checked.message();
-  const auto device = ChooseDevice("cuda", {});
-  if (!device.ok()) GTEST_SKIP() << device.status().message();
-  const auto pool = device->device->CreatePool(1 << 20);
-  ASSERT_TRUE(pool.ok()) << pool.status();
-  std::vector<std::byte> bytes(1 << 20, std::byte{5});
-  ASSERT_TRUE((*pool)->Write(0, bytes).ok());
-  const auto id = link.MakeId();
-  ASSERT_TRUE(id.ok()) << id.status();
-  {
-    auto alone = link.Join(0, 1, *id, Soon());
-    ASSERT_TRUE(alone.ok()) << alone.status();
-    const absl::Status status =
-        (*alone)->Broadcast(0, CollectiveBuffer::Of(pool->get(), 0, 1 << 20), Soon());
-    EXPECT_TRUE(status.ok()) << status;
-    std::vector<std::byte> after(1 << 20);
-    ASSERT_TRUE((*pool)->Read(0, after).ok());
-    EXPECT_EQ(after, bytes);
-  }
-  Workers workers(2, "a secret of tests");
-  auto members = workers.MakeAll("g");
-  ForAll(2, [&](uint32_t rank) {
-    NcclLink same({}, Clock::Real());
-    auto chosen = ChooseCollective(std::move(members[rank]), &same, Soon());
-    ASSERT_TRUE(chosen.ok()) << chosen.status();
-    EXPECT_EQ(chosen->collective->name(), "grpc");
-    std::vector<std::byte> some(10, std::byte(rank));
-    EXPECT_TRUE(chosen->collective->Broadcast(1, CollectiveBuffer::Of(some), Soon()).ok());
-  });
-}
-
-TEST(ChooseCollectiveTest, AMemberThatNeverJoinsCostsTheDeadlineOnly) {
-  const std::string id = NcclLink(Emulated(0), Clock::Real()).MakeId().value();
-  NcclLink link(Emulated(0), Clock::Real());
-  const auto joined = link.Join(0, 2, id, In(absl::Milliseconds(50)));
-  EXPECT_TRUE(absl::IsDeadlineExceeded(joined.status())) << joined.status();
-  EXPECT_TRUE(absl::IsInvalidArgument(link.Join(2, 2, id, Soon()).status()));
-  EXPECT_TRUE(absl::IsInvalidArgument(link.Join(0, 2, "short", Soon()).status()));
 }
 
 }  // namespace
