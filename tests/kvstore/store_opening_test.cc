@@ -5,16 +5,19 @@
 #include <rocksdb/db.h>
 
 #include <algorithm>
+#include <atomic>
 #include <filesystem>
 #include <fstream>
 #include <functional>
 #include <iterator>
 #include <memory>
 #include <string>
+#include <thread>
 #include <utility>
 #include <vector>
 
-#include "absl/strings/match.h"
+#include "absl/strings/str_cat.h"
+#include "absl/time/clock.h"
 #include "base/byte_size.h"
 #include "base/error_info.h"
 #include "kvstore/rocksdb_page_store.h"
@@ -238,6 +241,36 @@ TEST_F(StoreOpeningTest, ATornTailOfTheLogIsNoLoss) {
     disk_.DropUnsynced(seed);
     Open();
     EXPECT_TRUE(HasManifest(absl::StrCat("saved-", seed)));
+  }
+}
+
+TEST_F(StoreOpeningTest, APowerCutWhileMarksAreWrittenIsNoLoss) {
+  RocksdbPageStoreOptions options = Options();
+  options.clock = Clock::Real();
+  options.mark_period = absl::ZeroDuration();
+  ASSERT_TRUE(TryOpen(options).ok());
+  for (uint64_t seed = 0; seed < 12; ++seed) {
+    std::atomic<bool> is_cut{false};
+    std::thread marks([&] {
+      while (!is_cut) store_->WaitForUpkeep();
+    });
+    uint64_t saved = 0;
+    std::thread saver([&] {
+      while (Save(absl::StrCat("saved-", seed, ".", saved), {}).ok()) ++saved;
+    });
+    absl::SleepFor(absl::Milliseconds(10 + 7 * static_cast<int64_t>(seed)));  // some are in flight
+    disk_.CutPower();
+    is_cut = true;
+    saver.join();
+    marks.join();
+    store_.reset();
+    disk_.DropUnsynced(seed);
+    const absl::Status opened = TryOpen(options);
+    ASSERT_TRUE(opened.ok()) << opened;
+    EXPECT_GT(saved, 0u);
+    for (uint64_t i = 0; i < saved; ++i) {
+      EXPECT_TRUE(HasManifest(absl::StrCat("saved-", seed, ".", i)));
+    }
   }
 }
 
