@@ -101,6 +101,8 @@ class Page {
 
   // Its bytes must not outlive its last owner.
   void SetScrub() { is_scrub_ = true; }
+  // Nobody finds it any more: it goes when the copy that is in flight ends.
+  void Hide() { is_hidden_ = true; }
 
   // --- owners ---
   void Ref() { ++refs_; }
@@ -130,6 +132,7 @@ class Page {
   bool is_being_written() const { return is_being_written_; }
   bool is_keyed() const { return prefix_.has_value(); }
   bool is_scrub() const { return is_scrub_; }
+  bool is_hidden() const { return is_hidden_; }
   const std::optional<PrefixKey>& prefix() const { return prefix_; }
   const PrefixKey& parent_prefix() const { return parent_prefix_; }
   // Set when full: of the bytes in the frame. A page sealed here has none until it is stored.
@@ -138,7 +141,9 @@ class Page {
   bool is_stored() const { return stored_.has_value(); }
   const std::optional<StoredAs>& stored() const { return stored_; }
   // Worth keeping without references: others may ask for it, by prefix or by content.
-  bool is_findable() const { return !is_scrub_ && (is_keyed() || (stored_ && stored_->is_shared)); }
+  bool is_findable() const {
+    return !is_scrub_ && !is_hidden_ && (is_keyed() || (stored_ && stored_->is_shared));
+  }
   // The key to spill a keyed page under.
   const std::optional<PageKey>& page_key() const { return page_key_; }
   uint32_t refs() const { return refs_; }
@@ -161,6 +166,7 @@ class Page {
   bool is_full_ = false;
   bool is_being_written_ = false;
   bool is_scrub_ = false;
+  bool is_hidden_ = false;
   bool keeps_frame_ = false;  // though it is quarantined
   std::optional<PrefixKey> prefix_;
   PrefixKey parent_prefix_;

@@ -159,7 +159,8 @@ void PageDirectory::FreeFrame(const Page& page, FrameId frame) {
 
 void PageDirectory::LeaveFrame(const Page& page, FrameId frame) {
   FreeFrame(page, frame);
-  if (page.is_keyed()) changes_.push_back({*page.prefix(), page.group(), /*removed=*/true});
+  if (page.is_keyed() && !page.is_hidden())
+    changes_.push_back({*page.prefix(), page.group(), /*removed=*/true});
 }
 
 void PageDirectory::BeginSpill(Page& page) {
@@ -224,7 +225,7 @@ void PageDirectory::ForgetSealed(const Page& page) {
 
 void PageDirectory::Quarantine(Page& page) {
   ForgetSealed(page);
-  const bool was_reported = page.is_readable() && page.is_keyed();
+  const bool was_reported = page.is_readable() && page.is_keyed() && !page.is_hidden();
   const std::optional<FrameId> frame = page.Quarantine();
   UpdateUnstored(page);
   UpdateKnown(page);
@@ -275,15 +276,22 @@ bool PageDirectory::SetKey(Page& page, const PrefixKey& prefix, const PrefixKey&
 uint64_t PageDirectory::DropUnreferenced(bool scrub) {
   std::vector<PageId> victims;
   for (const auto& [id, page] : pages_) {
-    if (page->refs() == 0 && page->pins() == 0 && page->state() != PageState::kSpilling &&
-        page->state() != PageState::kRestoring) {
-      victims.push_back(id);
-    }
+    if (page->refs() == 0 && page->pins() == 0 && !page->is_hidden()) victims.push_back(id);
   }
   for (PageId id : victims) {
     Page& page = Get(id);
     if (scrub) page.SetScrub();
-    Forget(page);
+    if (page.state() != PageState::kSpilling && page.state() != PageState::kRestoring) {
+      Forget(page);
+      continue;
+    }
+    // A copy of it is in flight: nobody finds it from now on, and it goes when that ends.
+    ForgetSealed(page);
+    groups_[page.group()].index.Erase(page.id());
+    if (page.is_keyed() && page.is_readable()) {
+      changes_.push_back({*page.prefix(), page.group(), /*removed=*/true});
+    }
+    page.Hide();
   }
   return victims.size();
 }

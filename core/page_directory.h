@@ -121,8 +121,9 @@ class PageDirectory {
   bool SetKey(Page& page, const PrefixKey& prefix, const PrefixKey& parent_prefix,
               const PageKey& store_key, std::shared_ptr<const std::vector<uint32_t>> tokens,
               bool has_inputs);
-  // Forgets unreferenced keyed pages that are not pinned or in flight. Returns how many. `scrub`:
-  // their frames are zeroed before the next grant.
+  // Forgets unreferenced keyed pages that are not pinned. Returns how many. Those of which a copy
+  // is in flight are found no more, and go when it ends. `scrub`: their frames are zeroed before
+  // the next grant.
   uint64_t DropUnreferenced(bool scrub = false);
 
   // --- what happened since the last call ---

@@ -86,6 +86,29 @@ TEST_F(PageDirectoryTest, APageThatGoesIsNoLongerUnstored) {
   pages_.CheckInvariants();
 }
 
+// A cleared cache is found by nobody, whatever was on its way to the store.
+TEST_F(PageDirectoryTest, APageOnItsWayToTheStoreIsDroppedToo) {
+  Page& page = AddFull(1);
+  const PageId id = page.id();
+  pages_.Unref(page);
+  pages_.BeginSpill(page);
+  pages_.TakeFrameChanges();
+  EXPECT_EQ(pages_.DropUnreferenced(), 1u);
+  EXPECT_EQ(pages_.DropUnreferenced(), 0u) << "once";
+  EXPECT_EQ(pages_.FindKeyed(0, KeyOf<PrefixKey>(1)), nullptr);
+  pages_.CheckInvariants();
+  Page& again = AddFull(1);  // its key is free
+  EXPECT_EQ(pages_.FindKeyed(0, KeyOf<PrefixKey>(1)), &again);
+  pages_.FinishSpill(pages_.Get(id), StoredAs(1));
+  EXPECT_EQ(pages_.Find(id), nullptr);
+  EXPECT_EQ(pages_.FindKeyed(0, KeyOf<PrefixKey>(1)), &again);
+  const std::vector<FrameChange> changes = pages_.TakeFrameChanges();
+  ASSERT_EQ(changes.size(), 2u) << "gone at once, then there anew";
+  EXPECT_TRUE(changes[0].removed);
+  EXPECT_FALSE(changes[1].removed);
+  pages_.CheckInvariants();
+}
+
 TEST_F(PageDirectoryTest, AQuarantinedPageHasItsFrameUntilTheLastPinIsGone) {
   Page& page = AddFull(1);
   const FrameId frame = page.frame();

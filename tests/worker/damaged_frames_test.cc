@@ -86,8 +86,8 @@ TEST(DamagedFramesTest, RowsComputedOverAPageThatWasFoundDamagedGetNoKey) {
     return t.host->Counters().checksum_failures == 1;
   }));
   ASSERT_TRUE(t.WriteAll(*slot, tokens).ok());
-  const auto committed = t.host->Commit(t.tenant, {info->id, info->epoch, std::nullopt},
-                                        slot->pending_id, {});
+  const auto committed =
+      t.host->Commit(t.tenant, {info->id, info->epoch, std::nullopt}, slot->pending_id, {});
   ASSERT_TRUE(committed.ok()) << committed.status();
 
   // Another one computes the lost page anew, and with it all that hangs on it could be found.
@@ -95,7 +95,13 @@ TEST(DamagedFramesTest, RowsComputedOverAPageThatWasFoundDamagedGetNoKey) {
   ASSERT_TRUE(again.ok()) << again.status();
   t.host->Quiesce();
   EXPECT_EQ(t.host->LookupPrefix(t.tenant, tokens, {}, {})->reused_tokens, 32u);
-  EXPECT_EQ(memory.GetStats(MonotonicTime::InfiniteFuture())->pages, 2u) << "stored: the prefix";
+  const auto num_stored = [&] { return memory.GetStats(MonotonicTime::InfiniteFuture())->pages; };
+  EXPECT_TRUE(Eventually([&] {
+    t.host->Tick();
+    t.host->Quiesce();
+    return num_stored() >= 2;
+  }));
+  EXPECT_EQ(num_stored(), 2u) << "the prefix, and nothing that hangs on it";
   const auto late = t.host->PinRows(t.tenant, info->id, 0, 0, 0, t.Soon());
   EXPECT_EQ(GetReason(late.status()), "PREFIX_LOST") << late.status();
 }
