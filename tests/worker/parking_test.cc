@@ -51,13 +51,13 @@ class HookedStore final : public DecoratingPageStore {
   absl::StatusOr<ManifestRecord> GetManifest(absl::string_view name,
                                              MonotonicTime deadline) override {
     if (on_read) on_read();
-    if (std::exchange(fails_next_read, false)) return absl::UnavailableError("the store is away");
+    if (fails_next_read.exchange(false)) return absl::UnavailableError("the store is away");
     return inner()->GetManifest(name, deadline);
   }
   std::function<void()> before_manifest;
   std::function<void()> after_take_over;
   std::function<void()> on_read;
-  bool fails_next_read = false;
+  std::atomic<bool> fails_next_read = false;
   std::function<void()> after_give_up;
   std::string unwritable_key;
 };
