@@ -14,8 +14,7 @@
 #include "decoder/decoder.h"
 #include "decoder/local_kv_backend.h"
 #include "gtest/gtest.h"
-#include "worker/cpu_device.h"
-#include "worker/cuda_device.h"
+#include "tests/worker/named_device.h"
 #include "worker/device.h"
 
 namespace pagetide {
@@ -124,19 +123,7 @@ class DeviceKvBackend final : public KvBackend {
   int64_t pending_ = 0;
 };
 
-class DeviceLogitsTest : public testing::TestWithParam<std::string> {
- protected:
-  void SetUp() override {
-    if (GetParam() == "cpu") {
-      device_ = std::make_unique<CpuDevice>();
-      return;
-    }
-    absl::StatusOr<std::unique_ptr<Device>> cuda = MakeCudaDevice(0);
-    if (!cuda.ok()) GTEST_SKIP() << cuda.status();
-    device_ = *std::move(cuda);
-  }
-  std::unique_ptr<Device> device_;
-};
+using DeviceLogitsTest = NamedDeviceTest;
 
 // How far a logit may be from the host's, as a share of the largest: docs/kernels.md.
 double BoundOf(kernels::KvType type) {

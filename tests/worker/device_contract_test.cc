@@ -15,8 +15,8 @@
 #include "gmock/gmock.h"
 #include "gtest/gtest.h"
 #include "kernels/convert.h"
+#include "tests/worker/named_device.h"
 #include "worker/cpu_device.h"
-#include "worker/cuda_device.h"
 #include "worker/device.h"
 
 namespace pagetide {
@@ -32,17 +32,8 @@ std::vector<std::byte> Pattern(size_t n, uint32_t seed) {
   return bytes;
 }
 
-class DeviceContractTest : public testing::TestWithParam<std::string> {
+class DeviceContractTest : public NamedDeviceTest {
  protected:
-  void SetUp() override {
-    if (GetParam() == "cpu") {
-      device_ = std::make_unique<CpuDevice>();
-      return;
-    }
-    absl::StatusOr<std::unique_ptr<Device>> cuda = MakeCudaDevice(0);
-    if (!cuda.ok()) GTEST_SKIP() << cuda.status();
-    device_ = *std::move(cuda);
-  }
   std::unique_ptr<DevicePool> MakePool(uint64_t size_bytes) {
     auto pool = device_->CreatePool(size_bytes);
     EXPECT_TRUE(pool.ok()) << pool.status();
@@ -53,8 +44,6 @@ class DeviceContractTest : public testing::TestWithParam<std::string> {
     EXPECT_TRUE(pool.Read(0, bytes).ok());
     return bytes;
   }
-
-  std::unique_ptr<Device> device_;
 };
 
 TEST_P(DeviceContractTest, APoolStartsZeroedAndOutlivesItsDevice) {
