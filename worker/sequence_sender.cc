@@ -264,12 +264,13 @@ absl::Status SequenceSender::Commit(Peer& peer, OutgoingSequence& outgoing, Move
     if (is_move) CloseHere(move);
     return status;
   }
-  if (!is_move || !IsInDoubt(status)) {
+  if (!is_move) {
     const absl::StatusOr<v1::AbortTransferResponse> aborted = Abort(peer, move.transfer_id);
     if (!aborted.ok() || !aborted->has_committed()) return status;
     *response->mutable_committed() = aborted->committed();
     return absl::OkStatus();
   }
+  // What the last attempt was told says nothing of those before it: only the target knows.
   move.hold = outgoing.KeepHold();
   move.sent = *response;
   move.sent.clear_committed();

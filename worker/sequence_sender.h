@@ -69,7 +69,8 @@ class SequenceSender {
   absl::StatusOr<v1::SendSequenceResponse> SendOnce(const Tenant& tenant,
                                                     const v1::SendSequenceRequest& request,
                                                     MonotonicTime deadline);
-  // Commits; of a move in doubt asks what became of it, and remembers it if it does not learn.
+  // Commits; of a move without a good answer asks what became of it, and remembers it if it does
+  // not learn.
   absl::Status Commit(Peer& peer, OutgoingSequence& outgoing, Move move, MonotonicTime deadline,
                       v1::SendSequenceResponse* response);
   // What the target did before the transfer ended, if it did; else it never will.

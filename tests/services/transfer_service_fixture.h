@@ -72,6 +72,9 @@ class LossyTarget final : public v1::TransferService::Service {
   }
   grpc::Status CommitTransfer(grpc::ServerContext*, const v1::CommitTransferRequest* request,
                               v1::CommitTransferResponse* response) override {
+    if (num_commits++ > 0 && refuse_repeats) {
+      return {grpc::StatusCode::RESOURCE_EXHAUSTED, "too many calls"};
+    }
     if (lose_commit) return Lost();
     TestContext context;
     const grpc::Status status = stub_->CommitTransfer(&context, *request, response);
@@ -91,6 +94,8 @@ class LossyTarget final : public v1::TransferService::Service {
   std::atomic<bool> lose_commit{false};  // on its way there
   std::atomic<bool> lose_answer{false};  // of a commit, on its way back
   std::atomic<bool> lose_abort{false};
+  std::atomic<bool> refuse_repeats{false};  // of a commit, without asking the target
+  std::atomic<int> num_commits{0};
 
  private:
   static grpc::Status Lost() { return {grpc::StatusCode::UNAVAILABLE, "lost on the way"}; }

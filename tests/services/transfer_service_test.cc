@@ -175,5 +175,37 @@ TEST_F(TransferServiceTest, AMoveInDoubtStaysUntilItIsKnown) {
   }
 }
 
+TEST_F(TransferServiceTest, AMoveWhoseRepeatedCommitIsRefusedHasOneOwner) {
+  // The first attempt did it, and its answer is lost; the second gets an answer that says nothing
+  // of the first.
+  lossy_->lose_answer = true;
+  lossy_->refuse_repeats = true;
+  for (const bool lose_abort : {false, true}) {
+    SCOPED_TRACE(lose_abort);
+    const v1::SequenceState state = Fill(a_, tokens_);
+    lossy_->num_commits = 0;
+    lossy_->lose_abort = lose_abort;
+    auto sent = a_.Send(state, lossy_->address(), v1::TRANSFER_KIND_MOVE);
+    EXPECT_GE(lossy_->num_commits, 2);
+    EXPECT_TRUE(b_.client->Get(state.sequence_id()).ok());
+    if (lose_abort) {
+      EXPECT_EQ(GetReason(sent.status()), "TRANSFER_UNRESOLVED") << sent.status();
+      std::vector<uint32_t> longer = tokens_;
+      longer.resize(80, 5);
+      const auto refused = a_.client->Append(state, longer, longer.size());
+      EXPECT_EQ(GetReason(refused.status()), error_reason::kSequenceMoved) << refused.status();
+      lossy_->lose_abort = false;
+      EXPECT_TRUE(Eventually([&] {
+        sent = a_.Send(state, lossy_->address(), v1::TRANSFER_KIND_MOVE);
+        return sent.ok();
+      })) << sent.status();
+    }
+    ASSERT_TRUE(sent.ok()) << sent.status();
+    EXPECT_EQ(a_.ReasonOfGet(state), "SEQUENCE_NOT_FOUND");
+    ExpectGoesOn(b_, sent->committed().state(), tokens_);
+    ASSERT_TRUE(b_.client->Close(*b_.client->Get(state.sequence_id())).ok());
+  }
+}
+
 }  // namespace
 }  // namespace pagetide::transfer_test
