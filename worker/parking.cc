@@ -210,15 +210,31 @@ absl::Status Parking::Own(const Tenant& tenant, const SequenceHandle& sequence,
     if (owned_.contains(sequence.id)) return absl::OkStatus();
   }
   const std::string key = RecordKey(sequence.id);
-  const absl::StatusOr<uint64_t> made = store_->CompareAndSetRecord(
-      kOwnerRecordKind, key, sequence.epoch - 1, MyOwnerValue(), deadline);
-  if (!made.ok()) {
+  // The record's version is the epoch, and grows by one with each write: a sequence that was moved
+  // here, whose epochs no record knows, gets the earlier ones first. Until the last of them nothing
+  // durable is fenced by the record, and there is nothing to resume.
+  uint64_t version = sequence.epoch - 1;
+  while (version != sequence.epoch) {
+    if (worker_->clock().MonotonicNow() >= deadline) {
+      return absl::DeadlineExceededError(absl::StrCat("park sequence ", sequence.id.ToString(),
+                                                      ": its ownership record is at ", version,
+                                                      " of epoch ", sequence.epoch));
+    }
+    const absl::StatusOr<uint64_t> made =
+        store_->CompareAndSetRecord(kOwnerRecordKind, key, version, MyOwnerValue(), deadline);
+    if (made.ok()) {
+      version = *made;
+      continue;
+    }
     if (GetReason(made.status()) != error_reason::kVersionMismatch) return made.status();
-    // Made by an earlier attempt whose answer was lost, or by another park of this sequence.
-    PT_ASSIGN_OR_RETURN(const StoreRecord record,
-                        store_->GetRecord(kOwnerRecordKind, key, deadline));
-    if (record.version != sequence.epoch || record.value != MyOwnerValue()) {
-      return TakenOver(sequence.id, sequence.epoch, record.version);
+    // None yet; or made, in part, by an attempt whose answer was lost, by another park of this
+    // sequence, or by a worker that had it before it was moved.
+    const absl::StatusOr<StoreRecord> record = store_->GetRecord(kOwnerRecordKind, key, deadline);
+    if (!record.ok() && !absl::IsNotFound(record.status())) return record.status();
+    version = record.ok() ? record->version : 0;
+    if (version > sequence.epoch ||
+        (version == sequence.epoch && record->value != MyOwnerValue())) {
+      return TakenOver(sequence.id, sequence.epoch, version);
     }
   }
   MutexLock lock(&mu_);

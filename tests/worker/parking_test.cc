@@ -10,8 +10,10 @@
 #include <vector>
 
 #include "absl/strings/match.h"
+#include "base/status_macros.h"
 #include "kvstore/decorating_page_store.h"
 #include "tests/worker/session_fixture.h"
+#include "worker/sequence_transfer.h"
 
 namespace pagetide {
 namespace {
@@ -106,6 +108,24 @@ class ParkingTest : public ::testing::Test {
     return wrong.value_or(~uint64_t{0});
   }
 
+  // As workers without the store between them do it.
+  absl::StatusOr<SequenceInfo> Move(ParkingWorker& from, const SequenceInfo& info,
+                                    ParkingWorker& to) {
+    PT_ASSIGN_OR_RETURN(const auto source,
+                        TransfersOf(*from.host())
+                            .BeginOutgoing(from.tenant(), {info.id, info.epoch, std::nullopt},
+                                           TransferKind::kMove, "the other", Soon()));
+    PT_ASSIGN_OR_RETURN(const auto target,
+                        TransfersOf(*to.host()).BeginIncoming(to.tenant(), source->plan(), Soon()));
+    PT_RETURN_IF_ERROR(source->ReadPages(target->wanted(), Soon(),
+                                         [&](uint32_t page, std::span<const std::byte> body) {
+                                           return target->Write(page, 0, body).status();
+                                         }));
+    PT_ASSIGN_OR_RETURN(const std::optional<SequenceInfo> moved, target->Commit());
+    PT_RETURN_IF_ERROR(from.host()->Close(from.tenant(), info.id, info.epoch));
+    return *moved;
+  }
+
   MemoryPageStore memory_;
   HookedStore store_{&memory_};
   ParkingWorker a_{&store_, "a", 1};
@@ -148,6 +168,52 @@ TEST_F(ParkingTest, AParkedSequenceGoesOnElsewhereUnderItsId) {
   auto again = a_.Resume(info.id);
   ASSERT_TRUE(again.ok()) << again.status();
   EXPECT_EQ(again->info.epoch, 5u);
+}
+
+TEST_F(ParkingTest, AMovedSequenceIsParkedWhereItIsNow) {
+  const SequenceInfo first = Fill();
+  auto there = Move(a_, first, b_);
+  ASSERT_TRUE(there.ok()) << there.status();
+  EXPECT_EQ(there->epoch, 2u);
+  EXPECT_EQ(WrongRows(b_, first.id, tokens_), 0u);
+  // The store knows neither of its epochs yet, and fails behind the first of them.
+  const std::string key = "sequence/" + first.id.ToString();
+  store_.after_take_over = [&] { store_.after_take_over = [&] { store_.unwritable_key = key; }; };
+  const auto halfway = b_.Park(*there);
+  EXPECT_TRUE(absl::IsInvalidArgument(halfway.status())) << halfway.status();
+  EXPECT_EQ(GetReason(a_.Resume(first.id).status()), "SEQUENCE_NOT_FOUND");
+  store_.unwritable_key.clear();
+  // Another worker, by another move, goes on from there.
+  auto back = Move(b_, *there, a_);
+  ASSERT_TRUE(back.ok()) << back.status();
+  auto parked = a_.Park(*back);
+  ASSERT_TRUE(parked.ok()) << parked.status();
+  EXPECT_EQ(parked->epoch, 4u);
+  auto resumed = b_.Resume(first.id);
+  ASSERT_TRUE(resumed.ok()) << resumed.status();
+  EXPECT_EQ(resumed->info.epoch, 5u);
+  EXPECT_EQ(WrongRows(b_, first.id, tokens_), 0u);
+  const std::vector<uint32_t> longer = Concat(tokens_, Tokens(9000, 30));
+  ASSERT_TRUE(b_.engine->Append(resumed->info, longer).ok());
+  EXPECT_EQ(WrongRows(b_, first.id, longer), 0u);
+}
+
+TEST_F(ParkingTest, AParkOfAMovedSequenceIsRetriedHalfway) {
+  auto there = Move(a_, Fill(), b_);
+  ASSERT_TRUE(there.ok()) << there.status();
+  auto back = Move(b_, *there, a_);
+  ASSERT_TRUE(back.ok()) << back.status();
+  ASSERT_EQ(back->epoch, 3u);
+  store_.after_take_over = [&] {
+    store_.after_take_over = [&] { store_.unwritable_key = "sequence/" + back->id.ToString(); };
+  };
+  ASSERT_FALSE(a_.Park(*back).ok());
+  store_.unwritable_key.clear();
+  auto parked = a_.Park(*back, /*keep_open=*/true);
+  ASSERT_TRUE(parked.ok()) << parked.status();
+  EXPECT_EQ(parked->epoch, 3u);
+  EXPECT_TRUE(a_.parking.Owns(back->id));
+  EXPECT_EQ(WrongRows(a_, back->id, tokens_), 0u);
 }
 
 TEST_F(ParkingTest, AfterATakeoverEveryDurableWriteOfTheOldOwnerIsRefused) {
