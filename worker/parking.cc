@@ -129,6 +129,24 @@ bool Parking::Owns(SequenceId id) const {
   return owned_.contains(id);
 }
 
+absl::Status Parking::CheckMayMove(SequenceId id) const {
+  MutexLock lock(&mu_);
+  const absl::string_view how = "move it with ParkSequence here and ResumeSequence there";
+  if (owned_.contains(id)) {
+    return WithReason(absl::FailedPreconditionError(absl::StrCat(
+                          "send sequence ", id.ToString(), ": the store names its owner; ", how)),
+                      "SEQUENCE_IS_PARKED");
+  }
+  if (parking_.contains(id)) {
+    return WithRetryDelay(
+        WithReason(absl::AbortedError(absl::StrCat("send sequence ", id.ToString(),
+                                                   ": it is being parked; ", how)),
+                   "SEQUENCE_IS_PARKED"),
+        absl::Milliseconds(100));
+  }
+  return absl::OkStatus();
+}
+
 void Parking::Forget(SequenceId id, uint64_t epoch) {
   MutexLock lock(&mu_);
   const auto it = owned_.find(id);
@@ -347,7 +365,17 @@ absl::StatusOr<ParkAnswer> Parking::Park(const Tenant& tenant, ModelHost* host,
     return absl::AbortedError(absl::StrCat("park sequence ", id.ToString(), ": ", kMaxRaces,
                                            " other parks of it came in between"));
   };
+  // Before its snapshot: a move that begins behind that sees it.
+  {
+    MutexLock lock(&mu_);
+    ++parking_[request.sequence.id];
+  }
   absl::StatusOr<ParkAnswer> answer = park();
+  {
+    MutexLock lock(&mu_);
+    const auto it = parking_.find(request.sequence.id);
+    if (--it->second == 0) parking_.erase(it);
+  }
   Count("park", answer.status());
   if (GetReason(answer.status()) == error_reason::kStaleEpoch) {
     NoteStale({RecordKey(request.sequence.id), request.sequence.epoch});

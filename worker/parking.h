@@ -85,6 +85,10 @@ class Parking {
   absl::StatusOr<WriteFence> FenceOf(const SequenceHandle& sequence, MonotonicTime deadline);
   // Was it parked or resumed by this life of the worker, and not closed since?
   bool Owns(SequenceId id) const;
+  // May it be moved without the store? FAILED_PRECONDITION (SEQUENCE_IS_PARKED) when Owns, ABORTED
+  // (SEQUENCE_IS_PARKED) while a park of it runs. For who has made sure that no snapshot of it is
+  // taken any more: a later park fails then, before it writes anything durable.
+  absl::Status CheckMayMove(SequenceId id) const;
   // A write with that fence was refused as stale: the copy that is open here, if there is one of
   // that epoch, is closed.
   void NoteStale(const WriteFence& fence);
@@ -156,6 +160,8 @@ class Parking {
   mutable Mutex mu_;
   CondVar resumed_;
   absl::flat_hash_set<SequenceId> resuming_ ABSL_GUARDED_BY(mu_);
+  // Parks that run, from before their snapshots to their end.
+  absl::flat_hash_map<SequenceId, uint32_t> parking_ ABSL_GUARDED_BY(mu_);
   // Sequences whose ownership record names this worker's life. Bounded by what is open, and was
   // until a moment ago.
   absl::flat_hash_map<SequenceId, Owned> owned_ ABSL_GUARDED_BY(mu_);

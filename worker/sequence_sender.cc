@@ -208,14 +208,8 @@ absl::StatusOr<v1::SendSequenceResponse> SequenceSender::SendOnce(
   PT_ASSIGN_OR_RETURN(
       const std::unique_ptr<OutgoingSequence> outgoing,
       TransfersOf(*target.host).BeginOutgoing(tenant, target.handle, kind, address, deadline));
-  // After it was held: a park that came before is seen, a later one is refused.
-  if (kind == TransferKind::kMove && parking_->Owns(id)) {
-    return WithReason(
-        absl::FailedPreconditionError(absl::StrCat("send sequence ", id.ToString(),
-                                                   ": the store names its owner; move it with "
-                                                   "ParkSequence here and ResumeSequence there")),
-        "SEQUENCE_IS_PARKED");
-  }
+  // After it was held: a park that began before is seen, a later one is refused.
+  if (kind == TransferKind::kMove) PT_RETURN_IF_ERROR(parking_->CheckMayMove(id));
   PT_ASSIGN_OR_RETURN(const std::unique_ptr<Peer> peer, Peer::Dial(address, &worker_->clock()));
   v1::ReserveTransferRequest reserve = PlanToProto(outgoing->plan(), tenant);
   reserve.set_request_id(absl::StrCat("send-", absl::Hex(worker_->incarnation(), absl::kZeroPad16),
@@ -304,14 +298,8 @@ absl::StatusOr<v1::AbortTransferResponse> SequenceSender::Abort(
 }
 
 void SequenceSender::CloseHere(const Move& move) {
+  // The store knows nothing of it: CheckMayMove said so, and while it was held no park began.
   move.host->Close(move.tenant, move.id, move.epoch).IgnoreError();
-  if (parking_->Owns(move.id)) {
-    // Parked between two looks: the state there is older than what went to the target.
-    parking_
-        ->Drop(move.tenant, move.id, move.epoch,
-               worker_->clock().MonotonicNow() + options_.ask_timeout)
-        .IgnoreError();
-  }
   memos_->ForgetSequence(move.tenant.name, move.id.ToString());
   worker_->NoteClosed(*move.host, move.tenant, move.id);
 }
