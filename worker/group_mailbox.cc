@@ -69,14 +69,14 @@ absl::StatusOr<std::unique_ptr<GroupMailbox::Delivery>> GroupMailbox::Deliver(
   }
   ++num_waiting_;
   auto it = slots_.find(name);
-  while (it == slots_.end() || it->second->is_taken) {
+  while (it == slots_.end() || it->second->is_taken || it->second->is_done) {
     const absl::Duration left = deadline - clock_->MonotonicNow();
     if (left <= absl::ZeroDuration()) break;
     changed_.WaitWithTimeout(&mu_, std::min(left, kLook));
     it = slots_.find(name);
   }
   --num_waiting_;
-  if (it == slots_.end() || it->second->is_taken) {
+  if (it == slots_.end() || it->second->is_taken || it->second->is_done) {
     return absl::DeadlineExceededError(absl::StrCat(TextOf(name), ": nobody received it in time"));
   }
   const std::shared_ptr<Slot> slot = it->second;
@@ -119,6 +119,7 @@ absl::Status GroupMailbox::Delivery::Write(std::span<const std::byte> bytes) {
   {
     MutexLock lock(&mailbox_->mu_);
     if (!slot_->status.ok()) return slot_->status;  // the receiver gave up
+    if (slot_->is_done) return absl::AbortedError("a delivery that is done gets no more bytes");
     slot_->is_writing = true;
   }
   const absl::Status written = slot_->buffer.Write(written_, bytes);
