@@ -164,12 +164,13 @@ class ModelHostImpl::SnapshotImpl final : public PagedSnapshot {
 
   absl::StatusOr<Copy> DescribePage(uint32_t i, MonotonicTime deadline) override {
     Item& item = items_[i];
-    bool is_tail = false;
+    // As it was taken: what was appended since may have filled the page, with rows of which the
+    // state says nothing.
+    const bool is_tail = item.is_pinned;
     {
       MutexLock lock(&host_->mu_);
       const Page& page = host_->pages_.Get(item.page);
       if (page.state() == PageState::kQuarantined) return PrefixLost("a page's bytes were lost");
-      is_tail = !page.is_full();
       const bool is_named =
           page.is_keyed() || (page.is_stored() && page.checksum() == page.stored()->checksum);
       // What the store has of rows of colder types is not what is in frames.

@@ -2,11 +2,13 @@
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 
+#include <algorithm>
 #include <memory>
 #include <string>
 #include <vector>
 
 #include "tests/worker/sequence_transfer_fixture.h"
+#include "tests/worker/watched_device.h"
 
 namespace pagetide {
 namespace {
@@ -269,6 +271,36 @@ TEST(SequenceTransferTest, ATailThatChangesWhileItIsCopiedIsSentAsItWas) {
   ASSERT_TRUE(committed.ok()) << committed.status();
   EXPECT_EQ(*b.WrongRows((*committed)->id, tokens), 0u);
   EXPECT_EQ(*a.WrongRows(info->id, other), 0u);
+}
+
+TEST(SequenceTransferTest, ACopyOfASequenceThatIsAppendedToMeanwhileIsWhatItWas) {
+  WatchedDevice device(/*has_host_view=*/true);
+  HostUnderTest a({.num_groups = 2, .num_frames = 16, .no_store = true, .device = &device});
+  HostUnderTest b({.num_groups = 2, .num_frames = 16, .no_store = true, .incarnation = 8});
+  const std::vector<uint32_t> tokens = Tokens(0, 40);
+  auto info = a.OpenAndFill(tokens);
+  ASSERT_TRUE(info.ok()) << info.status();
+  // The tail of the first group is being copied, that of the second is not yet described: both
+  // fill up and get keys.
+  const std::vector<uint32_t> longer = Concat(tokens, Tokens(800, 30));
+  absl::StatusOr<SequenceInfo> appended = absl::UnknownError("the device was not read");
+  device.OnNextRead([&] { appended = a.Append(*info, longer); });
+  auto from = TransfersOf(*a.host).BeginOutgoing(a.tenant, HandleOf(*info), TransferKind::kCopy, "",
+                                                 Soon());
+  ASSERT_TRUE(from.ok()) << from.status();
+  ASSERT_TRUE(appended.ok()) << appended.status();
+  for (const TransferPage& page : (*from)->plan().pages) {
+    EXPECT_EQ(page.rows, page.is_full ? 16u : 8u);
+  }
+  EXPECT_EQ(std::ranges::count((*from)->plan().pages, false, &TransferPage::is_full), 2);
+  auto to = TransfersOf(*b.host).BeginIncoming(b.tenant, (*from)->plan(), Soon());
+  ASSERT_TRUE(to.ok()) << to.status();
+  const absl::Status pushed = PushAll(**from, **to);
+  ASSERT_TRUE(pushed.ok()) << pushed;
+  auto committed = (*to)->Commit();
+  ASSERT_TRUE(committed.ok()) << committed.status();
+  EXPECT_EQ(*b.WrongRows((*committed)->id, tokens), 0u);
+  EXPECT_EQ(*a.WrongRows(info->id, longer), 0u);
 }
 
 }  // namespace

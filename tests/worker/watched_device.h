@@ -12,14 +12,18 @@
 
 namespace pagetide {
 
-// A CPU device that tells of the first copy within its pool before it is made. Its pools have no
-// host view, as those of a GPU, unless they are asked for with one.
+// A CPU device that tells of the first copy within its pool, or read of it, before it is made. Its
+// pools have no host view, as those of a GPU, unless they are asked for with one.
 class WatchedDevice final : public Device {
  public:
   explicit WatchedDevice(bool has_host_view = false) : has_host_view_(has_host_view) {}
   void OnNextCopy(std::function<void()> fn) {
     on_copy_ = std::move(fn);
     is_armed_ = true;
+  }
+  void OnNextRead(std::function<void()> fn) {
+    on_read_ = std::move(fn);
+    is_read_armed_ = true;
   }
   absl::string_view name() const override { return "watched"; }
   absl::StatusOr<std::unique_ptr<DevicePool>> CreatePool(uint64_t size_bytes) override {
@@ -41,6 +45,7 @@ class WatchedDevice final : public Device {
       return pool_->Write(offset, from);
     }
     absl::Status Read(uint64_t offset, std::span<std::byte> to) override {
+      if (device_->is_read_armed_.exchange(false)) device_->on_read_();
       return pool_->Read(offset, to);
     }
     absl::Status Copy(uint64_t to, uint64_t from, uint64_t num_bytes) override {
@@ -67,6 +72,8 @@ class WatchedDevice final : public Device {
   CpuDevice cpu_;
   std::function<void()> on_copy_;
   std::atomic<bool> is_armed_{false};
+  std::function<void()> on_read_;
+  std::atomic<bool> is_read_armed_{false};
 };
 
 }  // namespace pagetide
