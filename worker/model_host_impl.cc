@@ -348,6 +348,10 @@ absl::Status ModelHostImpl::Close(const Tenant& tenant, SequenceId id, uint64_t 
     absl::StatusOr<SequencePtr> found = FindSequence(tenant, id);
     if (!found.ok()) return absl::OkStatus();  // closed before, or never: the same to the caller
     PT_RETURN_IF_ERROR(CheckHandle(**found, {id, epoch, std::nullopt}));
+    // Closed here it would be open at the target.
+    if ((*found)->pending && (*found)->pending->is_hold()) {
+      PT_RETURN_IF_ERROR(CheckMayChange("close: ", **found));
+    }
     CloseNow(**found);
   }
   Flush();

@@ -131,6 +131,7 @@ class ModelHostImpl final : public ModelHost, public TransferHost {
                                                                   TransferKind, absl::string_view,
                                                                   MonotonicTime) override;
   void EndHold(SequenceId, uint64_t) override;
+  absl::Status CloseMoved(const Tenant&, SequenceId, uint64_t) override;
   absl::StatusOr<std::unique_ptr<IncomingSequence>> BeginIncoming(const Tenant&, TransferPlan,
                                                                   MonotonicTime) override;
 

@@ -112,6 +112,18 @@ void ModelHostImpl::EndHold(SequenceId id, uint64_t hold) {
   Flush();
 }
 
+absl::Status ModelHostImpl::CloseMoved(const Tenant& tenant, SequenceId id, uint64_t epoch) {
+  {
+    MutexLock lock(&mu_);
+    const absl::StatusOr<SequencePtr> found = FindSequence(tenant, id);
+    if (!found.ok()) return absl::OkStatus();
+    PT_RETURN_IF_ERROR(CheckHandle(**found, {id, epoch, std::nullopt}));
+    CloseNow(**found);
+  }
+  Flush();
+  return absl::OkStatus();
+}
+
 TransferHost& TransfersOf(ModelHost& host) {
   return static_cast<ModelHostImpl&>(host);  // the one implementation
 }

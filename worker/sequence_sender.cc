@@ -299,7 +299,7 @@ absl::StatusOr<v1::AbortTransferResponse> SequenceSender::Abort(
 
 void SequenceSender::CloseHere(const Move& move) {
   // The store knows nothing of it: CheckMayMove said so, and while it was held no park began.
-  move.host->Close(move.tenant, move.id, move.epoch).IgnoreError();
+  TransfersOf(*move.host).CloseMoved(move.tenant, move.id, move.epoch).IgnoreError();
   memos_->ForgetSequence(move.tenant.name, move.id.ToString());
   worker_->NoteClosed(*move.host, move.tenant, move.id);
 }

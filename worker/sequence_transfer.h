@@ -50,8 +50,8 @@ struct TransferPlan {
 Digest ProveTransfer(const TransferPlan& plan, absl::string_view state, const TenantSalt& salt);
 
 // The source's end: a sequence as it was when this was made. Thread-safe; lives no longer than the
-// host. Of a move the sequence cannot be changed from then on (SEQUENCE_MOVED), until it is closed,
-// or EndHold or the end of this object lets it go on.
+// host. Of a move the sequence can be neither changed nor closed by others from then on
+// (SEQUENCE_MOVED), until CloseMoved closes it, or EndHold or the end of this object lets it go on.
 class OutgoingSequence {
  public:
   virtual ~OutgoingSequence() = default;
@@ -101,6 +101,9 @@ class TransferHost {
       absl::string_view address, MonotonicTime deadline) = 0;
   // The sequence goes on; nothing if the hold is over.
   virtual void EndHold(SequenceId id, uint64_t hold) = 0;
+  // Closes a sequence that is held for a move: the target has it. ModelHost::Close refuses to. OK
+  // for one that is not open. FAILED_PRECONDITION (STALE_EPOCH).
+  virtual absl::Status CloseMoved(const Tenant& tenant, SequenceId id, uint64_t epoch) = 0;
   // Waits in line for the frames. `plan` is proven. FAILED_PRECONDITION (MODEL_MISMATCH),
   // INVALID_ARGUMENT, DATA_LOSS: what it says cannot be; ALREADY_EXISTS; those of frames.
   virtual absl::StatusOr<std::unique_ptr<IncomingSequence>> BeginIncoming(

@@ -109,5 +109,19 @@ TEST_F(TransferServiceTest, WhileItIsBeingMovedItIsNotParked) {
   ExpectGoesOn(b_, *b_.client->Get(state.sequence_id()), tokens_);
 }
 
+TEST_F(TransferServiceTest, ACloseDuringAMoveIsRefusedAndNotForgotten) {
+  const v1::SequenceState state = Fill(a_, tokens_);
+  lossy_->lose_answer = true;
+  lossy_->lose_abort = true;
+  EXPECT_EQ(GetReason(a_.Send(state, lossy_->address(), v1::TRANSFER_KIND_MOVE).status()),
+            "TRANSFER_UNRESOLVED");
+  const absl::Status refused = a_.client->Close(state);
+  EXPECT_EQ(GetReason(refused), error_reason::kSequenceMoved) << refused;
+  lossy_->lose_abort = false;
+  EXPECT_TRUE(Eventually([&] { return a_.ReasonOfGet(state) == "SEQUENCE_NOT_FOUND"; }));
+  ASSERT_TRUE(b_.client->Close(*b_.client->Get(state.sequence_id())).ok());
+  EXPECT_EQ(b_.ReasonOfGet(state), "SEQUENCE_NOT_FOUND");
+}
+
 }  // namespace
 }  // namespace pagetide::transfer_test

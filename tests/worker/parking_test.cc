@@ -122,7 +122,7 @@ class ParkingTest : public ::testing::Test {
                                            return target->Write(page, 0, body).status();
                                          }));
     PT_ASSIGN_OR_RETURN(const std::optional<SequenceInfo> moved, target->Commit());
-    PT_RETURN_IF_ERROR(from.host()->Close(from.tenant(), info.id, info.epoch));
+    PT_RETURN_IF_ERROR(TransfersOf(*from.host()).CloseMoved(from.tenant(), info.id, info.epoch));
     return *moved;
   }
 

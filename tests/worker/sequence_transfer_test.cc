@@ -147,14 +147,18 @@ TEST(SequenceTransferTest, ASequenceThatIsBeingMovedIsReadAndNotChanged) {
   a.host->Quiesce();
 }
 
-TEST(SequenceTransferTest, AHeldSequenceCanBeClosed) {
+TEST(SequenceTransferTest, AHeldSequenceIsClosedByItsMoveOnly) {
   HostUnderTest a(Alone());
   auto info = a.OpenAndFill(Tokens(0, 40));
   ASSERT_TRUE(info.ok()) << info.status();
   auto from = TransfersOf(*a.host).BeginOutgoing(a.tenant, HandleOf(*info), TransferKind::kMove,
                                                  kTarget, Soon());
   ASSERT_TRUE(from.ok()) << from.status();
-  ASSERT_TRUE(a.host->Close(a.tenant, info->id, info->epoch).ok());
+  EXPECT_EQ(GetReason(a.host->Close(a.tenant, info->id, info->epoch)),
+            error_reason::kSequenceMoved);
+  EXPECT_TRUE(a.host->Has(info->id));
+  EXPECT_FALSE(TransfersOf(*a.host).CloseMoved(a.tenant, info->id, info->epoch + 1).ok());
+  ASSERT_TRUE(TransfersOf(*a.host).CloseMoved(a.tenant, info->id, info->epoch).ok());
   EXPECT_FALSE(a.host->Has(info->id));
   from->reset();
   a.host->ClearCache(false);
