@@ -181,14 +181,25 @@ absl::Status IncomingTransfers::Push::Write(uint32_t page, uint64_t offset,
   return absl::OkStatus();
 }
 
+void IncomingTransfers::ForgetPast() {
+  const MonotonicTime now = clock_->MonotonicNow();
+  for (InOrder* past : {&past_moves_, &past_others_}) {
+    while (!past->empty() && past->front().first <= now) {
+      past_.erase(past->front().second);
+      past->pop_front();
+    }
+  }
+}
+
 void IncomingTransfers::Remember(const std::shared_ptr<Transfer>& transfer,
                                  const Committed& committed) {
-  const MonotonicTime now = clock_->MonotonicNow();
-  past_in_order_.emplace_back(now + options_.remember, transfer->id);
+  ForgetPast();
+  InOrder& past = committed.is_move ? past_moves_ : past_others_;
+  past.emplace_back(clock_->MonotonicNow() + options_.remember, transfer->id);
   past_[transfer->id] = {transfer->tenant, committed};
-  while (past_in_order_.size() > options_.max_remembered || past_in_order_.front().first <= now) {
-    past_.erase(past_in_order_.front().second);
-    past_in_order_.pop_front();
+  if (past_others_.size() > options_.max_remembered) {
+    past_.erase(past_others_.front().second);
+    past_others_.pop_front();
   }
 }
 
@@ -207,6 +218,17 @@ absl::StatusOr<IncomingTransfers::Committed> IncomingTransfers::Commit(const Ten
     if (transfer == nullptr) return NotFound(id);
     if (transfer->is_pushing || transfer->is_committing) {
       return Busy(id, transfer->is_pushing ? "push" : "commit");
+    }
+    if (transfer->is_move) {
+      // Forgotten, it would be "not there" for a source that missed the answer.
+      ForgetPast();
+      if (past_moves_.size() >= options_.max_remembered) {
+        return WithRetryDelay(
+            WithReason(absl::ResourceExhaustedError(absl::StrCat(
+                           "commit transfer: ", past_moves_.size(), " moves are remembered")),
+                       "TOO_MANY_TRANSFERS"),
+            absl::Seconds(1));
+      }
     }
     transfer->is_committing = true;
   }

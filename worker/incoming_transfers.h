@@ -41,7 +41,8 @@ class IncomingTransfers {
     uint32_t max_open_of_tenant = 32;
     absl::Duration default_ttl = absl::Seconds(10);
     absl::Duration max_ttl = absl::Seconds(60);
-    // What was committed is remembered so long, the last so many: longer than a source asks.
+    // What was committed is remembered so long: longer than a source asks. Of copies and pages the
+    // last so many; of moves all, and no more are taken than so many.
     absl::Duration remember = absl::Minutes(20);
     size_t max_remembered = 100'000;
   };
@@ -111,6 +112,8 @@ class IncomingTransfers {
       ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
   const Committed* FindCommitted(const Tenant& tenant, absl::string_view id)
       ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
+  // What is too old.
+  void ForgetPast() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
   void Remember(const std::shared_ptr<Transfer>& transfer, const Committed& committed)
       ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
   void Take(Transfer& transfer) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
@@ -138,7 +141,9 @@ class IncomingTransfers {
   absl::flat_hash_map<std::string, uint32_t> by_tenant_ ABSL_GUARDED_BY(mu_);
   absl::flat_hash_map<std::string, std::shared_ptr<Transfer>> open_ ABSL_GUARDED_BY(mu_);
   absl::flat_hash_map<std::string, Past> past_ ABSL_GUARDED_BY(mu_);
-  std::deque<std::pair<MonotonicTime, std::string>> past_in_order_ ABSL_GUARDED_BY(mu_);
+  using InOrder = std::deque<std::pair<MonotonicTime, std::string>>;
+  InOrder past_moves_ ABSL_GUARDED_BY(mu_);
+  InOrder past_others_ ABSL_GUARDED_BY(mu_);
 };
 
 }  // namespace pagetide

@@ -237,7 +237,9 @@ absl::StatusOr<v1::SendSequenceResponse> SequenceSender::SendOnce(
             .id = id,
             .epoch = outgoing->plan().identity.epoch,
             .address = address,
-            .transfer_id = reserved.transfer_id()};
+            .transfer_id = reserved.transfer_id(),
+            .target_id = reserved.worker_id(),
+            .target_incarnation = reserved.incarnation()};
   PT_RETURN_IF_ERROR(Commit(*peer, *outgoing, std::move(move), deadline, &response));
   return response;
 }
@@ -309,9 +311,12 @@ SequenceSender::Outcome SequenceSender::Settle(Move& move) {
   const absl::StatusOr<v1::AbortTransferResponse> said =
       peer.ok() ? Abort(**peer, move.transfer_id)
                 : absl::StatusOr<v1::AbortTransferResponse>(peer.status());
-  const bool gives_up = !said.ok() && worker_->clock().MonotonicNow() >= move.give_up;
-  if (!said.ok() && !gives_up) return Outcome::kUnknown;
-  const bool is_moved = said.ok() && said->has_committed();
+  // Another process may listen there by now, and knows nothing of it.
+  const bool is_known = said.ok() && said->worker_id() == move.target_id &&
+                        said->incarnation() == move.target_incarnation;
+  const bool gives_up = !is_known && worker_->clock().MonotonicNow() >= move.give_up;
+  if (!is_known && !gives_up) return Outcome::kUnknown;
+  const bool is_moved = is_known && said->has_committed();
   if (is_moved) *move.sent.mutable_committed() = said->committed();
   {
     MutexLock lock(&mu_);

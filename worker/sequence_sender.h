@@ -61,6 +61,9 @@ class SequenceSender {
     uint64_t hold = 0;
     std::string address;
     std::string transfer_id;
+    // Who reserved it, and alone knows what became of it.
+    std::string target_id;
+    uint64_t target_incarnation = 0;
     v1::SendSequenceResponse sent;  // its answer, if it was committed
     MonotonicTime give_up;
   };

@@ -48,6 +48,8 @@ absl::StatusOr<v1::ReserveTransferResponse> TransferServiceImpl::Reserve(
   response.mutable_wanted()->Add(reserved.wanted.begin(), reserved.wanted.end());
   response.set_wanted_bytes(reserved.wanted_bytes);
   *response.mutable_ttl() = DurationToProto(reserved.ttl);
+  response.set_worker_id(worker_->id());
+  response.set_incarnation(worker_->incarnation());
   return response;
 }
 
@@ -126,6 +128,8 @@ grpc::Status TransferServiceImpl::AbortTransfer(grpc::ServerContext* context,
   const CallContext call = MakeCallContext(*context, *worker_);
   const auto committed = incoming_->Abort(call.tenant, request->transfer_id());
   if (committed.ok() && *committed) *response->mutable_committed() = ToProto(**committed);
+  response->set_worker_id(worker_->id());
+  response->set_incarnation(worker_->incarnation());
   return ToGrpcStatus(committed.status());
 }
 

@@ -123,5 +123,29 @@ TEST_F(TransferServiceTest, ACloseDuringAMoveIsRefusedAndNotForgotten) {
   EXPECT_EQ(b_.ReasonOfGet(state), "SEQUENCE_NOT_FOUND");
 }
 
+TEST_F(TransferServiceTest, NotThereFromAnotherProcessAtTheAddressEndsNothing) {
+  const v1::SequenceState state = Fill(a_, tokens_);
+  lossy_->lose_answer = true;
+  // Another worker; then another life of the same one.
+  WorkerUnderTest others[2];
+  for (WorkerUnderTest& other : others) {
+    const std::string id = &other == others ? "c" : "b";
+    SCOPED_TRACE(id);
+    Start(id, "a secret of tests", &other);
+    lossy_->ask_instead = other.transfers.get();
+    for (int i = 0; i < 3; ++i) {
+      EXPECT_EQ(GetReason(a_.Send(state, lossy_->address(), v1::TRANSFER_KIND_MOVE).status()),
+                "TRANSFER_UNRESOLVED");
+    }
+    std::vector<uint32_t> longer = tokens_;
+    longer.resize(80, 5);
+    EXPECT_EQ(GetReason(a_.client->Append(state, longer, longer.size()).status()),
+              error_reason::kSequenceMoved);
+  }
+  lossy_->ask_instead = nullptr;
+  EXPECT_TRUE(Eventually([&] { return a_.ReasonOfGet(state) == "SEQUENCE_NOT_FOUND"; }));
+  ExpectGoesOn(b_, *b_.client->Get(state.sequence_id()), tokens_);
+}
+
 }  // namespace
 }  // namespace pagetide::transfer_test

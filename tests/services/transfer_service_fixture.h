@@ -84,9 +84,13 @@ class LossyTarget final : public v1::TransferService::Service {
                              v1::AbortTransferResponse* response) override {
     if (lose_abort) return Lost();
     TestContext context;
-    return stub_->AbortTransfer(&context, *request, response);
+    v1::TransferService::Stub* const other = ask_instead;
+    v1::TransferService::Stub* const asked = other != nullptr ? other : stub_.get();
+    return asked->AbortTransfer(&context, *request, response);
   }
 
+  // Another who is asked what became of a transfer, as if it listened there now.
+  std::atomic<v1::TransferService::Stub*> ask_instead{nullptr};
   // Set while no call runs.
   std::function<void(v1::ReserveTransferRequest&)> change_reserve;
   std::function<void(v1::PushPagesRequest&)> change_part;

@@ -112,6 +112,40 @@ TEST_F(IncomingTransfersTest, ACommitIsAnsweredAgainAndCannotBeAborted) {
   EXPECT_EQ(Metric("pagetide_transfer_received_pages_total"), 8);
 }
 
+TEST_F(IncomingTransfersTest, CopiesDoNotPushTheMemoryOfAMoveOut) {
+  IncomingTransfers transfers({.incarnation = 8, .max_remembered = 2}, &clock_, &metrics_);
+  bool is_repeat = false;
+  uint64_t moved = 0;
+  const auto commit = [&](TransferKind kind) -> absl::StatusOr<std::string> {
+    TransferPlan plan = from_->plan();
+    plan.kind = kind;
+    if (kind == TransferKind::kMove) plan.identity = {{7, 1000 + ++moved}, 1};
+    auto reserved = transfers.Reserve(b_.tenant, b_.host, plan, absl::ZeroDuration(), Soon());
+    if (!reserved.ok()) return reserved.status();
+    {
+      auto push = transfers.BeginPush(b_.tenant, reserved->id);
+      const absl::Status pushed = PushSome(**push, *reserved, reserved->wanted.size());
+      if (!pushed.ok()) return pushed;
+    }
+    const absl::Status status = transfers.Commit(b_.tenant, reserved->id, &is_repeat).status();
+    if (!status.ok()) return status;
+    return reserved->id;
+  };
+  const auto move = commit(TransferKind::kMove);
+  ASSERT_TRUE(move.ok()) << move.status();
+  const auto copy = commit(TransferKind::kCopy);
+  for (int i = 0; i < 3; ++i) ASSERT_TRUE(commit(TransferKind::kPages).ok());
+  EXPECT_TRUE(transfers.Abort(b_.tenant, *move)->has_value());
+  EXPECT_FALSE(transfers.Abort(b_.tenant, *copy)->has_value());
+  // No more moves than can be remembered; later there is room again.
+  ASSERT_TRUE(commit(TransferKind::kMove).ok());
+  EXPECT_EQ(GetReason(commit(TransferKind::kMove).status()), "TOO_MANY_TRANSFERS");
+  EXPECT_TRUE(transfers.Abort(b_.tenant, *move)->has_value());
+  clock_.Advance(absl::Minutes(21));
+  EXPECT_TRUE(commit(TransferKind::kMove).ok());
+  EXPECT_FALSE(transfers.Abort(b_.tenant, *move)->has_value());
+}
+
 TEST_F(IncomingTransfersTest, WhatNobodyPushesToExpires) {
   auto reserved = Reserve(absl::Seconds(3));
   ASSERT_TRUE(reserved.ok()) << reserved.status();
