@@ -287,12 +287,17 @@ TEST(SequenceTransferTest, ACopyOfASequenceThatIsAppendedToMeanwhileIsWhatItWas)
   // The tail of the first group is being copied, that of the second is not yet described: both
   // fill up and get keys.
   const std::vector<uint32_t> longer = Concat(tokens, Tokens(800, 30));
-  absl::StatusOr<SequenceInfo> appended = absl::UnknownError("the device was not read");
-  device.OnNextRead([&] { appended = a.Append(*info, longer); });
+  auto slot = a.host->BeginAppend(a.tenant, HandleOf(*info), "a", info->length,
+                                  std::span(longer).subspan(info->length), {}, false, Soon());
+  ASSERT_TRUE(slot.ok()) << slot.status();
+  ASSERT_TRUE(a.WriteAll(*slot, longer).ok());
+  absl::Status appended = absl::UnknownError("the device was not read");
+  device.OnNextRead(
+      [&] { appended = a.host->Commit(a.tenant, HandleOf(*info), slot->pending_id, {}).status(); });
   auto from = TransfersOf(*a.host).BeginOutgoing(a.tenant, HandleOf(*info), TransferKind::kCopy, "",
                                                  Soon());
   ASSERT_TRUE(from.ok()) << from.status();
-  ASSERT_TRUE(appended.ok()) << appended.status();
+  ASSERT_TRUE(appended.ok()) << appended;
   for (const TransferPage& page : (*from)->plan().pages) {
     EXPECT_EQ(page.rows, page.is_full ? 16u : 8u);
   }
