@@ -5,6 +5,7 @@
 #include "base/status_macros.h"
 #include "pagetide/v1/router.grpc.pb.h"
 #include "rpc/channel.h"
+#include "rpc/duration_proto.h"
 
 namespace pagetide {
 
@@ -48,8 +49,7 @@ absl::Status ParseTtl(const std::string& text, google::protobuf::Duration* ttl) 
     return absl::InvalidArgumentError(
         absl::StrCat("--ttl ", text, ": not a duration such as 90s, 15m or 24h"));
   }
-  ttl->set_seconds(absl::ToInt64Seconds(parsed));
-  ttl->set_nanos(static_cast<int32_t>(absl::ToInt64Nanoseconds(parsed % absl::Seconds(1))));
+  *ttl = DurationToProto(parsed);
   return absl::OkStatus();
 }
 

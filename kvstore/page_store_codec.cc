@@ -5,6 +5,7 @@
 
 #include "absl/strings/str_cat.h"
 #include "base/status_macros.h"
+#include "rpc/duration_proto.h"
 
 namespace pagetide {
 namespace {
@@ -251,8 +252,8 @@ void EncodeStats(const StoreStats& stats, v1::GetStoreStatsResponse* out) {
   add("raw", stats.codec_bytes.raw);
   add("lz4", stats.codec_bytes.lz4);
   add("zstd", stats.codec_bytes.zstd);
-  EncodeDuration(stats.compress_time, out->mutable_compress_time());
-  EncodeDuration(stats.decompress_time, out->mutable_decompress_time());
+  *out->mutable_compress_time() = DurationToProto(stats.compress_time);
+  *out->mutable_decompress_time() = DurationToProto(stats.decompress_time);
   out->set_decompressed_bytes(stats.decompressed_bytes);
 }
 
@@ -295,12 +296,6 @@ StoreStats DecodeStats(const v1::GetStoreStatsResponse& stats) {
   out.decompress_time = DecodeDuration("", stats.decompress_time()).value_or(absl::ZeroDuration());
   out.decompressed_bytes = stats.decompressed_bytes();
   return out;
-}
-
-void EncodeDuration(absl::Duration d, google::protobuf::Duration* out) {
-  const int64_t seconds = absl::ToInt64Seconds(d);
-  out->set_seconds(seconds);
-  out->set_nanos(static_cast<int32_t>(absl::ToInt64Nanoseconds(d - absl::Seconds(seconds))));
 }
 
 absl::StatusOr<absl::Duration> DecodeDuration(absl::string_view field,

@@ -47,7 +47,6 @@ absl::StatusOr<Retention> DecodeRetention(const v1::Retention& retention);
 void EncodeStats(const StoreStats& stats, v1::GetStoreStatsResponse* out);
 StoreStats DecodeStats(const v1::GetStoreStatsResponse& stats);
 
-void EncodeDuration(absl::Duration d, google::protobuf::Duration* out);
 absl::StatusOr<absl::Duration> DecodeDuration(absl::string_view field,
                                               const google::protobuf::Duration& d);
 

@@ -14,6 +14,7 @@
 #include "kvstore/page_record.h"
 #include "kvstore/page_store_codec.h"
 #include "rpc/byte_buffer.h"
+#include "rpc/duration_proto.h"
 #include "rpc/status_mapping.h"
 
 namespace pagetide {
@@ -564,7 +565,7 @@ absl::StatusOr<StoreLease> RemotePageStore::AcquireLease(absl::string_view name,
   v1::AcquireLeaseRequest request;
   request.set_name(std::string(name));
   request.set_incarnation(incarnation);
-  EncodeDuration(ttl, request.mutable_ttl());
+  *request.mutable_ttl() = DurationToProto(ttl);
   v1::AcquireLeaseResponse response;
   PT_RETURN_IF_ERROR(Call(&v1::PageStoreService::Stub::AcquireLease, request, &response, deadline));
   return StoreLease{std::string(name), incarnation, response.epoch()};
@@ -576,7 +577,7 @@ absl::Status RemotePageStore::RenewLease(const StoreLease& lease, absl::Duration
   request.set_name(lease.name);
   request.set_incarnation(lease.incarnation);
   request.set_epoch(lease.epoch);
-  EncodeDuration(ttl, request.mutable_ttl());
+  *request.mutable_ttl() = DurationToProto(ttl);
   v1::RenewLeaseResponse response;
   return Call(&v1::PageStoreService::Stub::RenewLease, request, &response, deadline);
 }

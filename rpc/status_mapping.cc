@@ -7,6 +7,7 @@
 #include "base/error_info.h"
 #include "google/rpc/error_details.pb.h"
 #include "google/rpc/status.pb.h"
+#include "rpc/duration_proto.h"
 
 namespace pagetide {
 namespace {
@@ -37,13 +38,6 @@ std::string CleanText(absl::string_view in, size_t max_bytes) {
   return out;
 }
 
-google::protobuf::Duration ToProto(absl::Duration d) {
-  google::protobuf::Duration proto;
-  proto.set_seconds(absl::IDivDuration(d, absl::Seconds(1), &d));
-  proto.set_nanos(static_cast<int32_t>(absl::ToInt64Nanoseconds(d)));
-  return proto;
-}
-
 }  // namespace
 
 grpc::Status ToGrpcStatus(const absl::Status& status) {
@@ -59,7 +53,7 @@ grpc::Status ToGrpcStatus(const absl::Status& status) {
   details.set_message(message);
   if (delay.has_value()) {
     google::rpc::RetryInfo retry;
-    *retry.mutable_retry_delay() = ToProto(*delay);
+    *retry.mutable_retry_delay() = DurationToProto(*delay);
     details.add_details()->PackFrom(retry);
   }
   if (info.has_value()) {

@@ -158,10 +158,7 @@ absl::StatusOr<std::shared_ptr<const Model>> ModelCatalog::Find(absl::string_vie
   }
   auto shared = std::make_shared<const Model>(std::move(model));
   // Known here from now on, unless there are too many: then the store is asked each time.
-  if (const absl::Status kept = Insert(shared, is_digest ? absl::string_view() : digest_or_name);
-      !kept.ok() && !absl::IsResourceExhausted(kept)) {
-    return kept;
-  }
+  Insert(shared, is_digest ? absl::string_view() : digest_or_name).IgnoreError();
   return shared;
 }
 

@@ -8,6 +8,7 @@
 #include "absl/strings/str_cat.h"
 #include "absl/types/span.h"
 #include "base/status_macros.h"
+#include "rpc/duration_proto.h"
 #include "rpc/model_codec.h"
 
 namespace pagetide {
@@ -44,13 +45,6 @@ absl::StatusOr<std::vector<PositionedInput>> InputsFromProto(const v1::Prompt& p
 }
 
 }  // namespace
-
-google::protobuf::Duration ToProto(absl::Duration duration) {
-  google::protobuf::Duration proto;
-  proto.set_seconds(absl::IDivDuration(duration, absl::Seconds(1), &duration));
-  proto.set_nanos(static_cast<int32_t>(duration / absl::Nanoseconds(1)));
-  return proto;
-}
 
 absl::StatusOr<RoutedPrompt> PromptFromProto(const v1::Prompt& proto, const Model& model,
                                              const TenantSalt& salt) {
@@ -125,14 +119,14 @@ v1::Candidate ToProto(const RankedWorker& worker) {
   proto.set_address(worker.worker->address);
   proto.set_eligible(worker.is_eligible);
   proto.set_ineligible_because(worker.ineligible_because);
-  *proto.mutable_queue_wait() = ToProto(numbers.queue_wait);
+  *proto.mutable_queue_wait() = DurationToProto(numbers.queue_wait);
   proto.set_device_tokens(numbers.reused_tokens[TierIndex(Tier::kDevice)]);
   proto.set_host_tokens(numbers.reused_tokens[TierIndex(Tier::kHost)]);
   proto.set_store_tokens(numbers.reused_tokens[TierIndex(Tier::kStore)]);
   proto.set_compute_tokens(numbers.computed_tokens);
-  *proto.mutable_restore_time() = ToProto(numbers.load_time);
-  *proto.mutable_prefill_time() = ToProto(numbers.prefill_time);
-  *proto.mutable_predicted_ttft() = ToProto(numbers.predicted_ttft);
+  *proto.mutable_restore_time() = DurationToProto(numbers.load_time);
+  *proto.mutable_prefill_time() = DurationToProto(numbers.prefill_time);
+  *proto.mutable_predicted_ttft() = DurationToProto(numbers.predicted_ttft);
   proto.set_score(numbers.score);
   return proto;
 }
@@ -154,7 +148,7 @@ v1::WorkerInfo ToProto(const WorkerSummary& worker) {
   proto.set_store_bytes_per_second(worker.load.store_bytes_per_second);
   proto.set_resident_pages(worker.resident_pages);
   for (const std::string& digest : worker.load.model_digests) proto.add_model_digests(digest);
-  *proto.mutable_since_heartbeat() = ToProto(worker.since_heard);
+  *proto.mutable_since_heartbeat() = DurationToProto(worker.since_heard);
   proto.set_role(worker.hello->role == SourceRole::kStore ? "store" : "worker");
   return proto;
 }

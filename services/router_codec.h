@@ -19,8 +19,6 @@
 
 namespace pagetide {
 
-google::protobuf::Duration ToProto(absl::Duration duration);
-
 // Hashes the tokens into prefix keys under the tenant's salt, or takes the keys that the caller
 // gives.
 absl::StatusOr<RoutedPrompt> PromptFromProto(const v1::Prompt& proto, const Model& model,

@@ -3,6 +3,7 @@
 #include <utility>
 
 #include "absl/strings/str_cat.h"
+#include "base/status_context.h"
 #include "base/status_macros.h"
 #include "worker/model_host_impl.h"
 
@@ -48,13 +49,7 @@ absl::StatusOr<EditResult> ModelHostImpl::EditLocked(const Tenant& tenant,
   for (size_t i = 0; i < edits.size(); ++i) {
     absl::StatusOr<EditOutcome> outcome = editor.Apply(edits[i]);
     if (!outcome.ok() && edits.size() > 1) {
-      // The payloads (reason, facts) stay.
-      absl::Status status(outcome.status().code(),
-                          absl::StrCat("edits[", i, "]: ", outcome.status().message()));
-      outcome.status().ForEachPayload([&](absl::string_view type, const absl::Cord& payload) {
-        status.SetPayload(type, payload);
-      });
-      return status;
+      return WithContext(absl::StrCat("edits[", i, "]"), outcome.status());
     }
     PT_RETURN_IF_ERROR(outcome.status());
     result.outcome += *outcome;

@@ -7,10 +7,10 @@
 #include <utility>
 #include <vector>
 
-#include "absl/strings/cord.h"
 #include "absl/strings/str_cat.h"
 #include "base/error_info.h"
 #include "base/log.h"
+#include "base/status_context.h"
 #include "base/status_macros.h"
 #include "pagetide/v1/transfer.grpc.pb.h"
 #include "rpc/channel.h"
@@ -111,11 +111,7 @@ class SequenceSender::Peer {
   }
   // With the reason and the facts that the target gave.
   absl::Status Said(const absl::Status& status) const {
-    if (status.ok()) return status;
-    absl::Status said(status.code(), absl::StrCat("worker at ", address_, ": ", status.message()));
-    status.ForEachPayload(
-        [&](absl::string_view type, const absl::Cord& payload) { said.SetPayload(type, payload); });
-    return said;
+    return WithContext(absl::StrCat("worker at ", address_), status);
   }
 
   const std::string address_;

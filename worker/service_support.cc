@@ -85,13 +85,6 @@ absl::StatusOr<absl::Duration> DurationFromProto(absl::string_view field,
   return absl::Seconds(duration.seconds()) + absl::Nanoseconds(duration.nanos());
 }
 
-google::protobuf::Duration DurationToProto(absl::Duration duration) {
-  google::protobuf::Duration proto;
-  proto.set_seconds(absl::IDivDuration(duration, absl::Seconds(1), &duration));
-  proto.set_nanos(static_cast<int32_t>(absl::ToInt64Nanoseconds(duration)));
-  return proto;
-}
-
 google::protobuf::Timestamp TimestampToProto(absl::Time time) {
   const int64_t nanos = absl::ToUnixNanos(time);
   google::protobuf::Timestamp proto;

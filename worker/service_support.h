@@ -22,6 +22,7 @@
 #include "base/digest.h"
 #include "pagetide/v1/prefix.pb.h"
 #include "pagetide/v1/types.pb.h"
+#include "rpc/duration_proto.h"
 #include "worker/model_host.h"
 #include "worker/worker.h"
 
@@ -65,7 +66,6 @@ absl::StatusOr<std::vector<PositionedInput>> InputsFromProto(
 // INVALID_ARGUMENT names `field` unless the duration is valid and not negative.
 absl::StatusOr<absl::Duration> DurationFromProto(absl::string_view field,
                                                  const google::protobuf::Duration& duration);
-google::protobuf::Duration DurationToProto(absl::Duration duration);
 google::protobuf::Timestamp TimestampToProto(absl::Time time);
 absl::StatusOr<RowKind> RowKindFromProto(absl::string_view field, int kind);
 

@@ -6,6 +6,7 @@
 #include <limits>
 
 #include "absl/strings/str_cat.h"
+#include "base/status_macros.h"
 
 namespace pagetide {
 namespace {
@@ -42,7 +43,7 @@ absl::Status Check(std::span<const AttentionPart> parts, std::span<const float> 
 
 absl::Status MergeAttention(std::span<const AttentionPart> parts, std::span<float> outputs,
                             std::span<float> log_sum_exp) {
-  if (absl::Status status = Check(parts, outputs, log_sum_exp); !status.ok()) return status;
+  PT_RETURN_IF_ERROR(Check(parts, outputs, log_sum_exp));
   const size_t rows = parts[0].log_sum_exp.size();
   const size_t dim = rows == 0 ? 0 : outputs.size() / rows;
   for (size_t row = 0; row < rows; ++row) {

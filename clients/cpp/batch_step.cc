@@ -12,6 +12,7 @@
 #include "clients/cpp/request_id.h"
 #include "clients/cpp/row_checks.h"
 #include "core/staging_layout.h"
+#include "rpc/duration_proto.h"
 
 namespace pagetide {
 namespace {
@@ -61,9 +62,7 @@ absl::Status BatchStep::Reserve(uint32_t num_tokens, bool will_attend) {
   }
   request.set_pin_prefix(will_attend);
   const absl::Duration lease = worker.step_lease();
-  request.mutable_lease()->set_seconds(absl::ToInt64Seconds(lease));
-  request.mutable_lease()->set_nanos(
-      static_cast<int32_t>(absl::ToInt64Nanoseconds(lease % absl::Seconds(1))));
+  *request.mutable_lease() = DurationToProto(lease);
   const auto reserve = [&] {
     lease_ends_ = Clock::Real()->MonotonicNow() + lease;
     request.set_request_id(NewRequestId());

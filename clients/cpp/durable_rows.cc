@@ -4,16 +4,12 @@
 #include "base/status_macros.h"
 #include "clients/cpp/client.h"
 #include "clients/cpp/request_id.h"
+#include "rpc/duration_proto.h"
 
 namespace pagetide {
 namespace {
 
 using Edits = v1::SequenceEditService::StubInterface;
-
-void SetTtl(absl::Duration ttl, google::protobuf::Duration* out) {
-  out->set_seconds(absl::ToInt64Seconds(ttl));
-  out->set_nanos(static_cast<int32_t>(absl::ToInt64Nanoseconds(ttl % absl::Seconds(1))));
-}
 
 }  // namespace
 
@@ -27,7 +23,7 @@ absl::StatusOr<v1::SetRangeRetentionResponse> Sequence::SetRetention(
     proto->set_begin(range.begin);
     if (range.end) proto->set_end(*range.end);
     if (range.priority) proto->set_priority(*range.priority);
-    if (range.ttl) SetTtl(*range.ttl, proto->mutable_ttl());
+    if (range.ttl) *proto->mutable_ttl() = DurationToProto(*range.ttl);
   }
   return CallUnary(worker_->call_options(), worker_->edits(), &Edits::SetRetention, request);
 }
@@ -40,7 +36,7 @@ absl::StatusOr<v1::PinRangeResponse> Sequence::Pin(absl::string_view name,
   request.set_name(std::string(name));
   request.set_begin(options.begin);
   if (options.end) request.set_end(*options.end);
-  if (options.ttl) SetTtl(*options.ttl, request.mutable_ttl());
+  if (options.ttl) *request.mutable_ttl() = DurationToProto(*options.ttl);
   return CallUnary(worker_->call_options(), worker_->edits(), &Edits::PinRange, request);
 }
 

@@ -14,6 +14,7 @@
 #include "clients/cpp/inputs.h"
 #include "clients/cpp/request_id.h"
 #include "clients/cpp/row_checks.h"
+#include "rpc/duration_proto.h"
 
 namespace pagetide {
 namespace {
@@ -142,9 +143,7 @@ absl::StatusOr<std::unique_ptr<InPlaceRows>> Sequence::ReadInPlace(absl::Duratio
   request.set_sequence_id(state_.sequence_id());
   // Of two hosts with the same socket path it tells which worker's pool was mapped.
   request.set_local_client_id(memory->client_id());
-  absl::Duration rest;
-  request.mutable_lease()->set_seconds(absl::IDivDuration(lease, absl::Seconds(1), &rest));
-  request.mutable_lease()->set_nanos(static_cast<int32_t>(absl::ToInt64Nanoseconds(rest)));
+  *request.mutable_lease() = DurationToProto(lease);
   const MonotonicTime sent = Clock::Real()->MonotonicNow();
   const auto call = [&]() {
     return CallUnary(worker_->call_options(), worker_->sequences(), &Service::GetBlockTable,

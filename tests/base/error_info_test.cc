@@ -4,6 +4,8 @@
 
 #include <string>
 
+#include "base/status_context.h"
+
 namespace pagetide {
 namespace {
 
@@ -38,6 +40,18 @@ TEST(ErrorInfoTest, LaterReasonReplacesAndNegativeDelayIsZero) {
   status = WithReason(status, "SECOND");
   EXPECT_EQ(GetReason(status), "SECOND");
   EXPECT_EQ(GetRetryDelay(WithRetryDelay(status, -absl::Seconds(1))), absl::ZeroDuration());
+}
+
+TEST(ErrorInfoTest, ContextKeepsReasonAndDelay) {
+  const absl::Status status = WithRetryDelay(
+      WithReason(absl::AbortedError("lost a race"), "RACE", {{"page", "3f"}}), absl::Seconds(2));
+  const absl::Status said = WithContext("edits[3]", status);
+  EXPECT_EQ(said.code(), absl::StatusCode::kAborted);
+  EXPECT_EQ(said.message(), "edits[3]: lost a race");
+  EXPECT_EQ(GetReason(said), "RACE");
+  EXPECT_EQ(GetReasonMetadata(said, "page"), "3f");
+  EXPECT_EQ(GetRetryDelay(said), absl::Seconds(2));
+  EXPECT_EQ(WithContext("x", absl::OkStatus()), absl::OkStatus());
 }
 
 }  // namespace

@@ -3,10 +3,12 @@
 #include <gtest/gtest.h>
 
 #include <string>
+#include <utility>
 
 #include "base/error_info.h"
 #include "google/rpc/error_details.pb.h"
 #include "google/rpc/status.pb.h"
+#include "rpc/duration_proto.h"
 
 namespace pagetide {
 namespace {
@@ -92,6 +94,16 @@ TEST(StatusMappingTest, StrangeDetailsAreIgnored) {
             absl::NotFoundError("m"));
   EXPECT_EQ(FromGrpcStatus(grpc::Status(grpc::StatusCode::DO_NOT_USE, "m")).code(),
             absl::StatusCode::kUnknown);
+}
+
+TEST(DurationProtoTest, SecondsAndNanosecondsHaveOneSign) {
+  const auto parts = [](absl::Duration duration) {
+    const google::protobuf::Duration proto = DurationToProto(duration);
+    return std::pair(proto.seconds(), proto.nanos());
+  };
+  EXPECT_EQ(parts(absl::ZeroDuration()), std::pair(int64_t{0}, 0));
+  EXPECT_EQ(parts(absl::Milliseconds(2500)), std::pair(int64_t{2}, 500'000'000));
+  EXPECT_EQ(parts(-absl::Milliseconds(2500)), std::pair(int64_t{-2}, -500'000'000));
 }
 
 }  // namespace

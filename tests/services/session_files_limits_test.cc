@@ -59,7 +59,9 @@ TEST_F(SessionFilesLimitsTest, AnImportThatSendsNothingEndsWithAClearAnswer) {
   std::vector<std::unique_ptr<OpenImport>> imports;
   for (int sent = 0; sent < 3; ++sent) {
     imports.push_back(BeginImport());
-    if (sent > 0) ASSERT_TRUE(imports.back()->stream->Write(Header(absl::StrCat("r", sent))));
+    if (sent > 0) {
+      ASSERT_TRUE(imports.back()->stream->Write(Header(absl::StrCat("r", sent))));
+    }
     if (sent < 2) continue;
     v1::ImportSequenceRequest part;
     part.set_data(file.substr(0, 100));
