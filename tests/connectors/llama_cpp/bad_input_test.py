@@ -272,7 +272,8 @@ def test_without_pagetide_generation_goes_on_and_says_why(models: dict[str, path
     connector = pt.attach(llama, router=f"unix:{folder}/nobody")
     assert np.array_equal(first_logits(llama, asked), expected)
     assert connector.last is not None and "UNAVAILABLE" in connector.last.reason
-    assert connector.counters["failures"] == 1 == connector.counters["limit_failed"]
+    # Attaching found out.
+    assert connector.counters["failures"] == 1 == connector.counters["limit_refused"]
     # The next prompt does not wait for it again.
     connector.prepare(prompt_of(300, 32))
     assert "asked again" in connector.last.reason

@@ -33,7 +33,7 @@ export PYTHONPATH=$PWD/$build/python:$PWD/connectors/llama_cpp/src:$PWD/tests/cl
 export PYTHONDONTWRITEBYTECODE=1
 here=tests/connectors/llama_cpp
 case "$what" in
-  test) exec "$PAGETIDE_LLAMA_PYTHON" -m pytest -q -p no:cacheprovider "$here"/{connector,numerics,store_thread,lease,fork,foreign_calls,window,bad_input,kill,cache,export,server}_test.py \
+  test) exec "$PAGETIDE_LLAMA_PYTHON" -m pytest -q -p no:cacheprovider "$here"/{connector,first_token,numerics,store_thread,lease,fork,foreign_calls,window,bad_input,kill,cache,export,server}_test.py \
     "$@" ;;
   real) exec "$PAGETIDE_LLAMA_PYTHON" "$here/real_model.py" "$@" ;;
   scenes) exec "$PAGETIDE_LLAMA_PYTHON" "$here/scenes.py" "$@" ;;

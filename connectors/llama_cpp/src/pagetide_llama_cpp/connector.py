@@ -1,8 +1,9 @@
 """attach(llama): prompts whose prefix any process has computed before are not computed again.
 
 Before a prompt is evaluated, PageTide is asked what it has of it; that is loaded into the context page by
-page, llama.cpp computes the rest, and pages are stored as they fill. Whatever fails on the way, generation
-goes on by computing, and the reason is in the connector's last report, its counters and the log.
+page, and llama.cpp computes the rest. Pages that filled are stored behind the prompt's first token, which
+does not wait for that, and from then on as they fill. Whatever fails on the way, generation goes on by computing,
+and the reason is in the connector's last report, its counters and the log.
 """
 
 from __future__ import annotations
@@ -77,10 +78,15 @@ class Connector:
             router=router, timeout=options.timeout, max_assignments=2,
             use_local_plane=options.use_local_plane, retry=pagetide.RetryPolicy(max_attempts=2))
         self._asleep_until = 0.0
+        self._asleep_because = ""
         # The sequence that the context's tokens are stored to, and how much of them was handed over.
         self._sequence: Optional[pagetide.Sequence] = None
         self._handed_over: list[int] = []
         self._prompt_tokens = 0
+        # Of generate(): an older one that ends late has no say any more.
+        self._generation = 0
+        # The context, or what is known of it, is being worked on: what the garbage collector ends meanwhile waits.
+        self._is_at_work = False
         self._rows = KnownRows(llama)
         self._origin = origin_of(llama.ctx)
         self._num_changes = self._origin.num_changes
@@ -108,14 +114,27 @@ class Connector:
             self.refused_because = f"{error}" if expected else f"{type(error).__name__}: {error}"
             self._context = None
             _log.warning("no reuse for %s: %s", model_path, self.refused_because, exc_info=not expected)
+        self._connect()
         llama.eval = self._eval_and_note
         if is_wrapped:
             llama.generate = self._generate_with_reuse
+
+    def _connect(self) -> None:
+        """What else the first prompt would wait for: connections to the router and to a worker, the model known to
+        both. Waits as long as a prompt would; what fails here counts as it does there."""
+        if self._context is None:
+            return
+        token = max(self._llama.token_bos(), 0)
+        try:
+            self.known_tokens([token, token])
+        except (pagetide.PageTideError, Refused) as error:
+            self._failed(f"connect: {error}")
 
     def detach(self, flush_timeout: float = 10.0) -> None:
         """Stores what is on its way and gives the methods back."""
         if not self._is_in_its_process():
             return
+        self._keep_rest()
         self._end.detach()
         _attached.discard(self)
         self._give_methods_back()
@@ -149,8 +168,8 @@ class Connector:
         self._give_methods_back()
 
     def flush(self, timeout: float = 10.0) -> bool:
-        """Waits until what was handed over is stored (or has failed)."""
-        self._is_in_its_process()
+        """Waits until all pages that have filled are stored (or have failed). For the thread that uses the context."""
+        self._keep_rest()
         return self._store.flush(timeout)
 
     @property
@@ -169,6 +188,7 @@ class Connector:
     def _failed(self, reason: str) -> None:
         self.counters["failures"] += 1
         self._asleep_until = time.monotonic() + self._options.cool_down
+        self._asleep_because = reason
         _log.warning("%s; generation goes on without PageTide for %.0f s", reason,
                      self._options.cool_down)
 
@@ -185,12 +205,22 @@ class Connector:
         reset = kwargs.get("reset", args[6] if len(args) > 6 else True)
         if reset:
             self.prepare(tokens)
-        yield from self._generate(tokens, *args, **kwargs)
+        self._generation += 1
+        generation = self._generation
+        try:
+            yield from self._generate(tokens, *args, **kwargs)
+        finally:
+            if generation == self._generation:
+                self.keep()
 
     def _eval_and_note(self, tokens: Sequence[int]) -> None:
-        self._rows.evaluate(self._eval, tokens)
-        if self._is_wrapped:
-            self.keep()
+        # Here, not behind it: a prompt's first token does not wait for the cutting of its pages.
+        self._keep_rest()
+        is_outermost, self._is_at_work = not self._is_at_work, True
+        try:
+            self._rows.evaluate(self._eval, tokens)
+        finally:
+            self._is_at_work = not is_outermost
 
     def _check_still_ours(self) -> None:
         """Refused when the engine is not any more what it was when it was attached."""
@@ -210,9 +240,10 @@ class Connector:
     def prepare(self, tokens: list[int]) -> Report:
         """Brings the longest known prefix of a prompt into the context, unless the context holds as much
         already. generate() calls it."""
+        self._generation += 1
+        self._keep_rest()
         report = Report(len(tokens))
         self.last = report
-        self._is_in_its_process()
         if self._sequence is not None:  # what never found room on the store thread
             self._store.drop(max(self._rows.tokens().size // PAGE_TOKENS * PAGE_TOKENS -
                                  len(self._handed_over), 0))
@@ -257,18 +288,29 @@ class Connector:
         self._context.clear()
 
     def keep(self) -> None:
-        """Hands pages that have filled since prepare() to the store thread. eval() calls it."""
-        if not self._is_in_its_process():
+        """Hands pages that have filled since prepare() to the store thread. generate() calls it behind the first
+        token, and eval() from then on."""
+        if not self._is_in_its_process() or self._is_at_work or self._sequence is None or not self._llama.ctx:
             return
         began = time.monotonic()
+        self._is_at_work = True
         try:
             self._hand_over()
         except Exception as error:  # noqa: BLE001  # as in prepare()
             self._sequence = None
             _log.exception("hand pages over")
             self._failed(f"hand pages over: {type(error).__name__}: {error}")
+        finally:
+            self._is_at_work = False
         if self.last is not None:
             self.last.cut_seconds += time.monotonic() - began
+
+    def _keep_rest(self) -> None:
+        """Of a prompt whose generate() has not gone on behind its first token."""
+        if self._is_wrapped:
+            self.keep()
+        else:
+            self._is_in_its_process()
 
     def known_tokens(self, tokens: list[int]) -> int:
         """Leading tokens of a prompt that PageTide has; nothing is loaded. PageTideError; Refused."""
@@ -281,7 +323,7 @@ class Connector:
             raise Refused(self.refused_because)
         asleep = self._asleep_until - time.monotonic()
         if asleep > 0:
-            raise Refused(f"PageTide failed; it is asked again in {asleep:.1f} s")
+            raise Refused(f"PageTide failed, and is asked again in {asleep:.1f} s: {self._asleep_because}")
         if self._model is None:
             self._model = self._client.register_model(self._spec)
         return self._model
