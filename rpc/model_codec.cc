@@ -205,6 +205,17 @@ absl::StatusOr<ModelSpec> ModelSpecFromProto(const v1::ModelSpec& proto) {
   return spec;
 }
 
+v1::Shard ToProto(const ShardSpec& shard) {
+  v1::Shard proto;
+  proto.set_kv_head_begin(shard.kv_head_begin);
+  proto.set_kv_head_end(shard.kv_head_end);
+  proto.set_layer_begin(shard.layer_begin);
+  proto.set_layer_end(shard.layer_end);
+  proto.set_rank(shard.rank);
+  proto.set_num_ranks(shard.num_ranks);
+  return proto;
+}
+
 v1::ModelSpec ToProto(const ModelSpec& spec) {
   v1::ModelSpec proto;
   proto.set_name(spec.name);
@@ -221,14 +232,7 @@ v1::ModelSpec ToProto(const ModelSpec& spec) {
   for (const LayerGroupSpec& group : spec.geometry.groups) {
     *geometry.add_groups() = GroupToProto(group);
   }
-  const ShardSpec& shard = spec.geometry.shard;
-  v1::Shard& shard_proto = *geometry.mutable_shard();
-  shard_proto.set_kv_head_begin(shard.kv_head_begin);
-  shard_proto.set_kv_head_end(shard.kv_head_end);
-  shard_proto.set_layer_begin(shard.layer_begin);
-  shard_proto.set_layer_end(shard.layer_end);
-  shard_proto.set_rank(shard.rank);
-  shard_proto.set_num_ranks(shard.num_ranks);
+  *geometry.mutable_shard() = ToProto(spec.geometry.shard);
   return proto;
 }
 

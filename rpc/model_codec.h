@@ -22,6 +22,7 @@ namespace pagetide {
 // names the field.
 absl::StatusOr<ModelSpec> ModelSpecFromProto(const v1::ModelSpec& proto);
 v1::ModelSpec ToProto(const ModelSpec& spec);
+v1::Shard ToProto(const ShardSpec& shard);
 // The spec, its digest in hex and the page bytes of each layer group.
 v1::Model DescribeModel(const Model& model);
 

@@ -35,6 +35,8 @@
 #include "worker/sequence_service.h"
 #include "worker/session_service.h"
 #include "worker/sessions.h"
+#include "worker/shard_group_owner.h"
+#include "worker/shard_group_service.h"
 #include "worker/store_lease.h"
 #include "worker/transfer_service.h"
 #include "worker/worker_admin_service.h"
@@ -60,6 +62,8 @@ constexpr absl::Duration kGiveUpIdleTimeout = absl::Seconds(2);
 // in doubt are asked.
 constexpr absl::Duration kExpireTransfersPause = absl::Milliseconds(200);
 constexpr absl::Duration kResolveMovesPause = absl::Seconds(1);
+// How soon a shard group is forgotten whose sequence here ended by itself.
+constexpr absl::Duration kEndGroupsPause = absl::Seconds(2);
 
 // Equal for processes of one running machine: its name and the id of this boot.
 std::string HostName() {
@@ -133,6 +137,9 @@ struct WorkerRole::Parts {
   std::unique_ptr<PeriodicTask> transfer_expirer;
   std::unique_ptr<PeriodicTask> move_resolver;
   std::unique_ptr<TransferServiceImpl> transfer_service;
+  std::unique_ptr<ShardGroupOwner> shard_group_owner;
+  std::unique_ptr<PeriodicTask> group_ender;
+  std::unique_ptr<ShardGroupServiceImpl> shard_group_service;
   std::unique_ptr<WorkerAdminService> admin_service;
   std::unique_ptr<RpcServer> server;
   std::vector<std::unique_ptr<RouterLink>> links;
@@ -251,6 +258,14 @@ absl::StatusOr<std::unique_ptr<WorkerRole>> WorkerRole::Start(Options options, P
   parts->transfer_service = std::make_unique<TransferServiceImpl>(
       worker, parts->incoming_transfers.get(), parts->sequence_sender.get(),
       parts->group_mailbox.get(), parts->memos.get(), parts->stream_deadlines.get());
+  parts->shard_group_owner =
+      std::make_unique<ShardGroupOwner>(ShardGroupOwner::Options(), worker, parts->parking.get(),
+                                        parts->memos.get(), parts->sequence_sender.get());
+  parts->group_ender = std::make_unique<PeriodicTask>(
+      "shard-group-end", kEndGroupsPause,
+      [owner = parts->shard_group_owner.get()] { owner->EndGone(); });
+  parts->shard_group_service =
+      std::make_unique<ShardGroupServiceImpl>(worker, parts->shard_group_owner.get());
   worker->Start();
   PT_ASSIGN_OR_RETURN(
       parts->server,
@@ -258,7 +273,7 @@ absl::StatusOr<std::unique_ptr<WorkerRole>> WorkerRole::Start(Options options, P
                         {parts->prefix_service.get(), parts->sequence_service.get(),
                          parts->sequence_edit_service.get(), parts->session_service.get(),
                          parts->engine_pool_service.get(), parts->transfer_service.get(),
-                         parts->admin_service.get()},
+                         parts->shard_group_service.get(), parts->admin_service.get()},
                         parts->metrics));
   // Else a drain would wait for who watches jobs.
   parts->server->OnDrain([pools = parts->engine_pools.get()] { pools->Drain(); });
@@ -294,6 +309,7 @@ WorkerRole::~WorkerRole() {
   parts_->local_plane.reset();
   parts_->engine_pools->Stop();
   // Before the hosts that they hold frames and sequences of.
+  parts_->group_ender.reset();
   parts_->move_resolver.reset();
   parts_->transfer_expirer.reset();
   parts_->incoming_transfers.reset();

@@ -45,6 +45,7 @@ SUBFOLDERS = [
                      "worker/service_support.*", "worker/row_wire.*",
                      "worker/lent_frames.*", "worker/local_plane*", "worker/router_link.*",
                      "worker/grpc_collective.*", "worker/sequence_sender.*",
+                     "worker/shard_group_*", "worker/shard_peers.*",
                      "worker/transfer_wire.*"]),
     # What every program's services share; lower than the rest of services/.
     ("services-common", ["services/admin_common.*", "services/tenant.*"]),

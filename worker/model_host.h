@@ -27,6 +27,7 @@
 #include "absl/status/statusor.h"
 #include "absl/strings/string_view.h"
 #include "absl/time/time.h"
+#include "base/checksum.h"
 #include "base/clock.h"
 #include "base/executor.h"
 #include "core/ids.h"
@@ -173,6 +174,14 @@ struct SequenceContents {
   std::vector<int32_t> positions;          // [row]; empty: row n is at position n
   std::vector<PositionedInput> inputs;     // ascending
   std::vector<std::vector<RowSpan>> held;  // [group]: rows that it holds, ascending
+};
+
+// What the leading tokens of a sequence are, as one number to compare.
+struct ContentDigest {
+  SequenceInfo info;
+  // Equal on hosts of one deployment exactly when tokens, positions and inputs are, and both have
+  // as many canonical rows among them. Absent: the sequence is shorter.
+  std::optional<Checksum128> digest;
 };
 
 // A pending write: rows behind the committed length.
@@ -529,6 +538,12 @@ class ModelHost {
   // In order of number, after `after`, at most `limit`.
   virtual std::vector<SequenceInfo> List(const Tenant& tenant, uint64_t after, size_t limit) = 0;
   virtual absl::StatusOr<SequenceContents> ReadContents(const Tenant& tenant, SequenceId id) = 0;
+  // Of the first `length` tokens. Costs as much as the rows behind the last keyed page, however
+  // long the sequence is. FAILED_PRECONDITION (STALE_EPOCH; PREFIX_LOST: some of their pages are
+  // gone).
+  virtual absl::StatusOr<ContentDigest> DigestContents(const Tenant& tenant,
+                                                       const SequenceHandle& sequence,
+                                                       uint64_t length) = 0;
   // Ends keeps_masked_rows: each group gives up what is outside held[group], spans that ascend.
   // INVALID_ARGUMENT when the next token could attend to what would go.
   virtual absl::StatusOr<SequenceInfo> KeepRows(const Tenant& tenant,

@@ -1,8 +1,15 @@
 // What a sequence consists of, and which of its rows its groups hold: for files that go out and
-// come in.
+// come in, and for others to compare.
+#include <algorithm>
+#include <span>
+#include <string>
 #include <utility>
+#include <vector>
 
 #include "absl/strings/str_cat.h"
+#include "base/checksum.h"
+#include "base/error_info.h"
+#include "base/little_endian.h"
 #include "base/status_macros.h"
 #include "worker/model_host_impl.h"
 
@@ -17,6 +24,58 @@ absl::StatusOr<SequenceContents> ModelHostImpl::ReadContents(const Tenant& tenan
                             .inputs = sequence->inputs};
   for (uint32_t g = 0; g < num_groups(); ++g) contents.held.push_back(sequence->HeldRows(g));
   return contents;
+}
+
+// XXH3-128 of, little-endian: u64 canonical rows, u64 k, the prefix key of the k full pages of them
+// (32 bytes, none for k = 0), which chains all their tokens and inputs; of each row behind those
+// pages u32 token; of each row that is not canonical i32 position; of each input behind the pages
+// u64 row, 32 bytes digest. Canonical rows stand at their own index, and the rest follows from the
+// length.
+absl::StatusOr<ContentDigest> ModelHostImpl::DigestContents(const Tenant& tenant,
+                                                            const SequenceHandle& handle,
+                                                            uint64_t length) {
+  ContentDigest out;
+  std::string head;
+  std::vector<uint32_t> tokens;
+  std::vector<int32_t> positions;
+  std::string inputs;
+  {
+    MutexLock lock(&mu_);
+    PT_ASSIGN_OR_RETURN(const SequencePtr sequence, FindSequence(tenant, handle.id));
+    PT_RETURN_IF_ERROR(CheckHandle(*sequence, handle));
+    out.info = InfoOf(*sequence);
+    if (length > sequence->length()) return out;
+    if (const uint64_t valid = ValidLength(*sequence); valid < length) {
+      return WithReason(absl::FailedPreconditionError(
+                            absl::StrCat("sequence ", handle.id.ToString(),
+                                         ": a page failed its checksum or left the store: ", valid,
+                                         " of ", sequence->length(), " tokens are left")),
+                        "PREFIX_LOST", {{"length", absl::StrCat(valid)}});
+    }
+    const uint64_t canonical = std::min(sequence->canonical_rows(), length);
+    const uint64_t num_keys = std::min<uint64_t>(sequence->keys.size(), canonical / page_tokens());
+    const uint64_t keyed = num_keys * page_tokens();
+    AppendLittleEndian<uint64_t>(&head, canonical);
+    AppendLittleEndian<uint64_t>(&head, num_keys);
+    if (num_keys > 0) head += sequence->keys[num_keys - 1].digest.ToBytes();
+    tokens.assign(sequence->tokens.begin() + keyed, sequence->tokens.begin() + length);
+    positions.reserve(length - canonical);
+    for (uint64_t row = canonical; row < length; ++row) {
+      positions.push_back(static_cast<int32_t>(sequence->position(row)));
+    }
+    for (const PositionedInput& input : sequence->inputs) {
+      if (input.position < keyed || input.position >= length) continue;
+      AppendLittleEndian<uint64_t>(&inputs, input.position);
+      inputs += input.digest.ToBytes();
+    }
+  }
+  ChecksumStream stream;
+  stream.Update(std::as_bytes(std::span(head)));
+  stream.Update(std::as_bytes(std::span(tokens)));
+  stream.Update(std::as_bytes(std::span(positions)));
+  stream.Update(std::as_bytes(std::span(inputs)));
+  out.digest = stream.Get();
+  return out;
 }
 
 absl::StatusOr<SequenceInfo> ModelHostImpl::KeepRows(const Tenant& tenant,

@@ -59,6 +59,8 @@ class ModelHostImpl final : public ModelHost, public TransferHost {
   bool Has(SequenceId) const override;
   std::vector<SequenceInfo> List(const Tenant&, uint64_t, size_t) override;
   absl::StatusOr<SequenceContents> ReadContents(const Tenant&, SequenceId) override;
+  absl::StatusOr<ContentDigest> DigestContents(const Tenant&, const SequenceHandle&,
+                                               uint64_t) override;
   absl::StatusOr<SequenceInfo> KeepRows(const Tenant&, const SequenceHandle&,
                                         std::span<const std::vector<RowSpan>>) override;
   absl::StatusOr<BlockTable> GetBlockTable(const Tenant&, SequenceId) override;

@@ -138,13 +138,13 @@ void SequenceSender::Count(const absl::Status& status) const {
       ->Increment();
 }
 
-absl::StatusOr<v1::SendSequenceResponse> SequenceSender::Send(
-    const Tenant& tenant, const v1::SendSequenceRequest& request, MonotonicTime deadline) {
-  const auto send = [&]() -> absl::StatusOr<v1::SendSequenceResponse> {
+absl::StatusOr<v1::SendSequenceResponse> SequenceSender::Counted(
+    const Tenant& tenant, absl::FunctionRef<absl::StatusOr<v1::SendSequenceResponse>()> send) {
+  const auto with_slot = [&]() -> absl::StatusOr<v1::SendSequenceResponse> {
     PT_ASSIGN_OR_RETURN(const auto slot, slots_.Take(tenant.name));
-    return SendOnce(tenant, request, deadline);
+    return send();
   };
-  absl::StatusOr<v1::SendSequenceResponse> sent = send();
+  absl::StatusOr<v1::SendSequenceResponse> sent = with_slot();
   Count(sent.status());
   if (sent.ok()) {
     worker_->metrics()
@@ -152,6 +152,24 @@ absl::StatusOr<v1::SendSequenceResponse> SequenceSender::Send(
         ->Add(static_cast<double>(sent->sent_bytes()));
   }
   return sent;
+}
+
+absl::StatusOr<v1::SendSequenceResponse> SequenceSender::Send(
+    const Tenant& tenant, const v1::SendSequenceRequest& request, MonotonicTime deadline) {
+  return Counted(tenant, [&] { return SendOnce(tenant, request, deadline); });
+}
+
+absl::StatusOr<v1::SendSequenceResponse> SequenceSender::SendPages(
+    const Tenant& tenant, ModelHost* host, const SequenceHandle& sequence,
+    const Digest& model_digest, const std::string& address, MonotonicTime deadline) {
+  return Counted(tenant, [&]() -> absl::StatusOr<v1::SendSequenceResponse> {
+    PT_ASSIGN_OR_RETURN(const std::unique_ptr<OutgoingSequence> outgoing,
+                        TransfersOf(*host).BeginOutgoing(tenant, sequence, TransferKind::kPages,
+                                                         address, deadline));
+    TransferPlan plan = outgoing->plan();
+    plan.state.model_digest = model_digest;
+    return Transfer(tenant, host, sequence.id, *outgoing, plan, address, {}, deadline);
+  });
 }
 
 absl::StatusOr<std::optional<v1::SendSequenceResponse>> SequenceSender::FindEarlier(
@@ -206,11 +224,19 @@ absl::StatusOr<v1::SendSequenceResponse> SequenceSender::SendOnce(
       TransfersOf(*target.host).BeginOutgoing(tenant, target.handle, kind, address, deadline));
   // After it was held: a park that began before is seen, a later one is refused.
   if (kind == TransferKind::kMove) PT_RETURN_IF_ERROR(parking_->CheckMayMove(id));
+  return Transfer(tenant, target.host, id, *outgoing, outgoing->plan(), address, request.ttl(),
+                  deadline);
+}
+
+absl::StatusOr<v1::SendSequenceResponse> SequenceSender::Transfer(
+    const Tenant& tenant, ModelHost* host, SequenceId id, OutgoingSequence& outgoing,
+    const TransferPlan& plan, const std::string& address, const google::protobuf::Duration& ttl,
+    MonotonicTime deadline) {
   PT_ASSIGN_OR_RETURN(const std::unique_ptr<Peer> peer, Peer::Dial(address, &worker_->clock()));
-  v1::ReserveTransferRequest reserve = PlanToProto(outgoing->plan(), tenant);
+  v1::ReserveTransferRequest reserve = PlanToProto(plan, tenant);
   reserve.set_request_id(absl::StrCat("send-", absl::Hex(worker_->incarnation(), absl::kZeroPad16),
                                       "-", next_request_.fetch_add(1)));
-  *reserve.mutable_ttl() = request.ttl();
+  *reserve.mutable_ttl() = ttl;
   v1::ReserveTransferResponse reserved;
   PT_RETURN_IF_ERROR(
       peer->Call(&v1::TransferService::Stub::ReserveTransfer, reserve, &reserved, deadline));
@@ -218,25 +244,25 @@ absl::StatusOr<v1::SendSequenceResponse> SequenceSender::SendOnce(
   v1::SendSequenceResponse response;
   absl::Status status;
   for (uint32_t page : reserved.wanted()) {
-    if (page < outgoing->plan().pages.size()) continue;
-    status = absl::InternalError(absl::StrCat("worker at ", address, " asks for page ", page,
-                                              " of ", outgoing->plan().pages.size()));
+    if (page < plan.pages.size()) continue;
+    status = absl::InternalError(
+        absl::StrCat("worker at ", address, " asks for page ", page, " of ", plan.pages.size()));
   }
-  if (status.ok()) status = peer->Push(*outgoing, reserved, deadline, &response);
+  if (status.ok()) status = peer->Push(outgoing, reserved, deadline, &response);
   if (!status.ok()) {
     // So that its frames are free at once; otherwise they are when its ttl has passed.
     Abort(*peer, reserved.transfer_id()).status().IgnoreError();
     return status;
   }
   Move move{.tenant = tenant,
-            .host = target.host,
+            .host = host,
             .id = id,
-            .epoch = outgoing->plan().identity.epoch,
+            .epoch = plan.identity.epoch,
             .address = address,
             .transfer_id = reserved.transfer_id(),
             .target_id = reserved.worker_id(),
             .target_incarnation = reserved.incarnation()};
-  PT_RETURN_IF_ERROR(Commit(*peer, *outgoing, std::move(move), deadline, &response));
+  PT_RETURN_IF_ERROR(Commit(*peer, outgoing, std::move(move), deadline, &response));
   return response;
 }
 

@@ -15,6 +15,7 @@
 #include <string>
 
 #include "absl/container/flat_hash_map.h"
+#include "absl/functional/function_ref.h"
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
 #include "absl/strings/string_view.h"
@@ -46,6 +47,14 @@ class SequenceSender {
   absl::StatusOr<v1::SendSequenceResponse> Send(const Tenant& tenant,
                                                 const v1::SendSequenceRequest& request,
                                                 MonotonicTime deadline);
+  // Puts the keyed pages of a sequence that is open here into the cache of another worker, as those
+  // of the model with that digest, whose layer groups have the same fingerprints as the sequence's
+  // own.
+  absl::StatusOr<v1::SendSequenceResponse> SendPages(const Tenant& tenant, ModelHost* host,
+                                                     const SequenceHandle& sequence,
+                                                     const Digest& model_digest,
+                                                     const std::string& address,
+                                                     MonotonicTime deadline);
   // Asks the targets of moves whose outcome is not known. From a ticker.
   void Resolve();
   size_t num_unresolved() const;
@@ -72,6 +81,17 @@ class SequenceSender {
   absl::StatusOr<v1::SendSequenceResponse> SendOnce(const Tenant& tenant,
                                                     const v1::SendSequenceRequest& request,
                                                     MonotonicTime deadline);
+  // What the plan says, which is the sequence's but for the model, to the target: reserves, pushes,
+  // commits.
+  absl::StatusOr<v1::SendSequenceResponse> Transfer(const Tenant& tenant, ModelHost* host,
+                                                    SequenceId id, OutgoingSequence& outgoing,
+                                                    const TransferPlan& plan,
+                                                    const std::string& address,
+                                                    const google::protobuf::Duration& ttl,
+                                                    MonotonicTime deadline);
+  // With one of the slots; counts.
+  absl::StatusOr<v1::SendSequenceResponse> Counted(
+      const Tenant& tenant, absl::FunctionRef<absl::StatusOr<v1::SendSequenceResponse>()> send);
   // Commits; of a move without a good answer asks what became of it, and remembers it if it does
   // not learn.
   absl::Status Commit(Peer& peer, OutgoingSequence& outgoing, Move move, MonotonicTime deadline,

@@ -11,6 +11,7 @@
 #include "base/log.h"
 #include "base/status_macros.h"
 #include "rpc/status_mapping.h"
+#include "worker/close_sequence.h"
 
 namespace pagetide {
 namespace {
@@ -301,12 +302,8 @@ grpc::Status SequenceServiceImpl::CloseSequence(grpc::ServerContext* context,
       return was_parked || is_ours ? absl::OkStatus() : target.status();
     }
     PT_RETURN_IF_ERROR(target.status());
-    const bool is_durable = parking_->Owns(target->id);
-    PT_RETURN_IF_ERROR(target->host->Close(call.tenant, target->id, request->epoch()));
-    memos_->ForgetSequence(call.tenant.name, request->sequence_id());
-    worker_->NoteClosed(*target->host, call.tenant, target->id);
-    if (!is_durable) return absl::OkStatus();
-    return parking_->Drop(call.tenant, target->id, request->epoch(), call.deadline).status();
+    return CloseSequenceHere(worker_, parking_, memos_, call.tenant, target->host, target->id,
+                             request->epoch(), call.deadline);
   };
   return ToGrpcStatus(close());
 }
