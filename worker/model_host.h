@@ -538,9 +538,9 @@ class ModelHost {
   // In order of number, after `after`, at most `limit`.
   virtual std::vector<SequenceInfo> List(const Tenant& tenant, uint64_t after, size_t limit) = 0;
   virtual absl::StatusOr<SequenceContents> ReadContents(const Tenant& tenant, SequenceId id) = 0;
-  // Of the first `length` tokens. Costs as much as the rows behind the last keyed page, however
-  // long the sequence is. FAILED_PRECONDITION (STALE_EPOCH; PREFIX_LOST: some of their pages are
-  // gone).
+  // Of the first `length` tokens. Reads those behind the last keyed page, for which its key stands,
+  // and looks at each page once. FAILED_PRECONDITION (STALE_EPOCH; PREFIX_LOST: some of their pages
+  // are gone).
   virtual absl::StatusOr<ContentDigest> DigestContents(const Tenant& tenant,
                                                        const SequenceHandle& sequence,
                                                        uint64_t length) = 0;

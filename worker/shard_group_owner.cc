@@ -216,7 +216,10 @@ absl::StatusOr<v1::RewindShardGroupResponse> ShardGroupOwner::RewindOnce(
   if (own.info.length > length) {
     const absl::StatusOr<RewindResult> cut = own.host->Rewind(
         caller.tenant, {.id = turn->id(), .epoch = turn->epoch()}, static_cast<int64_t>(length));
-    if (!cut.ok()) return WithContext("rank 0", cut.status());
+    if (!cut.ok()) {
+      PT_RETURN_IF_ERROR(FindOwn(caller, turn->id(), turn->epoch()).status());
+      return WithContext("rank 0", cut.status());
+    }
     own.info = cut->info;
     worker_->NoteSequence(*own.host, own.info);
   }
