@@ -60,11 +60,14 @@ absl::Status RunWorkers(const RouterFlags& flags, std::ostream& out) {
   v1::ListWorkersResponse response;
   PT_RETURN_IF_ERROR(Call(flags, &Stub::ListWorkers, v1::ListWorkersRequest(), &response));
   if (flags.is_json) return PrintJson(response, out);
-  std::vector<std::vector<std::string>> rows = {{"ID", "ROLE", "STATE", "ADDRESS", "FRAMES FREE",
-                                                 "SEQUENCES", "QUEUED TOKENS", "TOKENS/S",
-                                                 "RESIDENT PAGES", "HEARD"}};
+  std::vector<std::vector<std::string>> rows = {{"ID", "ROLE", "STATE", "ADDRESS", "SHARD",
+                                                 "FRAMES FREE", "SEQUENCES", "QUEUED TOKENS",
+                                                 "TOKENS/S", "RESIDENT PAGES", "HEARD"}};
   for (const auto& worker : response.workers()) {
     rows.push_back({worker.worker_id(), worker.role(), worker.state(), worker.address(),
+                    worker.shard_group().empty()
+                        ? "-"
+                        : absl::StrCat(worker.shard_group(), " rank ", worker.shard_rank()),
                     absl::StrCat(worker.free_frames(), "/", worker.total_frames()),
                     absl::StrCat(worker.open_sequences()),
                     absl::StrCat(worker.queued_prefill_tokens()),

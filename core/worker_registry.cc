@@ -8,6 +8,7 @@
 #include "base/error_info.h"
 #include "base/status_macros.h"
 #include "core/model.h"
+#include "core/rank_models.h"
 
 namespace pagetide {
 namespace {
@@ -29,6 +30,19 @@ absl::Status ValidateHello(const WorkerHello& hello) {
                                                      text->size(), " bytes, at most ",
                                                      kMaxAddressBytes));
     }
+  }
+  if (hello.shard_group.empty()) {
+    if (hello.shard_rank == 0) return absl::OkStatus();
+    return absl::InvalidArgumentError(
+        absl::StrCat("attach: shard_rank = ", hello.shard_rank, " without a shard_group"));
+  }
+  PT_RETURN_IF_ERROR(ValidateName("shard_group", hello.shard_group));
+  if (hello.role != SourceRole::kWorker) {
+    return absl::InvalidArgumentError("attach: shard_group of a store; only workers have ranks");
+  }
+  if (hello.shard_rank >= kMaxShardRanks) {
+    return absl::InvalidArgumentError(absl::StrCat("attach: shard_rank = ", hello.shard_rank,
+                                                   ", must be 0 to ", kMaxShardRanks - 1));
   }
   return absl::OkStatus();
 }

@@ -52,6 +52,9 @@ struct WorkerHello {
   std::string local_socket;
   SourceRole role = SourceRole::kWorker;
   std::string host;
+  // The engine whose ranks this worker and others serve together, a name, and which is this one's.
+  std::string shard_group;  // empty: none
+  uint32_t shard_rank = 0;
   // Reported by a part of this process, which detaches it: silence is no sign of death.
   bool is_in_process = false;
 };

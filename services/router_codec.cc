@@ -168,7 +168,9 @@ absl::StatusOr<WorkerHello> HelloFromProto(const v1::AttachHello& proto) {
                     .incarnation = proto.incarnation(),
                     .address = proto.address(),
                     .local_socket = proto.local_socket(),
-                    .host = proto.host()};
+                    .host = proto.host(),
+                    .shard_group = proto.shard_group(),
+                    .shard_rank = proto.shard_rank()};
   if (proto.role() == "worker") {
     hello.role = SourceRole::kWorker;
   } else if (proto.role() == "store") {
@@ -233,6 +235,8 @@ absl::StatusOr<ResidencyReport> ResidencyFromProto(const v1::ResidencyReport& pr
                        .tier = *tier,
                        .is_removed = change.removed(),
                        .page_bytes = change.page_bytes()});
+  proto.set_shard_group(worker.hello->shard_group);
+  proto.set_shard_rank(worker.hello->shard_rank);
   }
   ResidencyReport report{.number = proto.number(),
                          .is_snapshot = proto.snapshot(),

@@ -6,6 +6,8 @@
 #include "absl/strings/str_cat.h"
 #include "base/byte_size.h"
 #include "base/status_macros.h"
+#include "core/model.h"
+#include "core/rank_models.h"
 #include "kvstore/remote_page_store.h"
 #include "kvstore/retrying_page_store.h"
 #include "kvstore/rocksdb_page_store.h"
@@ -24,6 +26,22 @@ absl::Status SetByteSize(absl::string_view field, const std::string& text, uint6
   return absl::OkStatus();
 }
 
+absl::Status SetShardGroup(const config::WorkerConfig& config, WorkerRole::Options* options) {
+  if (!config.has_shard_group()) {
+    if (!config.has_shard_rank()) return absl::OkStatus();
+    return absl::InvalidArgumentError(absl::StrCat("shard_rank is ", config.shard_rank(),
+                                                   " without a shard_group that it is a rank of"));
+  }
+  PT_RETURN_IF_ERROR(ValidateName("shard_group", config.shard_group()));
+  if (config.shard_rank() >= kMaxShardRanks) {
+    return absl::InvalidArgumentError(
+        absl::StrCat("shard_rank is ", config.shard_rank(), ", must be 0 to ", kMaxShardRanks - 1));
+  }
+  options->shard_group = config.shard_group();
+  options->shard_rank = config.shard_rank();
+  return absl::OkStatus();
+}
+
 }  // namespace
 
 std::map<std::string, std::string> WorkerFlagHelp() {
@@ -36,7 +54,8 @@ std::map<std::string, std::string> WorkerFlagHelp() {
       {"store", "Address of the pagetide-store that all workers share"},
       {"store_dir", "Folder of an embedded store instead"},
       {"router", "Address of a router to attach to (repeatable)"},
-      {"device", "Where frames lie: cpu (default), cuda, cuda:N, or auto: a GPU if one can be used"},
+      {"device",
+       "Where frames lie: cpu (default), cuda, cuda:N, or auto: a GPU if one can be used"},
       {"pool_bytes", "Bytes of frames for all models (default 1GiB)"},
       {"model_pool_bytes", "Bytes of frames for each model (default: the first takes all)"},
       {"write_through", "Put pages into the store as soon as they are full (default true)"},
@@ -59,6 +78,9 @@ std::map<std::string, std::string> WorkerFlagHelp() {
        "Milliseconds without a call on it after which a sequence is closed, at least 1000; 0: "
        "never "
        "(default 3600000)"},
+      {"shard_group",
+       "Engine whose ranks this worker and others serve together, a name (default: none)"},
+      {"shard_rank", "Rank of the shard group that is this worker's (0 to 63, default 0)"},
       {"log_level", "debug, info (default), warning or error"},
       {"reserve_memory", "Take the pool's memory when a model is loaded (default false)"},
       {"unsafe_skip_verify", "Tests only: do not compare checksums on restore"}};
@@ -150,6 +172,7 @@ absl::StatusOr<WorkerRole::Options> WorkerOptionsFromConfig(const config::Worker
     }
     options.file_limits.max_idle = absl::Seconds(config.import_idle_seconds());
   }
+  PT_RETURN_IF_ERROR(SetShardGroup(config, &options));
   PT_RETURN_IF_ERROR(worker.Validate());
   return options;
 }

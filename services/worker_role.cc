@@ -288,6 +288,8 @@ absl::StatusOr<std::unique_ptr<WorkerRole>> WorkerRole::Start(Options options, P
     link.hello.set_local_socket(options.local_plane.socket_path);
     link.hello.set_role("worker");
     link.hello.set_host(HostName());
+    link.hello.set_shard_group(options.shard_group);
+    link.hello.set_shard_rank(options.shard_rank);
     parts->links.push_back(std::make_unique<RouterLink>(
         std::move(link), MakeChannel(router), journal,
         [worker, has_store = store != nullptr, draining = &parts->is_draining] {

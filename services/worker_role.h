@@ -6,6 +6,7 @@
 #ifndef PAGETIDE_SERVICES_WORKER_ROLE_H_
 #define PAGETIDE_SERVICES_WORKER_ROLE_H_
 
+#include <cstdint>
 #include <functional>
 #include <memory>
 #include <string>
@@ -41,6 +42,10 @@ class WorkerRole {
     EnginePools::Options engine_pools;
     // Addresses of routers to attach to.
     std::vector<std::string> routers;
+    // The engine whose ranks this worker and others serve together, and which of them is this
+    // one's: for routers, which place sharded sequences on whole groups. Empty: none.
+    std::string shard_group;
+    uint32_t shard_rank = 0;
     // A router asks this worker to drain and end; from a thread of the link. May be null.
     std::function<void()> on_drain_asked;
     // Threads that spill and restore, and how many such tasks may wait.

@@ -78,7 +78,7 @@ TEST_F(RouterCommandsTest, PrintsWorkersSequencesModelsAndPlacements) {
            text.find("0000000000000001-ab") != std::string::npos;
   })) << text;
   ASSERT_TRUE(Run(AddWorkersCommand, {"workers"}, &text).ok());
-  EXPECT_THAT(text, HasSubstr("w1     worker  serving"));
+  EXPECT_THAT(text, HasSubstr("w1     worker  serving  127.0.0.1:1  -"));
   ASSERT_TRUE(Run(AddModelsCommand, {"models"}, &text).ok());
   EXPECT_THAT(text, HasSubstr(digest_ + "  tiny"));
   ASSERT_TRUE(
@@ -90,6 +90,19 @@ TEST_F(RouterCommandsTest, PrintsWorkersSequencesModelsAndPlacements) {
   EXPECT_THAT(text, HasSubstr("\"compute_tokens\": \"5\""));
   ASSERT_TRUE(Run(AddWorkersCommand, {"workers", "--json"}, &text).ok());
   EXPECT_THAT(text, HasSubstr("\"worker_id\": \"w1\""));
+}
+
+TEST_F(RouterCommandsTest, WorkersShowTheirShard) {
+  HandWorker worker(role_->address());
+  v1::AttachHello hello = TestHello("w1", 1);
+  hello.set_shard_group("engine-7");
+  hello.set_shard_rank(3);
+  ASSERT_TRUE(worker.Hello(hello));
+  std::string text;
+  EXPECT_TRUE(Eventually([&] {
+    return Run(AddWorkersCommand, {"workers"}, &text).ok() &&
+           text.find("engine-7 rank 3") != std::string::npos;
+  })) << text;
 }
 
 TEST_F(RouterCommandsTest, FailuresAreStatuses) {

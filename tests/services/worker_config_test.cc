@@ -132,6 +132,37 @@ TEST(WorkerConfigTest, ASequenceIdlesForASecondOrMoreOrForEver) {
   }
 }
 
+TEST(WorkerConfigTest, AShardGroupIsANameAndARankOfIt) {
+  config::WorkerConfig config;
+  CLI::App app;
+  AddConfigFlags(&app, &config, WorkerFlagHelp());
+  app.parse("--shard-group engine-7 --shard-rank 63");
+  const auto options = WorkerOptionsFromConfig(config);
+  ASSERT_TRUE(options.ok()) << options.status();
+  EXPECT_EQ(options->shard_group, "engine-7");
+  EXPECT_EQ(options->shard_rank, 63u);
+  config.clear_shard_rank();
+  EXPECT_EQ(WorkerOptionsFromConfig(config)->shard_rank, 0u);
+  EXPECT_EQ(WorkerOptionsFromConfig({})->shard_group, "");
+
+  const auto refusal = [&] {
+    const absl::Status refused = WorkerOptionsFromConfig(config).status();
+    EXPECT_TRUE(absl::IsInvalidArgument(refused)) << refused;
+    return std::string(refused.message());
+  };
+  config.set_shard_rank(64);
+  EXPECT_EQ(refusal(), "shard_rank is 64, must be 0 to 63");
+  config.set_shard_rank(1);
+  for (const char* bad : {"", "Engine", "a b", "-a"}) {
+    config.set_shard_group(bad);
+    EXPECT_THAT(refusal(), HasSubstr("shard_group")) << bad;
+  }
+  config.clear_shard_group();
+  EXPECT_EQ(refusal(), "shard_rank is 1 without a shard_group that it is a rank of");
+  config.set_shard_rank(0);
+  EXPECT_EQ(refusal(), "shard_rank is 0 without a shard_group that it is a rank of");
+}
+
 TEST(WorkerConfigTest, AnImportIdlesForASecondToAnHour) {
   config::WorkerConfig config;
   for (const uint32_t bad : {0u, 3601u}) {
