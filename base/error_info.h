@@ -42,6 +42,8 @@ inline constexpr absl::string_view kDraining = "DRAINING";
 inline constexpr absl::string_view kModelNotFound = "MODEL_NOT_FOUND";
 // No worker can take the sequence now.
 inline constexpr absl::string_view kNoWorker = "NO_WORKER";
+// No group of workers can take a sharded sequence now.
+inline constexpr absl::string_view kNoShardGroup = "NO_SHARD_GROUP";
 }  // namespace error_reason
 
 struct ErrorInfo {

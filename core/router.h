@@ -1,7 +1,7 @@
 // Router: the domain behind RouterService and WorkerRegistryService. It knows what workers and
 // stores report (soft state only: a restarted router learns it again from their next streams) and
-// decides which worker gets a sequence. It holds no connection and no thread; silence of a worker
-// is noticed by Tick.
+// decides which worker gets a sequence, or which group of workers one over shards. It holds no
+// connection and no thread; silence of a worker is noticed by Tick.
 //
 // Thread-safe. One mutex guards the tables; a decision copies what it needs under it and computes
 // the placement outside.
@@ -10,17 +10,14 @@
 
 #include <cstddef>
 #include <cstdint>
-#include <deque>
 #include <functional>
 #include <map>
 #include <memory>
 #include <optional>
 #include <span>
 #include <string>
-#include <utility>
 #include <vector>
 
-#include "absl/container/flat_hash_map.h"
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
 #include "absl/strings/string_view.h"
@@ -28,6 +25,7 @@
 #include "base/clock.h"
 #include "base/metrics.h"
 #include "base/mutex.h"
+#include "core/answer_memory.h"
 #include "core/decaying_sum.h"
 #include "core/placement.h"
 #include "core/residency_map.h"
@@ -43,13 +41,13 @@ struct RoutedPrompt {
   uint64_t page_bytes = 0;        // of one page of tokens in all groups
   std::vector<PrefixHint> hints;  // of its full pages, in order
   uint64_t num_tokens = 0;
+  // The model is this shard of its num_ranks; 1: it is in one piece.
+  uint32_t rank = 0;
+  uint32_t num_ranks = 1;
 };
 
 struct AssignOptions {
-  // With a request id: names the remembered answer. Ids of different tenants are apart.
-  std::string tenant;
-  std::string request_id;
-  uint64_t request_hash = 0;  // of everything else in the request
+  RequestName request;  // with an id: names the remembered answer
   std::string sticky_worker_id;
   std::vector<std::string> excluded_worker_ids;
 };
@@ -78,6 +76,39 @@ struct Assignment {
   RankedWorker chosen;
 };
 
+// The model of one rank: a shard of the prompt's.
+struct RankModel {
+  std::string model_digest;  // 64 hex digits
+  uint64_t page_bytes = 0;   // of one page of tokens in all layer groups
+};
+
+struct AssignGroupOptions {
+  RequestName request;  // with an id: names the remembered answer
+  std::string sticky_shard_group;
+  std::vector<std::string> excluded_shard_groups;
+};
+
+// A group of workers, one a rank, as placement saw it.
+struct RankedGroup {
+  std::string shard_group;
+  bool is_eligible = false;
+  std::string ineligible_because;  // each rank that is missing, at least some of them
+  PlacementCandidate numbers;
+  // Of eligible ones: that needs the longest, and that knows the shortest prefix.
+  uint32_t slowest_rank = 0;
+  uint32_t limiting_rank = 0;
+};
+
+struct GroupAssignment {
+  std::string assignment_id;
+  std::string shard_group;
+  // In order of rank; shared with the registry, which may replace its own meanwhile.
+  std::vector<std::shared_ptr<const WorkerHello>> workers;
+  std::vector<std::string> model_digests;
+  // The chosen one first, then best first, ineligible ones last.
+  std::vector<RankedGroup> candidates;
+};
+
 struct WorkerSummary {
   std::shared_ptr<const WorkerHello> hello;
   WorkerState state = WorkerState::kServing;
@@ -103,7 +134,9 @@ class Router {
     // Answers kept for a repeated request_id.
     absl::Duration answer_retention = absl::Minutes(1);
     size_t max_answers = 65536;
-    // RetryInfo of NO_WORKER.
+    // Those of AssignGroup have the table of candidates: up to tens of kilobytes each.
+    size_t max_group_answers = 8192;
+    // RetryInfo of NO_WORKER and NO_SHARD_GROUP.
     absl::Duration no_worker_retry_delay = absl::Milliseconds(500);
   };
 
@@ -136,6 +169,15 @@ class Router {
   // another request. The same request id gives the same answer for answer_retention, as long as
   // that worker serves.
   absl::StatusOr<Assignment> Assign(const RoutedPrompt& prompt, const AssignOptions& options);
+  // The group that can start the prompt soonest, as fast as the slowest rank and with the prefix
+  // that all know: of the shard groups where each rank has exactly one live worker, which serves
+  // and has the rank's model or loads it on demand. `models`: in order of rank, as CheckRankModels
+  // takes them; the prompt's are rank 0's numbers. UNAVAILABLE (NO_SHARD_GROUP) with a retry delay
+  // names what each group lacks; INVALID_ARGUMENT and request ids as Assign, while all its workers
+  // serve. shared_ptr: the remembered answer is the one that is given.
+  absl::StatusOr<std::shared_ptr<const GroupAssignment>> AssignGroup(
+      const RoutedPrompt& prompt, std::span<const RankModel> models,
+      const AssignGroupOptions& options);
   // The table alone, without effect. `only`: these workers, or all if empty.
   absl::StatusOr<PlacementTable> Rank(const RoutedPrompt& prompt,
                                       absl::string_view sticky_worker_id,
@@ -151,22 +193,47 @@ class Router {
   const Options& options() const { return options_; }
 
  private:
-  struct Answer {
-    uint64_t request_hash = 0;
-    MonotonicTime expires;
-    Assignment assignment;
+  // What workers do a second, for those that have not measured it.
+  struct FleetRates {
+    double prefill_tokens = 0;
+    double host_bytes = 0;
+    double store_bytes = 0;
   };
-  using AnswerKey = std::pair<std::string, std::string>;  // tenant, request id
+  // A group while it is being ranked.
+  struct GroupView;
 
   Router(Options options, Clock* clock, Metrics* metrics, std::unique_ptr<PlacementPolicy> policy);
   void DropResidency(const WorkerRegistry::Departure& departure) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
   WorkerSummary Summarize(const WorkerRecord& worker) const ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
+  // INVALID_ARGUMENT: more tokens than can be placed, or more full pages than tokens.
+  static absl::Status CheckPrompt(const RoutedPrompt& prompt);
+  // The means over those that have measured, else the defaults.
+  FleetRates MeasureRates(std::span<const WorkerRecord* const> workers) const;
+  // A worker for a prompt whose leading pages it can use as `runs` say; admitting.
+  WorkerSnapshot SnapshotOf(const WorkerRecord& worker, uint32_t page_tokens, const PageRuns& runs,
+                            const FleetRates& rates, MonotonicTime now) const
+      ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
+  // A placed prompt makes the worker's queue longer until its next load report.
+  void Charge(const std::string& worker_id, const PlacementCandidate& placed)
+      ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
+  // This attachment's process still serves: to send a retry to one that has died since would keep
+  // it failing for the rest of the minute.
+  bool IsServing(const WorkerHello& worker) const ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
   // The remembered answer, if it still holds.
-  absl::StatusOr<std::optional<Assignment>> FindAnswer(const AssignOptions& options)
+  absl::StatusOr<std::optional<Assignment>> FindAnswer(const RequestName& request)
       ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
-  void Remember(const AssignOptions& options, const Assignment& assignment)
+  // The same; null: none.
+  absl::StatusOr<std::shared_ptr<const GroupAssignment>> FindGroupAnswer(const RequestName& request)
       ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
-  void DropExpiredAnswers() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
+  // The groups of attached workers, in order of name, without their snapshots.
+  std::vector<GroupView> FindGroups(std::span<const RankModel> models,
+                                    std::span<const std::string> excluded) const
+      ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
+  // Fills in what the ranks of the groups that are whole know of the prompt.
+  void TakeSnapshots(const RoutedPrompt& prompt, std::vector<GroupView>& groups) const
+      ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
+  absl::Status RefuseGroups(const RoutedPrompt& prompt,
+                            std::span<const RankedGroup> candidates) const;
 
   const Options options_;
   Clock* const clock_;
@@ -174,6 +241,9 @@ class Router {
   Counter* const assignments_;
   Counter* const refusals_;
   Counter* const repeats_;
+  Counter* const group_assignments_;
+  Counter* const group_refusals_;
+  Counter* const group_repeats_;
   Counter* const snapshots_;
   Counter* const departures_;
   Gauge* const workers_gauge_;
@@ -182,8 +252,8 @@ class Router {
   mutable Mutex mu_;
   WorkerRegistry registry_ ABSL_GUARDED_BY(mu_);
   ResidencyMap residency_ ABSL_GUARDED_BY(mu_);
-  absl::flat_hash_map<AnswerKey, Answer> answers_ ABSL_GUARDED_BY(mu_);
-  std::deque<AnswerKey> answer_order_ ABSL_GUARDED_BY(mu_);  // oldest first
+  AnswerMemory<Assignment> answers_ ABSL_GUARDED_BY(mu_);
+  AnswerMemory<std::shared_ptr<const GroupAssignment>> group_answers_ ABSL_GUARDED_BY(mu_);
   // Seconds of prefill that this router lately placed on each worker, by id; outlives an
   // attachment, so that a restarted worker is not flooded. At most one a known worker.
   std::map<std::string, DecayingSum, std::less<>> recent_prefill_ ABSL_GUARDED_BY(mu_);

@@ -79,6 +79,13 @@ absl::string_view WorkerStateName(WorkerState state) {
   return "unknown";
 }
 
+std::string WhyNotServing(const WorkerRecord& worker) {
+  if (worker.state == WorkerState::kDead) return "dead";
+  if (worker.state == WorkerState::kDraining) return "draining";
+  if (!worker.load.has_value()) return "has not reported its load yet";
+  return "";
+}
+
 WorkerRegistry::WorkerRegistry(Options options, Clock* clock)
     : options_(options), clock_(clock), leases_(clock, options.max_workers) {}
 

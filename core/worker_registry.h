@@ -100,6 +100,9 @@ struct WorkerRecord {
   absl::btree_map<SequenceId, OwnedSequence> sequences;
 };
 
+// What keeps a worker from taking sequences, or an empty string.
+std::string WhyNotServing(const WorkerRecord& worker);
+
 class WorkerRegistry {
  public:
   struct Options {

@@ -132,7 +132,7 @@ TEST_F(RouterTest, StickyWorkerIsKeptWhileItServes) {
 TEST_F(RouterTest, ARepeatedRequestIdGivesTheSameAnswerForAMinute) {
   Serve("w1", 1);
   Serve("w2", 2);
-  const AssignOptions options{.tenant = "t", .request_id = "r1", .request_hash = 5};
+  const AssignOptions options{.request = {.tenant = "t", .request_id = "r1", .request_hash = 5}};
   const auto first = router_->Assign(Prompt(0, 90), options);
   ASSERT_TRUE(first.ok());
   for (int i = 0; i < 5; ++i) {
@@ -143,10 +143,10 @@ TEST_F(RouterTest, ARepeatedRequestIdGivesTheSameAnswerForAMinute) {
   }
   // Another tenant's id of the same spelling is another id.
   AssignOptions other = options;
-  other.tenant = "u";
+  other.request.tenant = "u";
   EXPECT_NE(router_->Assign(Prompt(0, 90), other)->assignment_id, first->assignment_id);
   AssignOptions conflicting = options;
-  conflicting.request_hash = 6;
+  conflicting.request.request_hash = 6;
   EXPECT_EQ(router_->Assign(Prompt(0, 90), conflicting).status().code(),
             StatusCode::kInvalidArgument);
   // A minute later it is a new request (the workers keep reporting meanwhile).
@@ -158,7 +158,7 @@ TEST_F(RouterTest, ARepeatedRequestIdGivesTheSameAnswerForAMinute) {
 
 TEST_F(RouterTest, ARepeatedRequestIdDoesNotStickToADeadWorker) {
   const AttachmentId w1 = Serve("w1", 1);
-  const AssignOptions options{.request_id = "r1"};
+  const AssignOptions options{.request = {.request_id = "r1"}};
   ASSERT_EQ(AssignTo(Prompt(0, 90), options), "w1");
   Serve("w2", 2);
   router_->Detach(w1, "stream ended");
@@ -171,7 +171,7 @@ TEST_F(RouterTest, RememberedAnswersAreBounded) {
   const auto attached = (*router)->Attach({.worker_id = "w1", .incarnation = 1, .address = "a"});
   ASSERT_TRUE((*router)->OnLoad(attached->id, Load()).ok());
   const auto assign = [&](const std::string& id) {
-    return (*router)->Assign(Prompt(0, 90), {.request_id = id})->assignment_id;
+    return (*router)->Assign(Prompt(0, 90), {.request = {.request_id = id}})->assignment_id;
   };
   const std::string first = assign("r0");
   for (int i = 1; i <= 3; ++i) assign("r" + std::to_string(i));
