@@ -8,6 +8,7 @@
 #include "absl/strings/str_cat.h"
 #include "absl/types/span.h"
 #include "base/status_macros.h"
+#include "core/rank_models.h"
 #include "rpc/duration_proto.h"
 #include "rpc/model_codec.h"
 
@@ -44,6 +45,34 @@ absl::StatusOr<std::vector<PositionedInput>> InputsFromProto(const v1::Prompt& p
   return inputs;
 }
 
+size_t HashOfPrompt(const v1::Prompt& prompt) {
+  size_t hash = absl::HashOf(prompt.model(), absl::MakeConstSpan(prompt.tokens()),
+                             prompt.num_tokens(), prompt.inputs_size(), prompt.prefix_keys_size());
+  for (const auto& input : prompt.inputs()) {
+    hash = absl::HashOf(hash, input.position(), input.digest());
+  }
+  for (const auto& key : prompt.prefix_keys()) hash = absl::HashOf(hash, key);
+  return hash;
+}
+
+// Without worker_id and address.
+v1::Candidate CandidateToProto(const PlacementCandidate& numbers, bool is_eligible,
+                               const std::string& ineligible_because) {
+  v1::Candidate proto;
+  proto.set_eligible(is_eligible);
+  proto.set_ineligible_because(ineligible_because);
+  *proto.mutable_queue_wait() = DurationToProto(numbers.queue_wait);
+  proto.set_device_tokens(numbers.reused_tokens[TierIndex(Tier::kDevice)]);
+  proto.set_host_tokens(numbers.reused_tokens[TierIndex(Tier::kHost)]);
+  proto.set_store_tokens(numbers.reused_tokens[TierIndex(Tier::kStore)]);
+  proto.set_compute_tokens(numbers.computed_tokens);
+  *proto.mutable_restore_time() = DurationToProto(numbers.load_time);
+  *proto.mutable_prefill_time() = DurationToProto(numbers.prefill_time);
+  *proto.mutable_predicted_ttft() = DurationToProto(numbers.predicted_ttft);
+  proto.set_score(numbers.score);
+  return proto;
+}
+
 }  // namespace
 
 absl::StatusOr<RoutedPrompt> PromptFromProto(const v1::Prompt& proto, const Model& model,
@@ -52,7 +81,9 @@ absl::StatusOr<RoutedPrompt> PromptFromProto(const v1::Prompt& proto, const Mode
   RoutedPrompt prompt{.model_digest = model.digest().ToHex(),
                       .page_tokens = geometry.page_tokens(),
                       .num_groups = geometry.num_groups(),
-                      .page_bytes = geometry.bytes_per_page_of_tokens()};
+                      .page_bytes = geometry.bytes_per_page_of_tokens(),
+                      .rank = geometry.spec().shard.rank,
+                      .num_ranks = geometry.spec().shard.num_ranks};
   if (proto.tokens_size() > 0) {
     if (proto.prefix_keys_size() > 0 || proto.num_tokens() > 0) {
       return FieldError("prompt", "has tokens as well as prefix_keys or num_tokens");
@@ -99,35 +130,87 @@ absl::StatusOr<RoutedPrompt> PromptFromProto(const v1::Prompt& proto, const Mode
   return prompt;
 }
 
-uint64_t HashOfRequest(const v1::AssignSequenceRequest& request) {
-  const v1::Prompt& prompt = request.prompt();
-  size_t hash = absl::HashOf(prompt.model(), absl::MakeConstSpan(prompt.tokens()),
-                             prompt.num_tokens(), request.sticky_worker_id(), prompt.inputs_size(),
-                             prompt.prefix_keys_size(), request.exclude_worker_ids_size());
-  for (const auto& input : prompt.inputs()) {
-    hash = absl::HashOf(hash, input.position(), input.digest());
+absl::Status CheckRankNames(const v1::AssignGroupRequest& request) {
+  const auto count = static_cast<size_t>(request.rank_models_size());
+  if (count < kMinShardRanks || count > kMaxShardRanks) {
+    return FieldError("rank_models", absl::StrCat("has ", count, " entries, ", kMinShardRanks,
+                                                  " to ", kMaxShardRanks, " expected"));
   }
-  for (const auto& key : prompt.prefix_keys()) hash = absl::HashOf(hash, key);
+  for (int i = 0; i < request.rank_models_size(); ++i) {
+    if (request.rank_models(i).empty()) {
+      return FieldError(absl::StrCat("rank_models[", i, "]"), "is empty");
+    }
+  }
+  return absl::OkStatus();
+}
+
+absl::StatusOr<RoutedGroupPrompt> GroupPromptFromProto(
+    const v1::AssignGroupRequest& request, const std::vector<std::shared_ptr<const Model>>& models,
+    const TenantSalt& salt) {
+  std::vector<const Model*> ranks;
+  for (int i = 0; i < request.rank_models_size(); ++i) {
+    ranks.push_back(models[static_cast<size_t>(i)].get());
+  }
+  PT_RETURN_IF_ERROR(CheckRankModels(ranks));
+  const Model& first = *ranks.front();
+  if (models.size() > ranks.size() && models.back()->digest() != first.digest()) {
+    return FieldError("prompt.model",
+                      absl::StrCat("is ", models.back()->digest().ToShortHex(),
+                                   "…, rank_models[0] is ", first.digest().ToShortHex(), "…"));
+  }
+  RoutedGroupPrompt routed;
+  PT_ASSIGN_OR_RETURN(routed.prompt, PromptFromProto(request.prompt(), first, salt));
+  for (const Model* model : ranks) {
+    routed.ranks.push_back({.model_digest = model->digest().ToHex(),
+                            .page_bytes = model->geometry().bytes_per_page_of_tokens()});
+  }
+  return routed;
+}
+
+uint64_t HashOfRequest(const v1::AssignSequenceRequest& request) {
+  size_t hash = absl::HashOf(HashOfPrompt(request.prompt()), request.sticky_worker_id(),
+                             request.exclude_worker_ids_size());
   for (const auto& id : request.exclude_worker_ids()) hash = absl::HashOf(hash, id);
   return hash;
 }
 
+uint64_t HashOfRequest(const v1::AssignGroupRequest& request) {
+  size_t hash = absl::HashOf(HashOfPrompt(request.prompt()), request.sticky_shard_group(),
+                             request.rank_models_size(), request.exclude_shard_groups_size());
+  for (const auto& model : request.rank_models()) hash = absl::HashOf(hash, model);
+  for (const auto& group : request.exclude_shard_groups()) hash = absl::HashOf(hash, group);
+  return hash;
+}
+
 v1::Candidate ToProto(const RankedWorker& worker) {
-  v1::Candidate proto;
-  const PlacementCandidate& numbers = worker.numbers;
+  v1::Candidate proto =
+      CandidateToProto(worker.numbers, worker.is_eligible, worker.ineligible_because);
   proto.set_worker_id(worker.worker->worker_id);
   proto.set_address(worker.worker->address);
-  proto.set_eligible(worker.is_eligible);
-  proto.set_ineligible_because(worker.ineligible_because);
-  *proto.mutable_queue_wait() = DurationToProto(numbers.queue_wait);
-  proto.set_device_tokens(numbers.reused_tokens[TierIndex(Tier::kDevice)]);
-  proto.set_host_tokens(numbers.reused_tokens[TierIndex(Tier::kHost)]);
-  proto.set_store_tokens(numbers.reused_tokens[TierIndex(Tier::kStore)]);
-  proto.set_compute_tokens(numbers.computed_tokens);
-  *proto.mutable_restore_time() = DurationToProto(numbers.load_time);
-  *proto.mutable_prefill_time() = DurationToProto(numbers.prefill_time);
-  *proto.mutable_predicted_ttft() = DurationToProto(numbers.predicted_ttft);
-  proto.set_score(numbers.score);
+  return proto;
+}
+
+v1::AssignGroupResponse ToProto(const GroupAssignment& assignment) {
+  v1::AssignGroupResponse proto;
+  proto.set_assignment_id(assignment.assignment_id);
+  proto.set_shard_group(assignment.shard_group);
+  for (size_t i = 0; i < assignment.workers.size(); ++i) {
+    const WorkerHello& worker = *assignment.workers[i];
+    v1::AssignGroupResponse::Rank& rank = *proto.add_ranks();
+    rank.set_rank(static_cast<uint32_t>(i));
+    rank.set_worker_id(worker.worker_id);
+    rank.set_address(worker.address);
+    rank.set_local_socket(worker.local_socket);
+    rank.set_model_digest(assignment.model_digests[i]);
+  }
+  for (const RankedGroup& group : assignment.candidates) {
+    v1::GroupCandidate& candidate = *proto.add_candidates();
+    candidate.set_shard_group(group.shard_group);
+    *candidate.mutable_candidate() =
+        CandidateToProto(group.numbers, group.is_eligible, group.ineligible_because);
+    candidate.set_slowest_rank(group.slowest_rank);
+    candidate.set_limiting_rank(group.limiting_rank);
+  }
   return proto;
 }
 
@@ -150,6 +233,8 @@ v1::WorkerInfo ToProto(const WorkerSummary& worker) {
   for (const std::string& digest : worker.load.model_digests) proto.add_model_digests(digest);
   *proto.mutable_since_heartbeat() = DurationToProto(worker.since_heard);
   proto.set_role(worker.hello->role == SourceRole::kStore ? "store" : "worker");
+  proto.set_shard_group(worker.hello->shard_group);
+  proto.set_shard_rank(worker.hello->shard_rank);
   return proto;
 }
 
@@ -235,8 +320,6 @@ absl::StatusOr<ResidencyReport> ResidencyFromProto(const v1::ResidencyReport& pr
                        .tier = *tier,
                        .is_removed = change.removed(),
                        .page_bytes = change.page_bytes()});
-  proto.set_shard_group(worker.hello->shard_group);
-  proto.set_shard_rank(worker.hello->shard_rank);
   }
   ResidencyReport report{.number = proto.number(),
                          .is_snapshot = proto.snapshot(),

@@ -19,12 +19,18 @@ namespace {
 constexpr uint32_t kDefaultPageSize = 100;
 constexpr uint32_t kMaxPageSize = 1000;
 constexpr size_t kMaxRequestIdBytes = 128;
-constexpr int kMaxWorkerIds = 1024;
+constexpr int kMaxEntries = 1024;  // of a list of worker ids or shard groups
 
-absl::Status CheckWorkerIds(absl::string_view field, int count) {
-  if (count <= kMaxWorkerIds) return absl::OkStatus();
+absl::Status CheckEntries(absl::string_view field, int count) {
+  if (count <= kMaxEntries) return absl::OkStatus();
   return absl::InvalidArgumentError(
-      absl::StrCat(field, " has ", count, " entries, at most ", kMaxWorkerIds));
+      absl::StrCat(field, " has ", count, " entries, at most ", kMaxEntries));
+}
+
+absl::Status CheckRequestId(const std::string& request_id) {
+  if (request_id.size() <= kMaxRequestIdBytes) return absl::OkStatus();
+  return absl::InvalidArgumentError(
+      absl::StrCat("request_id has ", request_id.size(), " bytes, at most ", kMaxRequestIdBytes));
 }
 
 }  // namespace
@@ -52,23 +58,42 @@ grpc::ServerUnaryReactor* RouterServiceImpl::OnIo(
   return reactor;
 }
 
+grpc::ServerUnaryReactor* RouterServiceImpl::WithModels(
+    grpc::CallbackServerContext* context, std::vector<absl::string_view> names,
+    std::function<absl::Status(const Models&)> act) {
+  Models models;
+  models.reserve(names.size());
+  for (const absl::string_view name : names) {
+    models.push_back(models_->FindCached(name));
+    if (models.back() == nullptr) break;
+  }
+  if (models.back() != nullptr) {
+    grpc::ServerUnaryReactor* const reactor = context->DefaultReactor();
+    reactor->Finish(ToGrpcStatus(act(models)));
+    return reactor;
+  }
+  return OnIo(context,
+              [this, names = std::move(names),
+               act = std::move(act)](MonotonicTime deadline) -> absl::Status {
+                Models found;
+                found.reserve(names.size());
+                for (const absl::string_view name : names) {
+                  PT_ASSIGN_OR_RETURN(found.emplace_back(), models_->Find(name, deadline));
+                }
+                return act(found);
+              });
+}
+
 grpc::ServerUnaryReactor* RouterServiceImpl::WithPrompt(
     grpc::CallbackServerContext* context, const v1::Prompt& prompt,
     std::function<absl::Status(const RoutedPrompt&)> act) {
-  const TenantSalt salt = salts_->SaltOf(TenantOf(*context));
-  const auto decode_and_act = [&prompt, salt, act = std::move(act)](const Model& model) {
-    PT_ASSIGN_OR_RETURN(const RoutedPrompt routed, PromptFromProto(prompt, model, salt));
-    return act(routed);
-  };
-  if (const auto model = models_->FindCached(prompt.model())) {
-    grpc::ServerUnaryReactor* const reactor = context->DefaultReactor();
-    reactor->Finish(ToGrpcStatus(decode_and_act(*model)));
-    return reactor;
-  }
-  return OnIo(context, [this, &prompt, decode_and_act](MonotonicTime deadline) -> absl::Status {
-    PT_ASSIGN_OR_RETURN(const auto model, models_->Find(prompt.model(), deadline));
-    return decode_and_act(*model);
-  });
+  return WithModels(context, {prompt.model()},
+                    [&prompt, salt = salts_->SaltOf(TenantOf(*context)),
+                     act = std::move(act)](const Models& models) -> absl::Status {
+                      PT_ASSIGN_OR_RETURN(const RoutedPrompt routed,
+                                          PromptFromProto(prompt, *models.front(), salt));
+                      return act(routed);
+                    });
 }
 
 grpc::ServerUnaryReactor* RouterServiceImpl::AssignSequence(
@@ -78,19 +103,15 @@ grpc::ServerUnaryReactor* RouterServiceImpl::AssignSequence(
       context, request->prompt(),
       [this, request, response,
        tenant = TenantOf(*context)](const RoutedPrompt& prompt) -> absl::Status {
-        if (request->request_id().size() > kMaxRequestIdBytes) {
-          return absl::InvalidArgumentError(absl::StrCat("request_id has ",
-                                                         request->request_id().size(),
-                                                         " bytes, at most ", kMaxRequestIdBytes));
-        }
-        PT_RETURN_IF_ERROR(
-            CheckWorkerIds("exclude_worker_ids", request->exclude_worker_ids_size()));
-        AssignOptions options{.tenant = tenant,
-                              .request_id = request->request_id(),
+        PT_RETURN_IF_ERROR(CheckRequestId(request->request_id()));
+        PT_RETURN_IF_ERROR(CheckEntries("exclude_worker_ids", request->exclude_worker_ids_size()));
+        AssignOptions options{.request = {.tenant = tenant, .request_id = request->request_id()},
                               .sticky_worker_id = request->sticky_worker_id(),
                               .excluded_worker_ids = {request->exclude_worker_ids().begin(),
                                                       request->exclude_worker_ids().end()}};
-        if (!options.request_id.empty()) options.request_hash = HashOfRequest(*request);
+        if (!request->request_id().empty()) {
+          options.request.request_hash = HashOfRequest(*request);
+        }
         PT_ASSIGN_OR_RETURN(const Assignment assignment, router_->Assign(prompt, options));
         response->set_assignment_id(assignment.assignment_id);
         response->set_worker_id(assignment.chosen.worker->worker_id);
@@ -102,6 +123,42 @@ grpc::ServerUnaryReactor* RouterServiceImpl::AssignSequence(
       });
 }
 
+grpc::ServerUnaryReactor* RouterServiceImpl::AssignGroup(grpc::CallbackServerContext* context,
+                                                         const v1::AssignGroupRequest* request,
+                                                         v1::AssignGroupResponse* response) {
+  const absl::Status checked = [&]() -> absl::Status {
+    PT_RETURN_IF_ERROR(CheckRequestId(request->request_id()));
+    PT_RETURN_IF_ERROR(CheckEntries("exclude_shard_groups", request->exclude_shard_groups_size()));
+    return CheckRankNames(*request);
+  }();
+  if (!checked.ok()) {
+    grpc::ServerUnaryReactor* const reactor = context->DefaultReactor();
+    reactor->Finish(ToGrpcStatus(checked));
+    return reactor;
+  }
+  std::vector<absl::string_view> names(request->rank_models().begin(),
+                                       request->rank_models().end());
+  if (!request->prompt().model().empty()) names.push_back(request->prompt().model());
+  return WithModels(
+      context, std::move(names),
+      [this, request, response, tenant = TenantOf(*context)](const Models& models) -> absl::Status {
+        PT_ASSIGN_OR_RETURN(const RoutedGroupPrompt routed,
+                            GroupPromptFromProto(*request, models, salts_->SaltOf(tenant)));
+        AssignGroupOptions options{
+            .request = {.tenant = tenant, .request_id = request->request_id()},
+            .sticky_shard_group = request->sticky_shard_group(),
+            .excluded_shard_groups = {request->exclude_shard_groups().begin(),
+                                      request->exclude_shard_groups().end()}};
+        if (!request->request_id().empty()) {
+          options.request.request_hash = HashOfRequest(*request);
+        }
+        PT_ASSIGN_OR_RETURN(const std::shared_ptr<const GroupAssignment> assignment,
+                            router_->AssignGroup(routed.prompt, routed.ranks, options));
+        *response = ToProto(*assignment);
+        return absl::OkStatus();
+      });
+}
+
 grpc::ServerUnaryReactor* RouterServiceImpl::ScoreWorkers(grpc::CallbackServerContext* context,
                                                           const v1::ScoreWorkersRequest* request,
                                                           v1::ScoreWorkersResponse* response) {
@@ -109,7 +166,7 @@ grpc::ServerUnaryReactor* RouterServiceImpl::ScoreWorkers(grpc::CallbackServerCo
       context, request->prompt(),
       [this, request, response](const RoutedPrompt& prompt) -> absl::Status {
         PT_RETURN_IF_ERROR(
-            CheckWorkerIds("candidate_worker_ids", request->candidate_worker_ids_size()));
+            CheckEntries("candidate_worker_ids", request->candidate_worker_ids_size()));
         const std::vector<std::string> only(request->candidate_worker_ids().begin(),
                                             request->candidate_worker_ids().end());
         PT_ASSIGN_OR_RETURN(const PlacementTable table, router_->Rank(prompt, "", only, {}));

@@ -8,8 +8,10 @@
 
 #include <functional>
 #include <memory>
+#include <vector>
 
 #include "absl/status/status.h"
+#include "absl/strings/string_view.h"
 #include "absl/time/time.h"
 #include "base/clock.h"
 #include "base/executor.h"
@@ -33,6 +35,9 @@ class RouterServiceImpl final : public v1::RouterService::CallbackService {
   grpc::ServerUnaryReactor* AssignSequence(grpc::CallbackServerContext* context,
                                            const v1::AssignSequenceRequest* request,
                                            v1::AssignSequenceResponse* response) override;
+  grpc::ServerUnaryReactor* AssignGroup(grpc::CallbackServerContext* context,
+                                        const v1::AssignGroupRequest* request,
+                                        v1::AssignGroupResponse* response) override;
   grpc::ServerUnaryReactor* ScoreWorkers(grpc::CallbackServerContext* context,
                                          const v1::ScoreWorkersRequest* request,
                                          v1::ScoreWorkersResponse* response) override;
@@ -59,8 +64,15 @@ class RouterServiceImpl final : public v1::RouterService::CallbackService {
                                        v1::ListModelsResponse* response) override;
 
  private:
-  // Calls `act` with the prompt that belongs to a model, at once if the model is cached, else on
-  // io_; then finishes the call with its status. Request and response live until then.
+  using Models = std::vector<std::shared_ptr<const Model>>;  // shared with the catalog
+
+  // Calls `act` with the models of those digests or names, at once if all are cached, else on io_;
+  // then finishes the call with its status. Request and response live until then, and so must what
+  // `names` points to.
+  grpc::ServerUnaryReactor* WithModels(grpc::CallbackServerContext* context,
+                                       std::vector<absl::string_view> names,
+                                       std::function<absl::Status(const Models&)> act);
+  // The same with a prompt and its model.
   grpc::ServerUnaryReactor* WithPrompt(grpc::CallbackServerContext* context,
                                        const v1::Prompt& prompt,
                                        std::function<absl::Status(const RoutedPrompt&)> act);

@@ -11,6 +11,7 @@
 #include <string>
 #include <vector>
 
+#include "absl/strings/str_cat.h"
 #include "absl/time/clock.h"
 #include "absl/time/time.h"
 #include "core/keys.h"
@@ -42,6 +43,17 @@ inline v1::ModelSpec TestModelSpec(const std::string& name = "tiny", char weight
   group.set_kv_heads(1);
   group.set_k_dim(8);
   group.set_v_dim(8);
+  return spec;
+}
+
+// The same as the shard of a rank: a KV head of num_ranks.
+inline v1::ModelSpec TestShardSpec(uint32_t rank, uint32_t num_ranks) {
+  v1::ModelSpec spec = TestModelSpec(absl::StrCat("shard-", rank, "-of-", num_ranks));
+  v1::Shard& shard = *spec.mutable_geometry()->mutable_shard();
+  shard.set_kv_head_begin(rank);
+  shard.set_kv_head_end(rank + 1);
+  shard.set_rank(rank);
+  shard.set_num_ranks(num_ranks);
   return spec;
 }
 
