@@ -67,6 +67,7 @@ class Fleet:
         if model_pool is not None:  # else the first model takes all
             self._pool.append(f"--model-pool-bytes={model_pool}")
         self._programs: list[Program] = []
+        self.workers_by_id: dict[str, Program] = {}  # those that were started last
         self.store = self.start_store()
         self.router = self._start("pagetide-router", "router", f"--store={self.store.grpc}")
         self.workers = [self.start_worker(f"w{i}") for i in range(workers)]
@@ -79,11 +80,12 @@ class Fleet:
     def start_store(self) -> Program:
         return self._start("pagetide-store", "store", f"--data-dir={self.folder / 'store'}")
 
-    def start_worker(self, worker_id: str) -> Program:
+    def start_worker(self, worker_id: str, *flags: str) -> Program:
         """Returns when the router knows it, too."""
         program = self._start("pagetide-worker", worker_id, f"--worker-id={worker_id}",
                               f"--store={self.store.grpc}", f"--router={self.router.grpc}",
-                              f"--local-socket={self.folder / worker_id}.sock", *self._pool)
+                              f"--local-socket={self.folder / worker_id}.sock", *self._pool, *flags)
+        self.workers_by_id[worker_id] = program
         deadline = time.monotonic() + 60
         with pagetide.Client(router=self.router.grpc) as client:
             while not any(w.address == program.grpc and w.state == "serving"
@@ -91,6 +93,13 @@ class Fleet:
                 assert time.monotonic() < deadline, program.log.read_text()[-2000:]
                 time.sleep(0.01)
         return program
+
+    def start_shard_group(self, name: str, num_ranks: int = 2) -> list[Program]:
+        """A worker a rank, named "NAME-RANK"."""
+        return [self.start_shard(name, rank) for rank in range(num_ranks)]
+
+    def start_shard(self, name: str, rank: int) -> Program:
+        return self.start_worker(f"{name}-{rank}", f"--shard-group={name}", f"--shard-rank={rank}")
 
     def close(self) -> None:
         for program in reversed(self._programs):

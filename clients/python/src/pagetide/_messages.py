@@ -81,6 +81,14 @@ def prompt_message(model: Model, tokens: Tokens, inputs: Seq[Input]) -> router_p
     return router_pb2.Prompt(model=model.digest, tokens=token_list(tokens), inputs=input_list(inputs))
 
 
+def assign_group_request(models: Seq[Model], tokens: Tokens, inputs: Seq[Input], sticky: str,
+                         exclude: Seq[str]) -> router_pb2.AssignGroupRequest:
+    return router_pb2.AssignGroupRequest(
+        request_id=new_request_id(), rank_models=[model.digest for model in models],
+        prompt=router_pb2.Prompt(tokens=token_list(tokens), inputs=input_list(inputs)),
+        sticky_shard_group=sticky, exclude_shard_groups=exclude)
+
+
 def open_request(model: Model, tokens: Tokens, inputs: Seq[Input], allow_full_reuse: bool,
                  no_reuse: bool, plan: Optional[prefix_pb2.PromptPlan],
                  assignment_id: str = "") -> sequence_pb2.OpenSequenceRequest:

@@ -131,6 +131,16 @@ class Client:
         return response
 
     # --- workers ---
+    async def assign_group(self, models: Seq[Model], tokens: m.Tokens, sticky_shard_group: str = "",
+                           exclude_shard_groups: Seq[str] = (), *,
+                           inputs: Seq[Input] = ()) -> router_pb2.AssignGroupResponse:
+        """The group of workers, one a rank, that can start this prompt soonest. models: of the ranks, in
+        order, the same but for their shards. Unavailable (NO_SHARD_GROUP) says what each group lacks."""
+        response: router_pb2.AssignGroupResponse = await self._ask_router(
+            "assign group", "AssignGroup", m.assign_group_request(
+                models, tokens, inputs, sticky_shard_group, exclude_shard_groups))
+        return response
+
 
     def connect_worker(self, address: str, local_socket: str = "") -> WorkerConnection:
         """The connection to a worker, made or found."""
