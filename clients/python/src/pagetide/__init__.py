@@ -32,6 +32,7 @@ from pagetide.sync.client import Client
 from pagetide.sync.engine import EngineJob, EnginePool
 from pagetide.sync.files import Export
 from pagetide.sync.sequence import Sequence
+from pagetide.sync.shard_group import ShardGroup
 from pagetide.sync.steps import BatchStep, PendingStep
 
 __all__ = [
@@ -41,6 +42,6 @@ __all__ = [
     "LocalPlane", "Model",
     "NotFound", "PageLease", "PageTideError", "PendingAppend", "PendingStep", "PermissionDenied",
     "ResourceExhausted", "Retention", "RetryPolicy", "RowKind", "RowsPart", "Sequence",
-    "SequenceMoved", "Unauthenticated", "Unavailable", "Unimplemented", "WorkerConnection",
+    "SequenceMoved", "ShardGroup", "Unauthenticated", "Unavailable", "Unimplemented", "WorkerConnection",
     "merge_attention", "row_bytes"
 ]

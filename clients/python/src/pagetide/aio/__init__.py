@@ -11,7 +11,8 @@ from pagetide.aio.client import Client
 from pagetide.aio.engine import EngineJob, EnginePool
 from pagetide.aio.files import Export
 from pagetide.aio.sequence import Sequence
+from pagetide.aio.shard_group import ShardGroup
 from pagetide.aio.steps import BatchStep, PendingStep
 
 __all__ = ["BatchStep", "Client", "EngineJob", "EnginePool", "Export", "PendingAppend", "PendingStep", "Sequence",
-           "WorkerConnection"]
+           "ShardGroup", "WorkerConnection"]

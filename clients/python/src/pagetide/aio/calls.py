@@ -19,7 +19,7 @@ from pagetide.model import Model
 from pagetide.retry import CallOptions, RetryLoop
 from pagetide.v1 import (admin_pb2, admin_pb2_grpc, engine_pool_pb2_grpc, prefix_pb2_grpc,
                          sequence_edit_pb2_grpc, sequence_pb2, sequence_pb2_grpc, session_pb2_grpc,
-                         types_pb2)
+                         shard_group_pb2_grpc, types_pb2)
 
 if TYPE_CHECKING:
     from pagetide.aio.client import Client
@@ -77,6 +77,7 @@ class WorkerConnection:
         self.edits: Any = sequence_edit_pb2_grpc.SequenceEditServiceStub(self._channel)
         self.sessions: Any = session_pb2_grpc.SessionServiceStub(self._channel)
         self.prefixes: Any = prefix_pb2_grpc.PrefixServiceStub(self._channel)
+        self.shard_groups: Any = shard_group_pb2_grpc.ShardGroupServiceStub(self._channel)
         self.engine_pools: Any = engine_pool_pb2_grpc.EnginePoolServiceStub(self._channel)
         self.admin: Any = admin_pb2_grpc.AdminServiceStub(self._channel)
         self._lock = threading.Lock()  # never held across a wait

@@ -15,6 +15,7 @@ from pagetide.aio.calls import WorkerConnection, unary, unary_once
 from pagetide.aio.engine import EnginePool
 from pagetide.aio.files import import_file
 from pagetide.aio.sequence import Sequence
+from pagetide.aio.shard_group import ShardGroup, lookup_shard_group, open_shard_group
 from pagetide.aio.steps import BatchStep, begin_batch_step
 from pagetide.engine_memory import EngineLayout, EngineMemory
 from pagetide.errors import FailedPrecondition, NotFound, PageTideError, Unavailable
@@ -22,7 +23,7 @@ from pagetide.model import Model
 from pagetide.options import Input
 from pagetide.retry import CallOptions, RetryPolicy
 from pagetide.v1 import (engine_pool_pb2, model_pb2, prefix_pb2, router_pb2, router_pb2_grpc, sequence_edit_pb2,
-                         sequence_pb2, session_pb2, types_pb2)
+                         sequence_pb2, session_pb2, shard_group_pb2, types_pb2)
 
 _log = logging.getLogger("pagetide")
 
@@ -130,7 +131,6 @@ class Client:
                 prompt=m.prompt_message(model, tokens, inputs), sticky_worker_id=sticky_worker_id))
         return response
 
-    # --- workers ---
     async def assign_group(self, models: Seq[Model], tokens: m.Tokens, sticky_shard_group: str = "",
                            exclude_shard_groups: Seq[str] = (), *,
                            inputs: Seq[Input] = ()) -> router_pb2.AssignGroupResponse:
@@ -141,6 +141,7 @@ class Client:
                 models, tokens, inputs, sticky_shard_group, exclude_shard_groups))
         return response
 
+    # --- workers ---
 
     def connect_worker(self, address: str, local_socket: str = "") -> WorkerConnection:
         """The connection to a worker, made or found."""
@@ -250,6 +251,36 @@ class Client:
                     sticky_worker_id = ""
         assert last is not None
         raise last
+
+    # --- prompts over the shards of a model ---
+
+    async def lookup_shard_group(
+            self, models: Seq[Model], tokens: m.Tokens, allow_full_reuse: bool = False, *,
+            addresses: Seq[str] = (),
+            inputs: Seq[Input] = ()) -> shard_group_pb2.LookupShardGroupResponse:
+        """How much of a prompt all ranks of the group it would go to could reuse, which rank limits it, and
+        what each could by itself. No effect. models, addresses: as in open_shard_group."""
+        return await lookup_shard_group(self, models, tokens, allow_full_reuse, inputs, addresses)
+
+    async def open_shard_group(self, models: Seq[Model], tokens: m.Tokens, *,
+                               allow_full_reuse: bool = False, no_reuse: bool = False,
+                               no_sharing: bool = False, sticky_shard_group: str = "",
+                               exclude_shard_groups: Seq[str] = (), addresses: Seq[str] = (),
+                               inputs: Seq[Input] = ()) -> ShardGroup:
+        """Opens a prompt on the worker of each rank of the group that can start it soonest, or on none. All
+        reuse what the one that knows least can. Does not wait for restores (ShardGroup.wait_ready). A group
+        of which a worker does not answer is left out and another one asked for.
+
+        models: of the ranks, in order: 2 to 64, the same but for their shards (FailedPrecondition
+        SHARD_MISMATCH otherwise). addresses: of the ranks' workers in place of a group that the router
+        names. no_sharing: ranks with replicated rows read the store each by itself. sticky_shard_group:
+        stay with this group if all of it is alive.
+        """
+        request = shard_group_pb2.OpenShardGroupRequest(
+            tokens=m.token_list(tokens), inputs=m.input_list(inputs),
+            allow_full_reuse=allow_full_reuse, no_reuse=no_reuse, no_sharing=no_sharing)
+        return await open_shard_group(self, models, request, inputs, addresses, sticky_shard_group,
+                                      exclude_shard_groups, self._max_assignments)
 
     async def _open_on(self, worker: WorkerConnection, model: Model,
                        request: sequence_pb2.OpenSequenceRequest) -> Sequence:
