@@ -54,6 +54,7 @@ std::map<std::string, std::string> WorkerFlagHelp() {
       {"store", "Address of the pagetide-store that all workers share"},
       {"store_dir", "Folder of an embedded store instead"},
       {"router", "Address of a router to attach to (repeatable)"},
+      {"link_gpus", "Send pages to other workers' GPUs over NCCL (default false)"},
       {"device",
        "Where frames lie: cpu (default), cuda, cuda:N, or auto: a GPU if one can be used"},
       {"pool_bytes", "Bytes of frames for all models (default 1GiB)"},
@@ -127,6 +128,7 @@ absl::StatusOr<WorkerRole::Options> WorkerOptionsFromConfig(const config::Worker
   }
   worker.host.unsafe_skip_verify = config.unsafe_skip_verify();
   options.device = config.device();
+  options.link_gpus = config.link_gpus();
   options.cpu_device.reserve_memory = config.reserve_memory();
 
   if (config.listen_size() > 0) {

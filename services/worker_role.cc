@@ -9,7 +9,9 @@
 #include <utility>
 #include <vector>
 
+#include "absl/strings/numbers.h"
 #include "absl/strings/str_cat.h"
+#include "absl/strings/strip.h"
 #include "base/executor.h"
 #include "base/log.h"
 #include "base/periodic_task.h"
@@ -23,6 +25,7 @@
 #include "worker/engine_pool_service.h"
 #include "worker/engine_pools.h"
 #include "worker/incoming_transfers.h"
+#include "worker/nccl_collective.h"
 #include "worker/parking.h"
 #include "worker/prefix_service.h"
 #include "worker/prompt_planner.h"
@@ -103,6 +106,33 @@ void Journal(const std::vector<ResidencyChange>& changes, ReportJournal* journal
   }
 }
 
+// Null unless it is asked for and can be used.
+std::unique_ptr<FrameLink> MakeFrameLink(const WorkerRole::Options& options, const Device& device,
+                                         const Clock* clock, Metrics* metrics) {
+  std::function<std::unique_ptr<FastLink>()> make = options.make_link;
+  absl::string_view name = device.name();
+  int gpu = 0;
+  if (!make && options.link_gpus && absl::ConsumePrefix(&name, "cuda:") &&
+      absl::SimpleAtoi(name, &gpu)) {
+    make = [gpu, clock] {
+      return std::make_unique<NcclLink>(NcclLink::Options{.gpu = gpu}, clock);
+    };
+  }
+  if (!make) {
+    if (options.link_gpus) {
+      LogWarning("worker", "pages go to other workers by gRPC: frames lie in host memory");
+    }
+    return nullptr;
+  }
+  auto link = std::make_unique<FrameLink>(options.frame_link, std::move(make), clock, metrics);
+  if (link->name().empty()) {
+    LogWarning("worker", "pages go to other workers by gRPC: ", link->why_not());
+    return nullptr;
+  }
+  LogInfo("worker", "pages go to other workers' GPUs by ", link->name());
+  return link;
+}
+
 }  // namespace
 
 // Members are destroyed in reverse order: first what calls, last what is called.
@@ -132,6 +162,7 @@ struct WorkerRole::Parts {
   std::unique_ptr<SessionServiceImpl> session_service;
   std::unique_ptr<EnginePoolServiceImpl> engine_pool_service;
   std::unique_ptr<IncomingTransfers> incoming_transfers;
+  std::unique_ptr<FrameLink> frame_link;  // null: pages go by gRPC
   std::unique_ptr<SequenceSender> sequence_sender;
   std::unique_ptr<GroupMailbox> group_mailbox;
   std::unique_ptr<PeriodicTask> transfer_expirer;
@@ -148,11 +179,15 @@ struct WorkerRole::Parts {
 absl::StatusOr<std::unique_ptr<WorkerRole>> WorkerRole::Start(Options options, PageStore* store,
                                                               Clock* clock) {
   auto parts = std::make_unique<Parts>();
-  PT_ASSIGN_OR_RETURN(ChosenDevice chosen, ChooseDevice(options.device, options.cpu_device));
-  if (!chosen.why_not_gpu.empty()) {
-    LogWarning("worker", "frames lie in host memory: ", chosen.why_not_gpu);
+  if (options.make_device) {
+    parts->device = options.make_device();
+  } else {
+    PT_ASSIGN_OR_RETURN(ChosenDevice chosen, ChooseDevice(options.device, options.cpu_device));
+    if (!chosen.why_not_gpu.empty()) {
+      LogWarning("worker", "frames lie in host memory: ", chosen.why_not_gpu);
+    }
+    parts->device = std::move(chosen.device);
   }
-  parts->device = std::move(chosen.device);
   if (options.worker.incarnation == 0) options.worker.incarnation = RandomIncarnation();
   if (options.io_threads < 1 || options.io_threads > 256) {
     return absl::InvalidArgumentError(
@@ -246,8 +281,10 @@ absl::StatusOr<std::unique_ptr<WorkerRole>> WorkerRole::Start(Options options, P
   parts->incoming_transfers = std::make_unique<IncomingTransfers>(
       IncomingTransfers::Options{.incarnation = worker->incarnation()}, clock,
       parts->metrics.get());
-  parts->sequence_sender = std::make_unique<SequenceSender>(
-      SequenceSender::Options(), worker, parts->parking.get(), parts->memos.get());
+  parts->frame_link = MakeFrameLink(options, *parts->device, clock, parts->metrics.get());
+  parts->sequence_sender =
+      std::make_unique<SequenceSender>(SequenceSender::Options(), worker, parts->parking.get(),
+                                       parts->memos.get(), parts->frame_link.get());
   parts->transfer_expirer = std::make_unique<PeriodicTask>(
       "transfer-expire", kExpireTransfersPause,
       [transfers = parts->incoming_transfers.get()] { transfers->Expire(); });
@@ -257,7 +294,8 @@ absl::StatusOr<std::unique_ptr<WorkerRole>> WorkerRole::Start(Options options, P
   parts->group_mailbox = std::make_unique<GroupMailbox>(clock);
   parts->transfer_service = std::make_unique<TransferServiceImpl>(
       worker, parts->incoming_transfers.get(), parts->sequence_sender.get(),
-      parts->group_mailbox.get(), parts->memos.get(), parts->stream_deadlines.get());
+      parts->frame_link.get(), parts->group_mailbox.get(), parts->memos.get(),
+      parts->stream_deadlines.get());
   parts->shard_group_owner =
       std::make_unique<ShardGroupOwner>(ShardGroupOwner::Options(), worker, parts->parking.get(),
                                         parts->memos.get(), parts->sequence_sender.get());

@@ -19,6 +19,7 @@
 #include "rpc/server.h"
 #include "worker/cpu_device.h"
 #include "worker/engine_pools.h"
+#include "worker/frame_link.h"
 #include "worker/group_mailbox.h"
 #include "worker/local_plane.h"
 #include "worker/session_service.h"
@@ -36,6 +37,13 @@ class WorkerRole {
     // Of the pools that frames lie in: what ChooseDevice takes, empty for the CPU device.
     std::string device;
     CpuDevice::Options cpu_device;
+    // For tests, in place of these two.
+    std::function<std::unique_ptr<Device>()> make_device;
+    // Pages of transfers between workers go from GPU to GPU, where both do so: over NCCL, or over
+    // what make_link makes (for tests).
+    bool link_gpus = false;
+    std::function<std::unique_ptr<FastLink>()> make_link;
+    FrameLink::Options frame_link;
     // No local data plane when local_plane.socket_path is empty.
     LocalPlane::Options local_plane;
     // The incarnation is the worker's.

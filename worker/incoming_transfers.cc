@@ -162,23 +162,41 @@ uint64_t IncomingTransfers::Push::num_missing() const {
   return transfer_->incoming->num_missing();
 }
 
+absl::Status IncomingTransfers::Push::Renew() {
+  MutexLock lock(&transfers_->mu_);
+  if (transfer_->has_ended) return NotFound(transfer_->id);
+  transfer_->expires = transfers_->clock_->MonotonicNow() + transfer_->ttl;
+  return absl::OkStatus();
+}
+
+void IncomingTransfers::Push::Count(const absl::Status& status, bool is_whole) {
+  if (absl::IsDataLoss(status)) transfers_->damaged_pages_->Increment();
+  if (!status.ok() || !is_whole) return;
+  ++received_pages_;
+  transfers_->received_pages_->Increment();
+}
+
 absl::Status IncomingTransfers::Push::Write(uint32_t page, uint64_t offset,
                                             std::span<const std::byte> bytes) {
-  {
-    MutexLock lock(&transfers_->mu_);
-    if (transfer_->has_ended) return NotFound(transfer_->id);
-    transfer_->expires = transfers_->clock_->MonotonicNow() + transfer_->ttl;
-  }
+  PT_RETURN_IF_ERROR(Renew());
   received_bytes_ += bytes.size();
   transfers_->received_bytes_->Add(static_cast<double>(bytes.size()));
   const absl::StatusOr<bool> is_whole = transfer_->incoming->Write(page, offset, bytes);
-  if (absl::IsDataLoss(is_whole.status())) transfers_->damaged_pages_->Increment();
-  PT_RETURN_IF_ERROR(is_whole.status());
-  if (*is_whole) {
-    ++received_pages_;
-    transfers_->received_pages_->Increment();
-  }
-  return absl::OkStatus();
+  Count(is_whole.status(), is_whole.value_or(false));
+  return is_whole.status();
+}
+
+absl::Status IncomingTransfers::Push::Fill(uint32_t page, IncomingSequence::PageFill fill) {
+  PT_RETURN_IF_ERROR(Renew());
+  const absl::Status status =
+      transfer_->incoming->Fill(page, [&](const CollectiveBuffer& frame) -> absl::Status {
+        PT_RETURN_IF_ERROR(fill(frame));
+        received_bytes_ += frame.num_bytes;
+        transfers_->received_bytes_->Add(static_cast<double>(frame.num_bytes));
+        return absl::OkStatus();
+      });
+  Count(status, /*is_whole=*/true);
+  return status;
 }
 
 void IncomingTransfers::ForgetPast() {

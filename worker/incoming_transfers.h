@@ -90,6 +90,8 @@ class IncomingTransfers {
     Push& operator=(const Push&) = delete;
     // As IncomingSequence::Write; NOT_FOUND (TRANSFER_NOT_FOUND) when the transfer has ended.
     absl::Status Write(uint32_t page, uint64_t offset, std::span<const std::byte> bytes);
+    // As IncomingSequence::Fill; else as Write.
+    absl::Status Fill(uint32_t page, IncomingSequence::PageFill fill);
     uint64_t received_pages() const { return received_pages_; }
     uint64_t received_bytes() const { return received_bytes_; }
     uint64_t num_missing() const;
@@ -99,6 +101,10 @@ class IncomingTransfers {
     Push(IncomingTransfers* transfers, std::shared_ptr<Transfer> transfer)
         : transfers_(transfers), transfer_(std::move(transfer)) {}
     IncomingTransfers* const transfers_;
+    // The transfer goes on for its ttl; NOT_FOUND when it has ended.
+    absl::Status Renew();
+    // Counts a page that has come whole, or is damaged.
+    void Count(const absl::Status& status, bool is_whole);
     const std::shared_ptr<Transfer> transfer_;  // shared with the table it may leave
     uint64_t received_pages_ = 0;
     uint64_t received_bytes_ = 0;

@@ -134,6 +134,7 @@ class ModelHostImpl final : public ModelHost, public TransferHost {
                                                                   MonotonicTime) override;
   void EndHold(SequenceId, uint64_t) override;
   absl::Status CloseMoved(const Tenant&, SequenceId, uint64_t) override;
+  bool has_device_addresses() const override;
   absl::StatusOr<std::unique_ptr<IncomingSequence>> BeginIncoming(const Tenant&, TransferPlan,
                                                                   MonotonicTime) override;
 
@@ -157,6 +158,9 @@ class ModelHostImpl final : public ModelHost, public TransferHost {
                                                     std::span<const std::byte> body)>;
     virtual absl::Status ReadPages(std::span<const uint32_t> pages, MonotonicTime deadline,
                                    CopySink sink) = 0;
+    // See OutgoingSequence.
+    virtual std::vector<uint32_t> InFrames(std::span<const uint32_t> pages) = 0;
+    virtual absl::Status VisitFrame(uint32_t page, OutgoingSequence::FrameSink sink) = 0;
   };
 
   // Pins of pages, given back when it goes. Made with the lock held, destroyed without.

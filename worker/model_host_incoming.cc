@@ -133,22 +133,26 @@ class ModelHostImpl::IncomingImpl final : public IncomingSequence {
     if (received_ < place.bytes) return false;
     received_ = 0;
     page_ = kNoPage;
-    const Checksum128 checksum = stream_.Get();
-    const Checksum128& said = saved_.pages[page].checksum;
-    const bool is_right = checksum == said || host_->options_.unsafe_skip_verify;
-    {
-      MutexLock lock(&host_->mu_);
-      host_->counters_.bytes_verified += place.bytes;
-      if (!is_right) ++host_->counters_.checksum_failures;
-    }
-    if (!is_right) {
-      return WithReason(absl::DataLossError(absl::StrCat("receive page ", page, ": checksum 0x",
-                                                         checksum.ToHex(), " != 0x", said.ToHex())),
-                        "PAGE_DAMAGED", {{"page", absl::StrCat(page)}});
-    }
-    place.is_there = true;
-    --num_missing_;
+    PT_RETURN_IF_ERROR(Accept(page, stream_.Get()));
     return true;
+  }
+
+  absl::Status Fill(uint32_t page, PageFill fill) override {
+    if (page >= places_.size() || places_[page].bytes == 0 || places_[page].is_there) {
+      return absl::InvalidArgumentError(
+          absl::StrCat("page is ", page, ", which was not asked for, or is there"));
+    }
+    const Place& place = places_[page];
+    page_ = kNoPage;
+    PT_RETURN_IF_ERROR(fill(CollectiveBuffer::Of(host_->pool_.get(), place.offset, place.bytes)));
+    ChecksumStream stream;
+    std::vector<std::byte> part(std::min(place.bytes, kVerifyPartBytes));
+    for (uint64_t at = 0; at < place.bytes; at += part.size()) {
+      const auto some = std::span(part).first(std::min<uint64_t>(part.size(), place.bytes - at));
+      PT_RETURN_IF_ERROR(host_->pool_->Read(place.offset + at, some));
+      stream.Update(some);
+    }
+    return Accept(page, stream.Get());
   }
 
   absl::StatusOr<std::optional<SequenceInfo>> Commit() override {
@@ -172,12 +176,32 @@ class ModelHostImpl::IncomingImpl final : public IncomingSequence {
 
  private:
   static constexpr uint32_t kNoPage = ~uint32_t{0};
+  static constexpr uint64_t kVerifyPartBytes = uint64_t{4} << 20;
   // Of a page that is to come.
   struct Place {
     uint64_t offset = 0;  // in the pool
     uint64_t bytes = 0;   // 0: not asked for
     bool is_there = false;
   };
+
+  // All bytes of a wanted page lie in its frame: is it what the plan says?
+  absl::Status Accept(uint32_t page, const Checksum128& checksum) {
+    const Checksum128& said = saved_.pages[page].checksum;
+    const bool is_right = checksum == said || host_->options_.unsafe_skip_verify;
+    {
+      MutexLock lock(&host_->mu_);
+      host_->counters_.bytes_verified += places_[page].bytes;
+      if (!is_right) ++host_->counters_.checksum_failures;
+    }
+    if (!is_right) {
+      return WithReason(absl::DataLossError(absl::StrCat("receive page ", page, ": checksum 0x",
+                                                         checksum.ToHex(), " != 0x", said.ToHex())),
+                        "PAGE_DAMAGED", {{"page", absl::StrCat(page)}});
+    }
+    places_[page].is_there = true;
+    --num_missing_;
+    return absl::OkStatus();
+  }
 
   absl::Status CheckRoom() ABSL_EXCLUSIVE_LOCKS_REQUIRED(host_->mu_) {
     if (kind_ == TransferKind::kPages) return absl::OkStatus();

@@ -3,6 +3,7 @@
 
 #include "absl/strings/str_cat.h"
 #include "base/status_macros.h"
+#include "worker/device_addressed.h"
 #include "worker/model_host_impl.h"
 
 namespace pagetide {
@@ -52,6 +53,16 @@ class ModelHostImpl::OutgoingImpl final : public OutgoingSequence {
           }
           return sink(page, body);
         });
+  }
+
+  std::vector<uint32_t> InFrames(std::span<const uint32_t> pages) override {
+    return snapshot_->InFrames(pages);
+  }
+  absl::Status VisitFrames(std::span<const uint32_t> pages, FrameSink sink) override {
+    for (uint32_t page : pages) {
+      PT_RETURN_IF_ERROR(snapshot_->VisitFrame(page, sink));
+    }
+    return absl::OkStatus();
   }
 
   uint64_t KeepHold() override { return std::exchange(hold_, 0); }
@@ -122,6 +133,10 @@ absl::Status ModelHostImpl::CloseMoved(const Tenant& tenant, SequenceId id, uint
   }
   Flush();
   return absl::OkStatus();
+}
+
+bool ModelHostImpl::has_device_addresses() const {
+  return dynamic_cast<DeviceAddressed*>(pool_.get()) != nullptr;
 }
 
 TransferHost& TransfersOf(ModelHost& host) {

@@ -218,6 +218,40 @@ class ModelHostImpl::SnapshotImpl final : public PagedSnapshot {
     return status;
   }
 
+  std::vector<uint32_t> InFrames(std::span<const uint32_t> pages) override {
+    std::vector<uint32_t> found;
+    MutexLock lock(&host_->mu_);
+    for (uint32_t page : pages) {
+      if (page < items_.size() && IsInFrame(items_[page])) found.push_back(page);
+    }
+    return found;
+  }
+
+  absl::Status VisitFrame(uint32_t i, OutgoingSequence::FrameSink sink) override {
+    CollectiveBuffer frame;
+    {
+      MutexLock lock(&host_->mu_);
+      if (i >= items_.size() || !IsInFrame(items_[i])) {
+        return WithReason(absl::FailedPreconditionError(
+                              absl::StrCat("send page ", i, ": it is not whole in a frame")),
+                          "NOT_IN_FRAME");
+      }
+      const Item& item = items_[i];
+      Page& page = host_->pages_.Get(item.page);
+      host_->pages_.Pin(page);
+      frame = CollectiveBuffer::Of(host_->pool_.get(), host_->FrameOffset(item.group, page.frame()),
+                                   host_->Geometry(item.group).page_bytes());
+    }
+    const absl::Status status = sink(i, frame);
+    {
+      MutexLock lock(&host_->mu_);
+      host_->pages_.Unpin(host_->pages_.Get(items_[i].page));
+      host_->changed_.SignalAll();
+    }
+    host_->Flush();
+    return status;
+  }
+
  private:
   struct Item {
     PageId page;  // referenced
@@ -242,6 +276,12 @@ class ModelHostImpl::SnapshotImpl final : public PagedSnapshot {
     uint32_t sealed_rows = 0;  // of a tail that a checkpoint sealed; 0: the frame is the body
     std::optional<PageKey> stored_key;  // of a private page whose record holds the frame's bytes
   };
+
+  // Whole there, and nobody writes to it any more.
+  bool IsInFrame(const Item& item) const ABSL_EXCLUSIVE_LOCKS_REQUIRED(host_->mu_) {
+    const Page& page = host_->pages_.Get(item.page);
+    return item.body.empty() && !item.is_pinned && page.is_full() && page.is_readable();
+  }
 
   // A pool may be smaller than a batch.
   size_t BatchPages() const { return std::min<size_t>(kBatchPages, host_->num_frames_); }

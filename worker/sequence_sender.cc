@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <chrono>
+#include <iterator>
 #include <utility>
 #include <vector>
 
@@ -12,6 +13,7 @@
 #include "base/log.h"
 #include "base/status_context.h"
 #include "base/status_macros.h"
+#include "base/thread_group.h"
 #include "pagetide/v1/transfer.grpc.pb.h"
 #include "rpc/channel.h"
 #include "rpc/retry.h"
@@ -65,17 +67,17 @@ class SequenceSender::Peer {
     return Said(FromGrpcStatus((stub_.get()->*method)(&context, request, response)));
   }
 
-  absl::Status Push(OutgoingSequence& outgoing, const v1::ReserveTransferResponse& reserved,
-                    MonotonicTime deadline, v1::SendSequenceResponse* sent) {
-    if (reserved.wanted().empty()) return absl::OkStatus();
+  absl::Status Push(OutgoingSequence& outgoing, const std::string& transfer_id,
+                    std::span<const uint32_t> wanted, MonotonicTime deadline,
+                    v1::SendSequenceResponse* sent) {
+    if (wanted.empty()) return absl::OkStatus();
     grpc::ClientContext context;
     SetDeadline(deadline, &context);
     v1::PushPagesResponse response;
     const auto writer = stub_->PushPages(&context, &response);
     v1::PushPagesRequest part;
-    part.set_transfer_id(reserved.transfer_id());
+    part.set_transfer_id(transfer_id);
     bool is_broken = false;
-    const std::vector<uint32_t> wanted(reserved.wanted().begin(), reserved.wanted().end());
     const absl::Status read = outgoing.ReadPages(
         wanted, deadline, [&](uint32_t page, std::span<const std::byte> body) -> absl::Status {
           part.set_page(page);
@@ -120,11 +122,12 @@ class SequenceSender::Peer {
 };
 
 SequenceSender::SequenceSender(Options options, Worker* worker, Parking* parking,
-                               RequestMemos* memos)
+                               RequestMemos* memos, FrameLink* link)
     : options_(options),
       worker_(worker),
       parking_(parking),
       memos_(memos),
+      link_(link),
       slots_({.what = "sends of sequences",
               .reason = "TOO_MANY_TRANSFERS",
               .in_all = options.max_running,
@@ -248,7 +251,14 @@ absl::StatusOr<v1::SendSequenceResponse> SequenceSender::Transfer(
     status = absl::InternalError(
         absl::StrCat("worker at ", address, " asks for page ", page, " of ", plan.pages.size()));
   }
-  if (status.ok()) status = peer->Push(outgoing, reserved, deadline, &response);
+  if (status.ok()) {
+    const std::vector<uint32_t> linked =
+        SendByLink(*peer, tenant, *host, outgoing, reserved, deadline, &response);
+    std::vector<uint32_t> others;
+    std::set_difference(reserved.wanted().begin(), reserved.wanted().end(), linked.begin(),
+                        linked.end(), std::back_inserter(others));
+    status = peer->Push(outgoing, reserved.transfer_id(), others, deadline, &response);
+  }
   if (!status.ok()) {
     // So that its frames are free at once; otherwise they are when its ttl has passed.
     Abort(*peer, reserved.transfer_id()).status().IgnoreError();
@@ -264,6 +274,68 @@ absl::StatusOr<v1::SendSequenceResponse> SequenceSender::Transfer(
             .target_incarnation = reserved.incarnation()};
   PT_RETURN_IF_ERROR(Commit(*peer, outgoing, std::move(move), deadline, &response));
   return response;
+}
+
+std::vector<uint32_t> SequenceSender::SendByLink(Peer& peer, const Tenant& tenant, ModelHost& host,
+                                                 OutgoingSequence& outgoing,
+                                                 const v1::ReserveTransferResponse& reserved,
+                                                 MonotonicTime deadline,
+                                                 v1::SendSequenceResponse* sent) {
+  if (link_ == nullptr || link_->name().empty() || reserved.link() != link_->name() ||
+      !TransfersOf(host).has_device_addresses()) {
+    return {};
+  }
+  const std::vector<uint32_t> wanted(reserved.wanted().begin(), reserved.wanted().end());
+  std::vector<uint32_t> pages = outgoing.InFrames(wanted);
+  uint64_t num_bytes = 0;
+  for (uint32_t page : pages) num_bytes += outgoing.page_bytes(page);
+  if (pages.empty() || num_bytes < link_->options().min_bytes) return {};
+  const absl::StatusOr<std::unique_ptr<FrameLink::Pair>> pair = link_->Take(tenant.name);
+  absl::StatusOr<std::string> id = pair.ok() ? (*pair)->MakeId() : pair.status();
+  absl::Status status = id.status();
+  if (status.ok()) {
+    // What is reserved must not expire meanwhile.
+    const absl::Duration join_timeout =
+        std::min(link_->options().join_timeout,
+                 DurationFromProto("ttl", reserved.ttl()).value_or(absl::ZeroDuration()) / 2);
+    v1::ReceivePagesRequest request;
+    request.set_transfer_id(reserved.transfer_id());
+    request.set_link(link_->name());
+    request.set_link_id(*id);
+    request.mutable_pages()->Add(pages.begin(), pages.end());
+    *request.mutable_join_timeout() = DurationToProto(join_timeout);
+    request.set_proof(
+        std::string(ProveLink(reserved.transfer_id(), link_->name(), *id, tenant.salt).view()));
+    absl::Status received;
+    absl::Status asked;
+    {
+      // The target's end, which takes as long as this one. Declared last: waits before the rest
+      // goes.
+      ThreadGroup other("link-receive");
+      other.Start([&] {
+        v1::ReceivePagesResponse response;
+        received =
+            peer.Call(&v1::TransferService::Stub::ReceivePages, request, &response, deadline);
+        if (!received.ok()) (*pair)->Abort();
+      });
+      asked = (*pair)->Send(*id, join_timeout, outgoing, pages, deadline);
+    }
+    // What the target says of it says more than that its end is gone.
+    status = received.ok() ? asked : received;
+  }
+  worker_->metrics()
+      .GetCounter("pagetide_transfer_link_sends_total",
+                  "Transfers whose pages went from GPU to GPU, by how that ended",
+                  {{"code", absl::StatusCodeToString(status.code())}})
+      ->Increment();
+  if (!status.ok()) {
+    LogWarning("worker", "transfer ", reserved.transfer_id(), ": its pages go by gRPC, not by ",
+               link_->name(), ": ", status.message());
+    return {};
+  }
+  sent->set_sent_pages(sent->sent_pages() + pages.size());
+  sent->set_sent_bytes(sent->sent_bytes() + num_bytes);
+  return pages;
 }
 
 absl::Status SequenceSender::Commit(Peer& peer, OutgoingSequence& outgoing, Move move,

@@ -13,6 +13,7 @@
 #include <memory>
 #include <optional>
 #include <string>
+#include <vector>
 
 #include "absl/container/flat_hash_map.h"
 #include "absl/functional/function_ref.h"
@@ -22,6 +23,7 @@
 #include "absl/time/time.h"
 #include "base/mutex.h"
 #include "pagetide/v1/transfer.pb.h"
+#include "worker/frame_link.h"
 #include "worker/parking.h"
 #include "worker/request_memos.h"
 #include "worker/sequence_transfer.h"
@@ -41,7 +43,9 @@ class SequenceSender {
     absl::Duration give_up = absl::Minutes(10);
     size_t max_remembered = 1000;
   };
-  SequenceSender(Options options, Worker* worker, Parking* parking, RequestMemos* memos);
+  // `link` may be null: all pages go by PushPages.
+  SequenceSender(Options options, Worker* worker, Parking* parking, RequestMemos* memos,
+                 FrameLink* link);
 
   // Errors: see TransferService.SendSequence.
   absl::StatusOr<v1::SendSequenceResponse> Send(const Tenant& tenant,
@@ -92,6 +96,11 @@ class SequenceSender {
   // With one of the slots; counts.
   absl::StatusOr<v1::SendSequenceResponse> Counted(
       const Tenant& tenant, absl::FunctionRef<absl::StatusOr<v1::SendSequenceResponse>()> send);
+  // Those of `wanted` that went from GPU to GPU; none where that is not possible, or failed.
+  std::vector<uint32_t> SendByLink(Peer& peer, const Tenant& tenant, ModelHost& host,
+                                   OutgoingSequence& outgoing,
+                                   const v1::ReserveTransferResponse& reserved,
+                                   MonotonicTime deadline, v1::SendSequenceResponse* sent);
   // Commits; of a move without a good answer asks what became of it, and remembers it if it does
   // not learn.
   absl::Status Commit(Peer& peer, OutgoingSequence& outgoing, Move move, MonotonicTime deadline,
@@ -112,6 +121,7 @@ class SequenceSender {
   Worker* const worker_;
   Parking* const parking_;
   RequestMemos* const memos_;
+  FrameLink* const link_;
   StreamSlots slots_;
   std::atomic<uint64_t> next_request_{1};
 

@@ -20,6 +20,7 @@
 #include "base/digest.h"
 #include "core/page_store.h"
 #include "core/session_state.h"
+#include "worker/collective.h"
 #include "worker/model_host.h"
 
 namespace pagetide {
@@ -63,6 +64,13 @@ class OutgoingSequence {
   using PageSink = absl::FunctionRef<absl::Status(uint32_t page, std::span<const std::byte> body)>;
   virtual absl::Status ReadPages(std::span<const uint32_t> pages, MonotonicTime deadline,
                                  PageSink sink) = 0;
+  // Of `pages` those that lie whole in frames now, in their order.
+  virtual std::vector<uint32_t> InFrames(std::span<const uint32_t> pages) = 0;
+  // Where each of such pages lies, in order, in a frame that keeps it until `sink` returns. Ends
+  // with the sink's error. Verifies nothing: who gets the bytes does. FAILED_PRECONDITION
+  // (NOT_IN_FRAME) when one has left its frame meanwhile.
+  using FrameSink = absl::FunctionRef<absl::Status(uint32_t page, const CollectiveBuffer& frame)>;
+  virtual absl::Status VisitFrames(std::span<const uint32_t> pages, FrameSink sink) = 0;
   // Of a move whose outcome is not known: the end of this object does not let the sequence go on;
   // TransferHost::EndHold of this number does.
   virtual uint64_t KeepHold() = 0;
@@ -85,6 +93,10 @@ class IncomingSequence {
   // wanted, or not the bytes that come next.
   virtual absl::StatusOr<bool> Write(uint32_t page, uint64_t offset,
                                      std::span<const std::byte> bytes) = 0;
+  // A wanted page as a whole: `fill` writes it where it is to lie, and it is verified there. Errors
+  // of `fill`; else as Write. A page that is there already is INVALID_ARGUMENT.
+  using PageFill = absl::FunctionRef<absl::Status(const CollectiveBuffer& frame)>;
+  virtual absl::Status Fill(uint32_t page, PageFill fill) = 0;
   // Opens the sequence, or of kPages puts what has a key into the cache. Once, when it succeeds:
   // nothing is held then. FAILED_PRECONDITION (PAGES_MISSING), ALREADY_EXISTS, ABORTED,
   // RESOURCE_EXHAUSTED.
@@ -94,6 +106,8 @@ class IncomingSequence {
 class TransferHost {
  public:
   virtual ~TransferHost() = default;
+  // Frames lie in memory that GPUs address.
+  virtual bool has_device_addresses() const = 0;
   // `address`: of kMove, what calls that want to change the sequence are told. Errors of a change
   // of the sequence, of the other kinds those of a snapshot; INVALID_ARGUMENT (SESSION_TOO_LONG).
   virtual absl::StatusOr<std::unique_ptr<OutgoingSequence>> BeginOutgoing(

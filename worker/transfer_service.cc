@@ -11,11 +11,13 @@
 namespace pagetide {
 
 TransferServiceImpl::TransferServiceImpl(Worker* worker, IncomingTransfers* incoming,
-                                         SequenceSender* sender, GroupMailbox* mailbox,
-                                         RequestMemos* memos, StreamDeadlines* deadlines)
+                                         SequenceSender* sender, FrameLink* link,
+                                         GroupMailbox* mailbox, RequestMemos* memos,
+                                         StreamDeadlines* deadlines)
     : worker_(worker),
       incoming_(incoming),
       sender_(sender),
+      link_(link),
       mailbox_(mailbox),
       memos_(memos),
       deadlines_(deadlines) {}
@@ -50,6 +52,9 @@ absl::StatusOr<v1::ReserveTransferResponse> TransferServiceImpl::Reserve(
   *response.mutable_ttl() = DurationToProto(reserved.ttl);
   response.set_worker_id(worker_->id());
   response.set_incarnation(worker_->incarnation());
+  if (link_ != nullptr && TransfersOf(*host).has_device_addresses()) {
+    response.set_link(link_->name());
+  }
   return response;
 }
 
@@ -100,6 +105,54 @@ grpc::Status TransferServiceImpl::PushPages(grpc::ServerContext* context,
   const CallContext call = MakeCallContext(*context, *worker_);
   const StreamDeadlines::Watch watch(deadlines_, context, call.end, "push pages");
   return ToGrpcStatus(Push(call, context, reader, response));
+}
+
+absl::Status TransferServiceImpl::Receive(const CallContext& call,
+                                          const v1::ReceivePagesRequest& request,
+                                          v1::ReceivePagesResponse* response) {
+  if (request.link_id().empty() || request.link_id().size() > FastLink::kMaxIdBytes) {
+    return absl::InvalidArgumentError(absl::StrCat("link_id has ", request.link_id().size(),
+                                                   " bytes, must have 1 to ",
+                                                   FastLink::kMaxIdBytes));
+  }
+  PT_ASSIGN_OR_RETURN(const absl::Duration join_timeout,
+                      DurationFromProto("join_timeout", request.join_timeout()));
+  if (join_timeout == absl::ZeroDuration() || join_timeout > FrameLink::kMaxJoinTimeout) {
+    return absl::InvalidArgumentError(absl::StrCat(
+        "join_timeout is ", absl::FormatDuration(join_timeout), ", must be above 0 and at most ",
+        absl::FormatDuration(FrameLink::kMaxJoinTimeout)));
+  }
+  const Digest proof =
+      ProveLink(request.transfer_id(), request.link(), request.link_id(), call.tenant.salt);
+  if (proof.view() != request.proof()) {
+    return WithReason(
+        absl::PermissionDeniedError("receive pages: the proof is not of a worker of this "
+                                    "deployment, for this tenant"),
+        "NOT_PROVEN");
+  }
+  if (link_ == nullptr || link_->name().empty() || request.link() != link_->name()) {
+    return WithReason(
+        absl::FailedPreconditionError(absl::StrCat(
+            "receive pages: this worker has no link of that name: ",
+            link_ == nullptr ? "its frames are not joined to those of others" : link_->why_not())),
+        "NO_LINK");
+  }
+  PT_ASSIGN_OR_RETURN(const std::unique_ptr<IncomingTransfers::Push> push,
+                      incoming_->BeginPush(call.tenant, request.transfer_id()));
+  PT_ASSIGN_OR_RETURN(const std::unique_ptr<FrameLink::Pair> pair, link_->Take(call.tenant.name));
+  PT_RETURN_IF_ERROR(pair->Receive(
+      request.link_id(), join_timeout, *push,
+      std::span(request.pages().data(), static_cast<size_t>(request.pages_size())), call.deadline));
+  response->set_received_pages(push->received_pages());
+  response->set_received_bytes(push->received_bytes());
+  response->set_missing_pages(push->num_missing());
+  return absl::OkStatus();
+}
+
+grpc::Status TransferServiceImpl::ReceivePages(grpc::ServerContext* context,
+                                               const v1::ReceivePagesRequest* request,
+                                               v1::ReceivePagesResponse* response) {
+  return ToGrpcStatus(Receive(MakeCallContext(*context, *worker_), *request, response));
 }
 
 grpc::Status TransferServiceImpl::CommitTransfer(grpc::ServerContext* context,

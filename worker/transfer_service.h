@@ -5,6 +5,7 @@
 
 #include "pagetide/v1/transfer.grpc.pb.h"
 #include "rpc/stream_deadlines.h"
+#include "worker/frame_link.h"
 #include "worker/group_mailbox.h"
 #include "worker/incoming_transfers.h"
 #include "worker/request_memos.h"
@@ -16,8 +17,10 @@ namespace pagetide {
 
 class TransferServiceImpl final : public v1::TransferService::Service {
  public:
+  // `link` may be null.
   TransferServiceImpl(Worker* worker, IncomingTransfers* incoming, SequenceSender* sender,
-                      GroupMailbox* mailbox, RequestMemos* memos, StreamDeadlines* deadlines);
+                      FrameLink* link, GroupMailbox* mailbox, RequestMemos* memos,
+                      StreamDeadlines* deadlines);
 
   grpc::Status ReserveTransfer(grpc::ServerContext* context,
                                const v1::ReserveTransferRequest* request,
@@ -25,6 +28,8 @@ class TransferServiceImpl final : public v1::TransferService::Service {
   grpc::Status PushPages(grpc::ServerContext* context,
                          grpc::ServerReader<v1::PushPagesRequest>* reader,
                          v1::PushPagesResponse* response) override;
+  grpc::Status ReceivePages(grpc::ServerContext* context, const v1::ReceivePagesRequest* request,
+                            v1::ReceivePagesResponse* response) override;
   grpc::Status CommitTransfer(grpc::ServerContext* context,
                               const v1::CommitTransferRequest* request,
                               v1::CommitTransferResponse* response) override;
@@ -42,6 +47,8 @@ class TransferServiceImpl final : public v1::TransferService::Service {
   absl::Status Push(const CallContext& call, grpc::ServerContext* context,
                     grpc::ServerReader<v1::PushPagesRequest>* reader,
                     v1::PushPagesResponse* response);
+  absl::Status Receive(const CallContext& call, const v1::ReceivePagesRequest& request,
+                       v1::ReceivePagesResponse* response);
   absl::Status Deliver(const CallContext& call,
                        grpc::ServerReader<v1::DeliverBytesRequest>* reader);
   v1::CommitTransferResponse ToProto(const IncomingTransfers::Committed& committed) const;
@@ -49,6 +56,7 @@ class TransferServiceImpl final : public v1::TransferService::Service {
   Worker* const worker_;
   IncomingTransfers* const incoming_;
   SequenceSender* const sender_;
+  FrameLink* const link_;
   GroupMailbox* const mailbox_;
   RequestMemos* const memos_;
   StreamDeadlines* const deadlines_;
