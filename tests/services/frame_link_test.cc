@@ -1,6 +1,6 @@
 // Pages of transfers from one worker's GPU to another's: two workers on loopback whose frames an
-// emulation of NCCL addresses (tests/services/emulated_nccl.cc), and what happens when the link does
-// not do what it should.
+// emulation of NCCL addresses (tests/services/emulated_nccl.cc), and what happens when the link
+// does not do what it should.
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 
@@ -152,8 +152,7 @@ class FrameLinkTest : public TransferServiceTest {
     return worker.client->Stat("pagetide_transfer_link_received_pages_total").value_or(0);
   }
   static double LinkSends(WorkerUnderTest& worker, const std::string& code) {
-    return worker.client
-        ->Stat("pagetide_transfer_link_sends_total{code=\"" + code + "\"}")
+    return worker.client->Stat("pagetide_transfer_link_sends_total{code=\"" + code + "\"}")
         .value_or(0);
   }
   // The pages went by gRPC, and the sequence is there.
