@@ -57,6 +57,9 @@ std::map<std::string, std::string> WorkerFlagHelp() {
       {"link_gpus", "Send pages to other workers' GPUs over NCCL (default false)"},
       {"device",
        "Where frames lie: cpu (default), cuda, cuda:N, or auto: a GPU if one can be used"},
+      {"export_device_frames",
+       "Let trusted clients of --local-socket map frames that lie in a GPU; they could write "
+       "(default false)"},
       {"pool_bytes", "Bytes of frames for all models (default 1GiB)"},
       {"model_pool_bytes", "Bytes of frames for each model (default: the first takes all)"},
       {"write_through", "Put pages into the store as soon as they are full (default true)"},
@@ -130,6 +133,7 @@ absl::StatusOr<WorkerRole::Options> WorkerOptionsFromConfig(const config::Worker
   options.device = config.device();
   options.link_gpus = config.link_gpus();
   options.cpu_device.reserve_memory = config.reserve_memory();
+  options.cuda_device.export_frames = config.export_device_frames();
 
   if (config.listen_size() > 0) {
     options.server.addresses.assign(config.listen().begin(), config.listen().end());

@@ -182,7 +182,8 @@ absl::StatusOr<std::unique_ptr<WorkerRole>> WorkerRole::Start(Options options, P
   if (options.make_device) {
     parts->device = options.make_device();
   } else {
-    PT_ASSIGN_OR_RETURN(ChosenDevice chosen, ChooseDevice(options.device, options.cpu_device));
+    PT_ASSIGN_OR_RETURN(ChosenDevice chosen,
+                        ChooseDevice(options.device, options.cpu_device, options.cuda_device));
     if (!chosen.why_not_gpu.empty()) {
       LogWarning("worker", "frames lie in host memory: ", chosen.why_not_gpu);
     }

@@ -18,6 +18,7 @@
 #include "core/page_store.h"
 #include "rpc/server.h"
 #include "worker/cpu_device.h"
+#include "worker/cuda_device.h"
 #include "worker/engine_pools.h"
 #include "worker/frame_link.h"
 #include "worker/group_mailbox.h"
@@ -37,7 +38,8 @@ class WorkerRole {
     // Of the pools that frames lie in: what ChooseDevice takes, empty for the CPU device.
     std::string device;
     CpuDevice::Options cpu_device;
-    // For tests, in place of these two.
+    CudaDeviceOptions cuda_device;
+    // For tests, in place of these three.
     std::function<std::unique_ptr<Device>()> make_device;
     // Pages of transfers between workers go from GPU to GPU, where both do so: over NCCL, or over
     // what make_link makes (for tests).

@@ -5,17 +5,17 @@
 #include "absl/strings/numbers.h"
 #include "absl/strings/str_cat.h"
 #include "absl/strings/strip.h"
-#include "worker/cuda_device.h"
 
 namespace pagetide {
 
 absl::StatusOr<ChosenDevice> ChooseDevice(absl::string_view wanted,
-                                          const CpuDevice::Options& cpu_options) {
+                                          const CpuDevice::Options& cpu_options,
+                                          const CudaDeviceOptions& cuda_options) {
   if (wanted.empty() || wanted == "cpu") {
     return ChosenDevice{std::make_unique<CpuDevice>(cpu_options), ""};
   }
   if (wanted == "auto") {
-    absl::StatusOr<std::unique_ptr<Device>> gpu = MakeCudaDevice(0);
+    absl::StatusOr<std::unique_ptr<Device>> gpu = MakeCudaDevice(0, cuda_options);
     if (gpu.ok()) return ChosenDevice{*std::move(gpu), ""};
     return ChosenDevice{std::make_unique<CpuDevice>(cpu_options),
                         std::string(gpu.status().message())};
@@ -29,7 +29,7 @@ absl::StatusOr<ChosenDevice> ChooseDevice(absl::string_view wanted,
     return absl::InvalidArgumentError(
         absl::StrCat("device is \"", wanted, "\", must be cpu, cuda, cuda:N or auto"));
   }
-  absl::StatusOr<std::unique_ptr<Device>> gpu = MakeCudaDevice(static_cast<int>(ordinal));
+  absl::StatusOr<std::unique_ptr<Device>> gpu = MakeCudaDevice(static_cast<int>(ordinal), cuda_options);
   if (!gpu.ok()) {
     return absl::Status(gpu.status().code(),
                         absl::StrCat("device ", wanted, ": ", gpu.status().message(),

@@ -8,6 +8,7 @@
 #include "absl/status/statusor.h"
 #include "absl/strings/string_view.h"
 #include "worker/cpu_device.h"
+#include "worker/cuda_device.h"
 #include "worker/device.h"
 
 namespace pagetide {
@@ -22,7 +23,8 @@ struct ChosenDevice {
 // be used, else the CPU device. INVALID_ARGUMENT for other words; FAILED_PRECONDITION, saying why
 // and offering the CPU device, when a GPU is asked for that cannot be used.
 absl::StatusOr<ChosenDevice> ChooseDevice(absl::string_view wanted,
-                                          const CpuDevice::Options& cpu_options);
+                                          const CpuDevice::Options& cpu_options,
+                                          const CudaDeviceOptions& cuda_options = {});
 
 }  // namespace pagetide
 

@@ -46,7 +46,9 @@ class CpuPool final : public DevicePool {
 
   uint64_t size_bytes() const override { return size_bytes_; }
   std::byte* host_view() override { return base_; }
-  int export_fd() const override { return fd_; }
+  PoolExport exported() const override {
+    return {.kind = PoolExport::Kind::kMemfd, .fd = fd_, .mapped_bytes = size_bytes_};
+  }
 
   absl::Status Write(uint64_t offset, std::span<const std::byte> from) override {
     PT_RETURN_IF_ERROR(CheckRange("write to", offset, from.size()));

@@ -71,6 +71,7 @@ class CudaContext {
   CudaContext(const CudaContext&) = delete;
   CudaContext& operator=(const CudaContext&) = delete;
 
+  int ordinal() const { return ordinal_; }
   const std::string& name() const { return name_; }  // "cuda:0"
   // Makes the GPU the calling thread's: every call begins with it.
   absl::Status Use() const;

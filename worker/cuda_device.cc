@@ -10,11 +10,13 @@
 #include <utility>
 
 #include "absl/strings/str_cat.h"
+#include "base/log.h"
 #include "base/status_macros.h"
 #include "kernels/paged_attention.h"
 #include "kernels/rope_shift.h"
 #include "worker/attention_call.h"
 #include "worker/cuda_context.h"
+#include "worker/cuda_shared_memory.h"
 #include "worker/cuda_status.h"
 #include "worker/device_addressed.h"
 #include "worker/k_shift.h"
@@ -95,31 +97,95 @@ class ShiftPlan {
   uint64_t table_bytes_ = 0;
 };
 
+// The memory of a pool: one that peers can map, or a plain allocation that says why they cannot.
+class CudaPoolMemory {
+ public:
+  // `driver`: through which peers get it; an error says why they do not. The GPU is the thread's.
+  static absl::StatusOr<std::unique_ptr<CudaPoolMemory>> Create(
+      const CudaContext& context,
+      const absl::StatusOr<std::shared_ptr<const CudaVmmLibrary>>& driver, uint64_t size_bytes) {
+    std::unique_ptr<CudaPoolMemory> memory(new CudaPoolMemory());
+    absl::Status allocated = driver.status();
+    if (driver.ok()) {
+      auto shared = ExportableMemory::Create(*driver, context.ordinal(), size_bytes);
+      allocated = shared.status();
+      if (shared.ok()) {
+        memory->shared_ = *std::move(shared);
+        return memory;
+      }
+      if (absl::IsFailedPrecondition(allocated)) {
+        LogWarning("worker", "peers cannot map a pool of ", size_bytes, " bytes on ",
+                   context.name(), ": ", allocated.message());
+      }
+    }
+    if (absl::IsFailedPrecondition(allocated)) {
+      memory->why_not_ = std::string(allocated.message());
+      allocated = CudaStatus("cudaMalloc", cudaMalloc(&memory->plain_, size_bytes));
+      memory->plain_bytes_ = size_bytes;
+    }
+    if (allocated.ok()) return memory;
+    const std::string what = absl::StrCat("create a pool of ", size_bytes, " bytes on ",
+                                          context.name(), ": ", allocated.message());
+    size_t free_bytes = 0;
+    size_t total_bytes = 0;
+    if (cudaMemGetInfo(&free_bytes, &total_bytes) != cudaSuccess) {
+      return absl::Status(allocated.code(), what);
+    }
+    return absl::Status(allocated.code(), absl::StrCat(what, ": ", free_bytes, " of ", total_bytes,
+                                                       " bytes are free"));
+  }
+  ~CudaPoolMemory() {
+    if (plain_ != nullptr) (void)cudaFree(plain_);
+  }
+  CudaPoolMemory(const CudaPoolMemory&) = delete;
+  CudaPoolMemory& operator=(const CudaPoolMemory&) = delete;
+
+  std::byte* data() const {
+    return shared_ != nullptr ? shared_->data() : static_cast<std::byte*>(plain_);
+  }
+  // At least the pool's.
+  uint64_t size_bytes() const { return shared_ != nullptr ? shared_->size_bytes() : plain_bytes_; }
+
+  PoolExport exported() const {
+    if (shared_ == nullptr) return {.why_not = why_not_};
+    PoolExport exported{.mapped_bytes = shared_->size_bytes(),
+                        .device_uuid = shared_->device_uuid()};
+    if (shared_->kind() == ExportableMemory::Kind::kVmm) {
+      exported.kind = PoolExport::Kind::kCudaVmm;
+      exported.fd = shared_->fd();
+    } else {
+      exported.kind = PoolExport::Kind::kCudaIpc;
+      exported.ipc_handle = shared_->ipc_handle();
+    }
+    return exported;
+  }
+
+ private:
+  CudaPoolMemory() = default;
+
+  std::unique_ptr<ExportableMemory> shared_;
+  void* plain_ = nullptr;
+  uint64_t plain_bytes_ = 0;
+  std::string why_not_;
+};
+
 class CudaPool final : public DevicePool, public DeviceAddressed {
  public:
-  static absl::StatusOr<std::unique_ptr<DevicePool>> Create(std::shared_ptr<CudaContext> context,
-                                                            uint64_t size_bytes) {
+  static absl::StatusOr<std::unique_ptr<DevicePool>> Create(
+      std::shared_ptr<CudaContext> context,
+      const absl::StatusOr<std::shared_ptr<const CudaVmmLibrary>>& driver, uint64_t size_bytes) {
     PT_RETURN_IF_ERROR(context->Use());
     auto pool = std::unique_ptr<CudaPool>(new CudaPool(std::move(context), size_bytes));
-    void* base = nullptr;
-    const absl::Status allocated = CudaStatus(
-        absl::StrCat("create a pool of ", size_bytes, " bytes on ", pool->context_->name()),
-        cudaMalloc(&base, size_bytes));
-    if (!allocated.ok()) {
-      size_t free_bytes = 0;
-      size_t total_bytes = 0;
-      if (cudaMemGetInfo(&free_bytes, &total_bytes) != cudaSuccess) return allocated;
-      return absl::Status(allocated.code(), absl::StrCat(allocated.message(), ": ", free_bytes,
-                                                         " of ", total_bytes, " bytes are free"));
-    }
-    pool->base_ = static_cast<std::byte*>(base);
-    PT_RETURN_IF_ERROR(pool->Zero(0, size_bytes));
+    PT_ASSIGN_OR_RETURN(pool->memory_, CudaPoolMemory::Create(*pool->context_, driver, size_bytes));
+    pool->base_ = pool->memory_->data();
+    // What lies behind the pool's end too: peers map it.
+    PT_RETURN_IF_ERROR(pool->ZeroMemory(0, pool->memory_->size_bytes()));
     return std::unique_ptr<DevicePool>(std::move(pool));
   }
 
   ~CudaPool() override {
-    if (base_ == nullptr || !context_->Use().ok()) return;
-    (void)cudaFree(base_);
+    // For what gives the memory back.
+    (void)context_->Use();
   }
   CudaPool(const CudaPool&) = delete;
   CudaPool& operator=(const CudaPool&) = delete;
@@ -127,7 +193,7 @@ class CudaPool final : public DevicePool, public DeviceAddressed {
   uint64_t size_bytes() const override { return size_bytes_; }
   std::byte* host_view() override { return nullptr; }
   void* device_address() override { return base_; }
-  int export_fd() const override { return -1; }
+  PoolExport exported() const override { return memory_->exported(); }
 
   absl::Status Write(uint64_t offset, std::span<const std::byte> from) override {
     PT_RETURN_IF_ERROR(CheckPoolRange("write to", offset, from.size(), size_bytes_));
@@ -158,12 +224,7 @@ class CudaPool final : public DevicePool, public DeviceAddressed {
 
   absl::Status Zero(uint64_t offset, uint64_t num_bytes) override {
     PT_RETURN_IF_ERROR(CheckPoolRange("zero", offset, num_bytes, size_bytes_));
-    if (num_bytes == 0) return absl::OkStatus();
-    PT_RETURN_IF_ERROR(context_->Use());
-    CudaContext::Borrowed work(context_.get());
-    PT_RETURN_IF_ERROR(CudaStatus(absl::StrCat("zero ", num_bytes, " bytes"),
-                                  cudaMemsetAsync(base_ + offset, 0, num_bytes, work->stream())));
-    return work->Wait();
+    return ZeroMemory(offset, num_bytes);
   }
 
   bool CanShift(const GroupGeometry& group) const override { return CanShiftOnHost(group); }
@@ -264,6 +325,15 @@ class CudaPool final : public DevicePool, public DeviceAddressed {
   CudaPool(std::shared_ptr<CudaContext> context, uint64_t size_bytes)
       : context_(std::move(context)), size_bytes_(size_bytes) {}
 
+  absl::Status ZeroMemory(uint64_t offset, uint64_t num_bytes) {
+    if (num_bytes == 0) return absl::OkStatus();
+    PT_RETURN_IF_ERROR(context_->Use());
+    CudaContext::Borrowed work(context_.get());
+    PT_RETURN_IF_ERROR(CudaStatus(absl::StrCat("zero ", num_bytes, " bytes"),
+                                  cudaMemsetAsync(base_ + offset, 0, num_bytes, work->stream())));
+    return work->Wait();
+  }
+
   // Of the host's view of the runs: positions, and what device kernels ask of addresses.
   absl::Status CheckRuns(const kernels::AttentionBatch& batch, const AttentionRuns& rows) const {
     kernels::AttentionArgs args = batch.all;
@@ -286,12 +356,16 @@ class CudaPool final : public DevicePool, public DeviceAddressed {
   // Shared by all pools of a GPU and outlived by none: a pool may outlive its device.
   const std::shared_ptr<CudaContext> context_;
   const uint64_t size_bytes_;
-  std::byte* base_ = nullptr;  // device
+  // Set by Create only.
+  std::unique_ptr<CudaPoolMemory> memory_;
+  std::byte* base_ = nullptr;  // device; the memory's
 };
 
 class CudaDevice final : public Device {
  public:
-  explicit CudaDevice(std::shared_ptr<CudaContext> context) : context_(std::move(context)) {}
+  CudaDevice(std::shared_ptr<CudaContext> context,
+             absl::StatusOr<std::shared_ptr<const CudaVmmLibrary>> driver)
+      : context_(std::move(context)), driver_(std::move(driver)) {}
 
   absl::string_view name() const override { return context_->name(); }
 
@@ -299,11 +373,14 @@ class CudaDevice final : public Device {
     if (size_bytes == 0) {
       return absl::InvalidArgumentError(absl::StrCat("create a pool of 0 bytes on ", name()));
     }
-    return CudaPool::Create(context_, size_bytes);
+    return CudaPool::Create(context_, driver_, size_bytes);
   }
 
  private:
-  const std::shared_ptr<CudaContext> context_;  // shared with the pools, which may outlive this
+  // Both are shared with the pools, which may outlive this.
+  const std::shared_ptr<CudaContext> context_;
+  // FAILED_PRECONDITION: why pools are not exported.
+  const absl::StatusOr<std::shared_ptr<const CudaVmmLibrary>> driver_;
 };
 
 absl::Status CannotUse(int ordinal, absl::string_view why) {
@@ -312,7 +389,8 @@ absl::Status CannotUse(int ordinal, absl::string_view why) {
 
 }  // namespace
 
-absl::StatusOr<std::unique_ptr<Device>> MakeCudaDevice(int ordinal) {
+absl::StatusOr<std::unique_ptr<Device>> MakeCudaDevice(int ordinal,
+                                                       const CudaDeviceOptions& options) {
   int count = 0;
   const cudaError_t error = cudaGetDeviceCount(&count);
   if (error != cudaSuccess) return CannotUse(ordinal, cudaGetErrorString(error));
@@ -328,7 +406,17 @@ absl::StatusOr<std::unique_ptr<Device>> MakeCudaDevice(int ordinal) {
                                            ".x, the kernels need ", kMinComputeMajor, ".0"));
   }
   PT_ASSIGN_OR_RETURN(std::shared_ptr<CudaContext> context, CudaContext::Create(ordinal));
-  return std::unique_ptr<Device>(std::make_unique<CudaDevice>(std::move(context)));
+  absl::StatusOr<std::shared_ptr<const CudaVmmLibrary>> driver =
+      absl::FailedPreconditionError("the worker was not told to export_device_frames");
+  if (options.export_frames) {
+    driver = CudaVmmLibrary::Load(options.driver);
+    if (!driver.ok()) {
+      LogWarning("worker", "peers cannot map pools on ", context->name(), ": ",
+                 driver.status().message());
+    }
+  }
+  return std::unique_ptr<Device>(
+      std::make_unique<CudaDevice>(std::move(context), std::move(driver)));
 }
 
 }  // namespace pagetide

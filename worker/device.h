@@ -7,6 +7,7 @@
 #include <cstdint>
 #include <memory>
 #include <span>
+#include <string>
 #include <vector>
 
 #include "absl/status/status.h"
@@ -38,6 +39,23 @@ struct AttentionCall {
   std::span<float> log_sum_exp;    // [num_queries, query_heads]
 };
 
+// How processes on the same host can map a pool. What lies behind it stays the pool's.
+struct PoolExport {
+  // Values equal the proto enum LocalMemory.Kind.
+  enum class Kind : uint8_t {
+    kNone = 0,
+    kMemfd = 1,    // host memory; who gets the descriptor can map it for reading only
+    kCudaVmm = 2,  // a GPU's: a descriptor for cuMemImportFromShareableHandle
+    kCudaIpc = 3,  // a GPU's: a handle for cuIpcOpenMemHandle
+  };
+  Kind kind = Kind::kNone;
+  int fd = -1;               // kMemfd, kCudaVmm
+  std::string ipc_handle;    // kCudaIpc: 64 bytes
+  uint64_t mapped_bytes = 0;  // what is mapped, from the pool's first byte on: at least the pool
+  std::string device_uuid;   // kCudaVmm, kCudaIpc: the 16 bytes that name the GPU on any host
+  std::string why_not;       // kNone: the reason
+};
+
 // One allocation, made once, that frames are carved from. Offsets are bytes from its start. Calls
 // are complete on return. Ranges are the caller's to keep apart: the pool does not lock.
 class DevicePool {
@@ -58,8 +76,9 @@ class DevicePool {
   // (CANNOT_SHIFT) for rows this device cannot turn.
   virtual absl::Status ReadShifted(const GroupGeometry& group, uint64_t offset, uint32_t num_rows,
                                    int32_t delta, std::span<std::byte> to) = 0;
-  // A file descriptor that a peer on the same host can map read-only, or -1. Stays the pool's.
-  virtual int export_fd() const = 0;
+  // For peers on the same host. Of a GPU's memory whoever maps it decides by itself whether it can
+  // write: such a pool is exported only where the operator asked for it, to peers that he trusts.
+  virtual PoolExport exported() const = 0;
 };
 
 class Device {

@@ -18,6 +18,7 @@
 #include "absl/strings/str_cat.h"
 #include "base/error_info.h"
 #include "base/log.h"
+#include "base/metrics.h"
 #include "base/status_macros.h"
 #include "pagetide/v1/local_plane.pb.h"
 #include "worker/local_plane_wire.h"
@@ -90,6 +91,47 @@ bool SendWelcome(int fd, const v1::LocalWelcome& welcome, const std::vector<int>
     std::memcpy(CMSG_DATA(header), fds.data(), bytes);
   }
   return sendmsg(fd, &message, MSG_NOSIGNAL | MSG_DONTWAIT) == static_cast<ssize_t>(frame.size());
+}
+
+// Says what kind of memory a pool is, and hands it over to a client that understands the kind. The
+// descriptor that is to go with the welcome, or -1.
+int Announce(const PoolExport& exported, const v1::LocalHello& hello, v1::LocalWelcome::Pool* pool) {
+  const auto kind = static_cast<v1::LocalMemory::Kind>(exported.kind);
+  pool->set_kind(kind);
+  if (exported.kind == PoolExport::Kind::kNone) {
+    pool->set_why_not(exported.why_not);
+    return -1;
+  }
+  if (exported.kind == PoolExport::Kind::kMemfd) {
+    pool->set_has_fd(true);
+    return exported.fd;
+  }
+  if (std::find(hello.pool_kinds().begin(), hello.pool_kinds().end(), kind) ==
+      hello.pool_kinds().end()) {
+    pool->set_why_not(absl::StrCat("the frames lie in a GPU, and the hello does not name ",
+                                   v1::LocalMemory::Kind_Name(kind), " in pool_kinds"));
+    return -1;
+  }
+  pool->set_mapped_bytes(exported.mapped_bytes);
+  pool->set_device_uuid(exported.device_uuid);
+  if (exported.kind == PoolExport::Kind::kCudaIpc) {
+    pool->set_ipc_handle(exported.ipc_handle);
+    return -1;
+  }
+  pool->set_has_device_fd(true);
+  return exported.fd;
+}
+
+void CountPool(Metrics& metrics, const v1::LocalWelcome::Pool& pool) {
+  const std::string lent = pool.has_fd()                 ? "memfd"
+                           : pool.has_device_fd()        ? "cuda_vmm"
+                           : !pool.ipc_handle().empty() ? "cuda_ipc"
+                                                         : "none";
+  metrics
+      .GetCounter("pagetide_local_pools_total",
+                  "Pools that clients on this host asked to map, by what they were given",
+                  {{"lent", lent}})
+      ->Increment();
 }
 
 void Refuse(int fd, absl::string_view why) {
@@ -289,10 +331,9 @@ bool LocalPlane::Welcome(Connection* connection, const v1::LocalHello& hello,
     v1::LocalWelcome::Pool* pool = welcome.add_pools();
     pool->set_model_digest((*host)->model().digest().ToHex());
     pool->set_size_bytes((*host)->pool().size_bytes());
-    if (const int fd = (*host)->pool().export_fd(); fd >= 0) {
-      pool->set_has_fd(true);
-      fds.push_back(fd);
-    }
+    const int fd = Announce((*host)->pool().exported(), hello, pool);
+    if (fd >= 0) fds.push_back(fd);
+    CountPool(worker_->metrics(), *pool);
   }
   const uint64_t client_id = RandomId();
   welcome.set_client_id(client_id);

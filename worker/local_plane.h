@@ -1,6 +1,7 @@
 // LocalPlane: the data plane for clients on the same machine (proto/pagetide/v1/local_plane.proto).
 // A client connects to a unix socket, says hello, and gets a staging buffer to write rows into and,
-// if it asks for a model, that model's pool to read frames in place. An engine hands its own memory
+// if it asks for a model, that model's pool to read frames in place: host memory, or, where the
+// device exports it and the client says that it can map such memory, a GPU's. An engine hands its own memory
 // over with the hello. The connection is the client's life: when it closes, the staging is freed,
 // the reservations that used it are aborted, and on_client_gone ends what stood on its memory.
 //

@@ -3,7 +3,7 @@
 
 namespace pagetide {
 
-absl::StatusOr<std::unique_ptr<Device>> MakeCudaDevice(int ordinal) {
+absl::StatusOr<std::unique_ptr<Device>> MakeCudaDevice(int ordinal, const CudaDeviceOptions&) {
   return absl::FailedPreconditionError(
       absl::StrCat("use cuda:", ordinal, ": this program was built without CUDA"));
 }

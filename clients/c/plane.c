@@ -122,6 +122,8 @@ static bool ReadWelcome(const struct Welcome* welcome, struct pt_plane* plane, b
       while (pt_next(&pool, &of_pool)) {
         if (of_pool.number == 2) plane->pool_bytes = of_pool.value;
         if (of_pool.number == 3) has_pool_fd = of_pool.value != 0;
+        if (of_pool.number == 4) plane->pool_kind = (enum pt_memory_kind)of_pool.value;
+        if (of_pool.number == 5) pt_text(&of_pool, plane->why_no_pool, sizeof(plane->why_no_pool));
       }
     }
     if (field.number == 4 && field.size > 0) {
@@ -136,6 +138,7 @@ static bool ReadWelcome(const struct Welcome* welcome, struct pt_plane* plane, b
   if (num_memories != (gave_memory ? 1u : 0u))
     return Fail(error, error_size, "welcome", "the memory was not taken");
   if (!wants_pool || !has_pool_fd) return true;
+  plane->pool_kind = PT_MEMORY_MEMFD; /* of workers that do not say it too */
   /* The first descriptor is that of a staging buffer, in which rows are written; this client writes
    * none. */
   plane->pool = welcome->num_fds < 2 ? NULL : MapPool(welcome->fds[1], plane->pool_bytes);
@@ -160,7 +163,7 @@ bool pt_plane_connect(struct pt_plane* plane, const char* socket_path, const cha
   if (model_digest[0] != '\0') pt_put_string(&hello, 3, model_digest);
   if (memory_fd >= 0) {
     struct pt_message memory = {0};
-    pt_put_uint(&memory, 1, 1); /* KIND_MEMFD */
+    pt_put_uint(&memory, 1, PT_MEMORY_MEMFD);
     pt_put_uint(&memory, 2, memory_bytes);
     pt_put_message(&hello, 4, &memory);
     pt_free(&memory);

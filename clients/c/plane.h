@@ -8,13 +8,24 @@
 #include <stddef.h>
 #include <stdint.h>
 
+/* LocalMemory.Kind. A GPU's memory is for its owner's libraries to map: this client does not ask for
+ * it, and is given none. */
+enum pt_memory_kind {
+  PT_MEMORY_NONE = 0,
+  PT_MEMORY_MEMFD = 1,
+  PT_MEMORY_CUDA_VMM = 2,
+  PT_MEMORY_CUDA_IPC = 3
+};
+
 struct pt_plane {
   int socket;
   uint64_t client_id;
-  /* The frames of the model that was asked for, mapped read-only; null when the worker's device
-   * exports none. */
+  /* The frames of the model that was asked for, mapped read-only; null when they lie in memory that
+   * this client does not map. */
   const uint8_t* pool;
   uint64_t pool_bytes;
+  enum pt_memory_kind pool_kind; /* of the frames, mapped or not */
+  char why_no_pool[256];         /* the worker's words where pool is null; empty if it told none */
 };
 
 /* Says hello and reads the welcome. `model_digest` (64 hex digits): whose pool is to be mapped;

@@ -188,6 +188,8 @@ absl::StatusOr<std::unique_ptr<LocalStaging>> LocalStaging::Connect(
     if (pool == MAP_FAILED) return SystemError("map pool of", socket_path);
     staging->pool_ = static_cast<const std::byte*>(pool);
     staging->pool_bytes_ = bytes;
+  } else if (welcome.pools_size() > 0) {
+    staging->why_no_pool_ = welcome.pools(0).why_not();
   }
   return staging;
 }

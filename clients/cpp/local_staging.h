@@ -12,6 +12,7 @@
 #include <cstdint>
 #include <memory>
 #include <span>
+#include <string>
 
 #include "absl/status/statusor.h"
 #include "absl/strings/string_view.h"
@@ -23,7 +24,8 @@ class LocalStaging {
  public:
   // UNAVAILABLE when nobody listens at `socket_path` (another host, or the local plane is off),
   // DEADLINE_EXCEEDED, FAILED_PRECONDITION with the worker's words when it refuses. `model_digest`:
-  // whose pool to map; empty: none. A pool that the worker does not export leaves pool() empty.
+  // whose pool to map; empty: none. A pool that this process cannot map, a GPU's among them, leaves
+  // pool() empty.
   static absl::StatusOr<std::unique_ptr<LocalStaging>> Connect(absl::string_view socket_path,
                                                                uint64_t staging_bytes,
                                                                absl::Duration timeout,
@@ -39,6 +41,8 @@ class LocalStaging {
   uint64_t num_bytes() const { return num_bytes_; }
   // Where the frames of the named model lie; offsets are those of GetBlockTable.
   std::span<const std::byte> pool() const { return {pool_, pool_bytes_}; }
+  // Why pool() is empty, in the worker's words; empty if it told none.
+  const std::string& why_no_pool() const { return why_no_pool_; }
   // OUT_OF_RANGE unless the region lies inside the buffer.
   absl::StatusOr<std::span<std::byte>> Region(uint64_t offset, uint64_t num_bytes) const;
 
@@ -52,6 +56,7 @@ class LocalStaging {
   // Mapped, read-only; set by Connect only.
   const std::byte* pool_ = nullptr;
   uint64_t pool_bytes_ = 0;
+  std::string why_no_pool_;
 };
 
 }  // namespace pagetide

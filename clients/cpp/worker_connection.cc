@@ -83,7 +83,8 @@ absl::StatusOr<std::shared_ptr<LocalStaging>> WorkerConnection::SharedPool(
                                             kLocalPlaneTimeout, digest));
   if (pool->pool().empty()) {
     return absl::FailedPreconditionError(absl::StrCat("share the pool of worker ", options_.address,
-                                                      ": the host cannot address its frames"));
+                                                      ": the host cannot address its frames: ",
+                                                      pool->why_no_pool()));
   }
   MutexLock lock(&mu_);
   pools_[digest] = pool;

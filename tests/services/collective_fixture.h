@@ -50,7 +50,7 @@ class TestPool final : public DevicePool, public DeviceAddressed {
                            std::span<std::byte>) override {
     return absl::UnimplementedError("");
   }
-  int export_fd() const override { return -1; }
+  PoolExport exported() const override { return {}; }
 
   std::vector<std::byte>& bytes() { return bytes_; }
 

@@ -77,7 +77,7 @@ TEST(CpuDeviceTest, OptionsGiveAWorkingPool) {
 // What a local peer does with the descriptor that it is sent.
 TEST(CpuDeviceTest, APeerSeesWritesAndCannotWrite) {
   auto pool = MakePool();
-  const int fd = dup(pool->export_fd());
+  const int fd = dup(pool->exported().fd);
   ASSERT_GE(fd, 0);
   void* view = mmap(nullptr, kPoolBytes, PROT_READ, MAP_SHARED, fd, 0);
   ASSERT_NE(view, MAP_FAILED);

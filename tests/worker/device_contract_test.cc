@@ -52,9 +52,19 @@ TEST_P(DeviceContractTest, APoolStartsZeroedAndOutlivesItsDevice) {
   device_.reset();
   EXPECT_EQ(pool->size_bytes(), 5000u);
   EXPECT_EQ(Contents(*pool), std::vector<std::byte>(5000));
-  // Only the CPU device's frames can be addressed and mapped.
+  // Only the CPU device's frames can be addressed, and mapped without anybody's leave.
   EXPECT_EQ(pool->host_view() != nullptr, GetParam() == "cpu");
-  EXPECT_EQ(pool->export_fd() >= 0, GetParam() == "cpu");
+  const PoolExport exported = pool->exported();
+  if (GetParam() == "cpu") {
+    EXPECT_EQ(exported.kind, PoolExport::Kind::kMemfd);
+    EXPECT_GE(exported.fd, 0);
+    EXPECT_EQ(exported.mapped_bytes, 5000u);
+    EXPECT_EQ(exported.why_not, "");
+  } else {
+    EXPECT_EQ(exported.kind, PoolExport::Kind::kNone);
+    EXPECT_EQ(exported.fd, -1);
+    EXPECT_THAT(exported.why_not, HasSubstr("export_device_frames"));
+  }
 }
 
 TEST_P(DeviceContractTest, RefusesSizesThatCannotBe) {

@@ -61,7 +61,7 @@ class WatchedDevice final : public Device {
                              int32_t delta, std::span<std::byte> to) override {
       return pool_->ReadShifted(group, offset, num_rows, delta, to);
     }
-    int export_fd() const override { return -1; }
+    PoolExport exported() const override { return {}; }
 
    private:
     WatchedDevice* const device_;

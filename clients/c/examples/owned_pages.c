@@ -164,7 +164,8 @@ int main(int count, char** arguments) {
   }
   int code = 1;
   if (plane.pool == NULL) {
-    fprintf(stderr, "this worker's frames cannot be mapped\n");
+    fprintf(stderr, "this worker's frames cannot be mapped: kind %d: %s\n", (int)plane.pool_kind,
+            plane.why_no_pool);
   } else {
     struct pt_worker* const worker = pt_worker_connect(arguments[1]);
     if (worker != NULL) code = Read(worker, &plane, arguments);

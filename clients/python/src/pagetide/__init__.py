@@ -22,7 +22,7 @@ from pagetide.errors import (Aborted, AlreadyExists, Cancelled, DataLoss, Deadli
                              PermissionDenied, ResourceExhausted, SequenceMoved, Unauthenticated,
                              Unavailable, Unimplemented)
 from pagetide.lease import PageLease
-from pagetide.local_plane import LocalPlane
+from pagetide.local_plane import DevicePool, LocalPlane
 from pagetide.model import Group, Model, RowKind, row_bytes
 from pagetide.options import Input, Retention
 from pagetide.retry import CallOptions, RetryPolicy

@@ -1,12 +1,14 @@
 """Memory shared with a worker on the same host (proto/pagetide/v1/local_plane.proto).
 
 The worker hands over, by SCM_RIGHTS, a staging buffer that rows are written to and, for one model, its
-pool of frames, mapped read-only. The connection is this client's life to the worker: when it ends, the
+pool of frames: host memory, mapped here read-only, or, to who asks for it, a GPU's, which is the caller's
+to map. The connection is this client's life to the worker: when it ends, the
 worker drops what was reserved in the staging buffer.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import fcntl
 import mmap
 import os
@@ -28,8 +30,34 @@ _VERSION = 1
 _MAX_WELCOME_BYTES = 64 << 10
 _MAX_DESCRIPTORS = 16
 _F_GET_SEALS, _F_SEAL_SHRINK = 1034, 2  # linux/fcntl.h; Python names them from 3.12 on
+_KINDS = local_plane_pb2.LocalMemory
+_DEVICE_KINDS = (_KINDS.KIND_CUDA_VMM, _KINDS.KIND_CUDA_IPC)
 Bytes = npt.NDArray[np.uint8]
 _open_planes: "weakref.WeakSet[LocalPlane]" = weakref.WeakSet()
+
+
+@dataclasses.dataclass
+class DevicePool:
+    """A worker's frames in the memory of a GPU: what the caller's CUDA library maps them by. Only to be read, and
+    only under a lease: nothing but its own care keeps this process from writing into them.
+
+    kind: "KIND_CUDA_VMM": `fd` is for cuMemImportFromShareableHandle, `mapped_bytes` is the size to map.
+    "KIND_CUDA_IPC": `ipc_handle`, 64 bytes, is for cuIpcOpenMemHandle, and is to be closed before the plane.
+    size_bytes: of the pool, at the beginning of the memory. device_uuid: 16 bytes, of the GPU.
+    """
+
+    kind: str
+    size_bytes: int
+    mapped_bytes: int
+    device_uuid: bytes
+    fd: int = -1
+    ipc_handle: bytes = b""
+
+    def close(self) -> None:
+        """Closes the descriptor. What was imported by it stays."""
+        if self.fd >= 0:
+            os.close(self.fd)
+        self.fd = -1
 
 
 class LocalPlane:
@@ -37,21 +65,29 @@ class LocalPlane:
 
     Arrays taken from it keep the memory mapped after close(); nothing is ever unmapped under them. In a child
     of this process it is closed: the connection is the life of the process that made it.
+
+    why_no_pool: in the worker's words, why has_pool is false; empty if it told none. device_pool: the frames in
+    a GPU, if they were asked for.
     """
 
     def __init__(self, sock: socket.socket, client_id: int, staging: mmap.mmap,
-                 pool: Optional[mmap.mmap]) -> None:
+                 pool: Optional[mmap.mmap], why_no_pool: str = "",
+                 device_pool: Optional[DevicePool] = None) -> None:
         self._socket = sock
         self.client_id = client_id
         self._staging: Bytes = np.frombuffer(staging, np.uint8)
         self._pool: Optional[Bytes] = None if pool is None else np.frombuffer(pool, np.uint8)
+        self.why_no_pool = why_no_pool
+        self.device_pool = device_pool
         _open_planes.add(self)
 
     @staticmethod
     def connect(socket_path: str, staging_bytes: int, timeout: float,
-                model_digest: str = "", memories: Seq[EngineMemory] = ()) -> "LocalPlane":
+                model_digest: str = "", memories: Seq[EngineMemory] = (),
+                takes_device_pool: bool = False) -> "LocalPlane":
         """`model_digest`: the model whose pool is to be mapped; empty for none. `memories`: of an engine,
-        for its pools; they stay the worker's to use until this connection ends.
+        for its pools; they stay the worker's to use until this connection ends. `takes_device_pool`: of frames
+        in a GPU, hand over what the caller maps them by; else such a worker's frames are not mapped.
 
         Raises Unavailable when nobody listens there (another host, no local plane), DeadlineExceeded,
         FailedPrecondition with the worker's words when it refuses.
@@ -63,7 +99,8 @@ class LocalPlane:
             sock.settimeout(timeout)
             sock.connect(socket_path)
             hello = local_plane_pb2.LocalHello(
-                version=_VERSION, staging_bytes=staging_bytes, model_digest=model_digest)
+                version=_VERSION, staging_bytes=staging_bytes, model_digest=model_digest,
+                pool_kinds=_DEVICE_KINDS if takes_device_pool else ())
             for memory in memories:
                 hello.memories.add(
                     kind=local_plane_pb2.LocalMemory.KIND_MEMFD, size_bytes=memory.num_bytes)
@@ -80,10 +117,13 @@ class LocalPlane:
             if not descriptors:
                 raise Unavailable(f"local plane {socket_path}: welcome without a staging descriptor")
             staging = _map(descriptors[0], welcome.staging_bytes, True, socket_path)
-            pool = None
-            if welcome.pools and welcome.pools[0].has_fd and len(descriptors) > 1:
-                pool = _map(descriptors[1], welcome.pools[0].size_bytes, False, socket_path)
-            plane = LocalPlane(sock, welcome.client_id, staging, pool)
+            pool = device_pool = None
+            announced = welcome.pools[0] if welcome.pools else local_plane_pb2.LocalWelcome.Pool()
+            if announced.has_fd and len(descriptors) > 1:
+                pool = _map(descriptors[1], announced.size_bytes, False, socket_path)
+            elif takes_device_pool and announced.kind in _DEVICE_KINDS:
+                device_pool = _device_pool(announced, descriptors, socket_path)
+            plane = LocalPlane(sock, welcome.client_id, staging, pool, announced.why_not, device_pool)
             sock.setblocking(False)
             sock = None  # type: ignore[assignment]  # the plane's now
             return plane
@@ -124,6 +164,8 @@ class LocalPlane:
         return not poller.poll(0)  # nothing is said after the welcome but the end
 
     def close(self) -> None:
+        if self.device_pool is not None:
+            self.device_pool.close()
         self._socket.close()
 
 
@@ -172,6 +214,22 @@ def _map(fd: int, num_bytes: int, writable: bool, path: str) -> mmap.mmap:
     if not fcntl.fcntl(fd, _F_GET_SEALS) & _F_SEAL_SHRINK:
         raise Unavailable(f"local plane {path}: memory that is not sealed against shrinking")
     return mmap.mmap(fd, num_bytes, access=mmap.ACCESS_WRITE if writable else mmap.ACCESS_READ)
+
+
+def _device_pool(pool: local_plane_pb2.LocalWelcome.Pool, descriptors: list[int],
+                 path: str) -> Optional[DevicePool]:
+    is_vmm = pool.kind == _KINDS.KIND_CUDA_VMM
+    if not pool.has_device_fd and not pool.ipc_handle:
+        return None
+    if pool.has_device_fd != is_vmm or (is_vmm and len(descriptors) < 2) or \
+            (not is_vmm and len(pool.ipc_handle) != 64) or \
+            not 0 < pool.size_bytes <= pool.mapped_bytes:
+        raise Unavailable(f"local plane {path}: a pool of {_KINDS.Kind.Name(pool.kind)} without what it is "
+                          "mapped by")
+    # Descriptors of the welcome are closed once it is read: this one stays.
+    fd = os.dup(descriptors[1]) if is_vmm else -1
+    return DevicePool(_KINDS.Kind.Name(pool.kind), pool.size_bytes, pool.mapped_bytes, pool.device_uuid, fd,
+                      pool.ipc_handle)
 
 
 def _slice(what: str, memory: Bytes, offset: int, num_bytes: int) -> Bytes:
