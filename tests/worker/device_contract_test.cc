@@ -60,6 +60,11 @@ TEST_P(DeviceContractTest, APoolStartsZeroedAndOutlivesItsDevice) {
     EXPECT_GE(exported.fd, 0);
     EXPECT_EQ(exported.mapped_bytes, 5000u);
     EXPECT_EQ(exported.why_not, "");
+  } else if (GetParam().find("exported") != std::string::npos) {
+    EXPECT_EQ(exported.kind, PoolExport::Kind::kCudaVmm) << exported.why_not;
+    EXPECT_GE(exported.fd, 0);
+    EXPECT_GE(exported.mapped_bytes, 5000u);
+    EXPECT_EQ(exported.device_uuid.size(), 16u);
   } else {
     EXPECT_EQ(exported.kind, PoolExport::Kind::kNone);
     EXPECT_EQ(exported.fd, -1);
@@ -349,9 +354,9 @@ TEST_P(DeviceContractTest, ShiftedRowsHaveTheCpuDevicesBits) {
 }
 
 #ifdef PAGETIDE_EMULATED_CUDA
-INSTANTIATE_TEST_SUITE_P(Devices, DeviceContractTest, testing::Values("cuda_emulated"),
+INSTANTIATE_TEST_SUITE_P(Devices, DeviceContractTest, testing::Values("cuda_emulated", "cuda_exported"),
 #else
-INSTANTIATE_TEST_SUITE_P(Devices, DeviceContractTest, testing::Values("cpu", "cuda"),
+INSTANTIATE_TEST_SUITE_P(Devices, DeviceContractTest, testing::Values("cpu", "cuda", "cuda_exported"),
 #endif
                          [](const auto& info) { return info.param; });
 

@@ -13,10 +13,16 @@
 
 namespace pagetide {
 
-// "cpu", else the first GPU. FAILED_PRECONDITION says why there is none.
+#ifndef CUDA_DRIVER
+#define CUDA_DRIVER "libcuda.so.1"
+#endif
+
+// "cpu", else the first GPU, of a name with "exported" with pools that peers can map.
+// FAILED_PRECONDITION says why there is none.
 inline absl::StatusOr<std::unique_ptr<Device>> MakeNamedDevice(const std::string& name) {
   if (name == "cpu") return std::make_unique<CpuDevice>();
-  return MakeCudaDevice(0);
+  const bool is_exported = name.find("exported") != std::string::npos;
+  return MakeCudaDevice(0, {.export_frames = is_exported, .driver = CUDA_DRIVER});
 }
 
 // A suite whose parameter is the name; skipped with the reason where the device is not.

@@ -131,6 +131,17 @@ cudaError_t cudaFree(void* p) {
   return cudaSuccess;
 }
 
+// Memory that was made or mapped by the emulated driver (tests/worker/emulated_driver), which finds
+// this function at run time; 0 bytes: it is gone.
+extern "C" void emulated_cuda_note_memory(void* p, size_t bytes) {
+  std::lock_guard<std::mutex> lock(memory().mu);
+  if (bytes == 0) {
+    memory().device.erase(p);
+  } else {
+    memory().device[p] = bytes;
+  }
+}
+
 cudaError_t cudaMemGetInfo(size_t* free_bytes, size_t* total_bytes) {
   std::lock_guard<std::mutex> lock(memory().mu);
   *free_bytes = kDeviceBytes - memory().device_bytes;

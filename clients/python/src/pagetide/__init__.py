@@ -37,7 +37,7 @@ from pagetide.sync.steps import BatchStep, PendingStep
 
 __all__ = [
     "Aborted", "AlreadyExists", "Attention", "BatchStep", "CallOptions", "Cancelled", "Client",
-    "DataLoss", "DeadlineExceeded", "DlpackView", "EngineJob", "EngineLayout", "EngineMemory",
+    "DataLoss", "DeadlineExceeded", "DevicePool", "DlpackView", "EngineJob", "EngineLayout", "EngineMemory",
     "EnginePool", "Export", "FailedPrecondition", "Group", "Input", "Internal", "InvalidArgument",
     "LocalPlane", "Model",
     "NotFound", "PageLease", "PageTideError", "PendingAppend", "PendingStep", "PermissionDenied",
