@@ -2,12 +2,15 @@
 # Installs what a fresh Debian 12 machine lacks to build, test and run PageTide. Idempotent: what is
 # there is left alone, and nothing is asked of the network when nothing is missing.
 #
-#   deploy/setup.sh [--checks] [--grpcurl] [--cuda]
+#   deploy/setup.sh [--checks] [--grpcurl] [--cuda] [--nccl]
 #     --checks   also clang 14, clang-tidy and clang-format (thread-safety build, CI)
 #     --grpcurl  also grpcurl, built by Go into build/tools/
 #     --cuda     also the CUDA 13.0 compiler and runtime and a disassembler, from PyPI into
 #                build/tools/cuda, unless nvcc is on the PATH or in /usr/local/cuda; no driver, no
 #                GPU needed
+#     --nccl     also NCCL, from PyPI into build/tools/nccl, unless the loader knows libnccl.so.2 already;
+#                PageTide looks for it when it runs (LD_LIBRARY_PATH=build/tools/nccl for programs,
+#                tests look there by themselves), and needs neither it nor a GPU to be built
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -30,11 +33,13 @@ packages=(
 )
 with_grpcurl=false
 with_cuda=false
+with_nccl=false
 for argument in "$@"; do
   case "$argument" in
     --checks) packages+=(clang-14 clang-tidy-14 clang-format-14) ;;
     --grpcurl) with_grpcurl=true ;;
     --cuda) with_cuda=true ;;
+    --nccl) with_nccl=true ;;
     *) echo "setup: unknown argument '$argument'" >&2; exit 2 ;;
   esac
 done
@@ -103,6 +108,23 @@ if $with_cuda; then
     ln -sfn libcudart.so.13 "$toolkit/lib/libcudart.so"
     ln -sfn lib "$toolkit/lib64"
     say "nvcc is in $toolkit/bin; the cuda preset finds it there"
+  fi
+fi
+if $with_nccl; then
+  tools="$PWD/build/tools"
+  # All of its output first: a reader that stops early would make the loader's list fail.
+  known="$(PATH="$PATH:/sbin:/usr/sbin" ldconfig -p)"
+  if [ -e "$tools/nccl/libnccl.so.2" ] || grep -q 'libnccl\.so\.2 ' <<< "$known"; then
+    say "NCCL is there"
+  else
+    install_missing python3-pip
+    say "installing NCCL"
+    mkdir -p "$tools/nccl"
+    # A folder of its own, not an environment: nothing but the library is wanted.
+    python3 -m pip install --quiet --disable-pip-version-check --no-deps --root-user-action=ignore \
+      --target "$tools/nccl" "nvidia-nccl-cu13==2.*"
+    ln -sfn nvidia/nccl/lib/libnccl.so.2 "$tools/nccl/libnccl.so.2"
+    say "libnccl.so.2 is in $tools/nccl"
   fi
 fi
 say "done"

@@ -29,7 +29,8 @@ absl::StatusOr<ChosenDevice> ChooseDevice(absl::string_view wanted,
     return absl::InvalidArgumentError(
         absl::StrCat("device is \"", wanted, "\", must be cpu, cuda, cuda:N or auto"));
   }
-  absl::StatusOr<std::unique_ptr<Device>> gpu = MakeCudaDevice(static_cast<int>(ordinal), cuda_options);
+  absl::StatusOr<std::unique_ptr<Device>> gpu =
+      MakeCudaDevice(static_cast<int>(ordinal), cuda_options);
   if (!gpu.ok()) {
     return absl::Status(gpu.status().code(),
                         absl::StrCat("device ", wanted, ": ", gpu.status().message(),

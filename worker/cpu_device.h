@@ -41,8 +41,8 @@ class CpuDevice final : public Device {
   // (w = k_dim if kv_heads > 1), the leading w elements of each head. A scale of 0 means
   // 1 / sqrt(k_dim); log_sum_exp may be empty.
   //
-  // The exported descriptor is sealed against resizing and against new writable mappings and writes by anyone,
-  // this process included; only the mapping made here can write.
+  // The exported descriptor is sealed against resizing and against new writable mappings and writes
+  // by anyone, this process included; only the mapping made here can write.
   absl::StatusOr<std::unique_ptr<DevicePool>> CreatePool(uint64_t size_bytes) override;
 
  private:

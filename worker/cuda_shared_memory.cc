@@ -81,10 +81,9 @@ class CudaHoldings {
   absl::StatusOr<uint64_t> UnitBytes() const {
     size_t unit = 0;
     const CudaVmmLibrary::Properties properties = OfGpu();
-    PT_RETURN_IF_ERROR(
-        Check("cuMemGetAllocationGranularity",
-              library_->cuMemGetAllocationGranularity(&unit, &properties,
-                                                      CudaVmmLibrary::kMinimumGranularity)));
+    PT_RETURN_IF_ERROR(Check("cuMemGetAllocationGranularity",
+                             library_->cuMemGetAllocationGranularity(
+                                 &unit, &properties, CudaVmmLibrary::kMinimumGranularity)));
     if (unit > 0) return unit;
     return Refused("the driver's unit of memory is 0 bytes");
   }
@@ -101,9 +100,9 @@ class CudaHoldings {
 
   absl::StatusOr<int> ExportFd() const {
     int fd = -1;
-    PT_RETURN_IF_ERROR(Check("cuMemExportToShareableHandle",
-                             library_->cuMemExportToShareableHandle(
-                                 &fd, handle_, CudaVmmLibrary::kFileDescriptor, 0)));
+    PT_RETURN_IF_ERROR(Check(
+        "cuMemExportToShareableHandle",
+        library_->cuMemExportToShareableHandle(&fd, handle_, CudaVmmLibrary::kFileDescriptor, 0)));
     if (fd < 0) return Refused("the driver gave no descriptor");
     (void)fcntl(fd, F_SETFD, FD_CLOEXEC);  // programs that this process starts are no peers
     return fd;
@@ -114,16 +113,15 @@ class CudaHoldings {
     PT_RETURN_IF_ERROR(Check("cuMemAlloc", library_->cuMemAlloc_v2(&address_, size_bytes_)));
     is_allocated_ = true;
     CudaVmmLibrary::IpcHandle handle;
-    PT_RETURN_IF_ERROR(
-        Check("cuIpcGetMemHandle", library_->cuIpcGetMemHandle(&handle, address_)));
+    PT_RETURN_IF_ERROR(Check("cuIpcGetMemHandle", library_->cuIpcGetMemHandle(&handle, address_)));
     return std::string(handle.bytes, sizeof(handle.bytes));
   }
 
   absl::Status ImportVmm(int fd, uint64_t size_bytes, int access) {
     PT_ASSIGN_OR_RETURN(const uint64_t unit, UnitBytes());
     if (size_bytes == 0 || size_bytes % unit != 0) {
-      return absl::InvalidArgumentError(absl::StrCat(
-          action_, ": ", size_bytes, " bytes are no whole units of ", unit, " bytes"));
+      return absl::InvalidArgumentError(
+          absl::StrCat(action_, ": ", size_bytes, " bytes are no whole units of ", unit, " bytes"));
     }
     size_bytes_ = size_bytes;
     // The descriptor goes by its number in the place of a pointer.
@@ -148,13 +146,13 @@ class CudaHoldings {
     CudaVmmLibrary::IpcHandle opened;
     std::memcpy(opened.bytes, handle.data(), sizeof(opened.bytes));
     PT_RETURN_IF_ERROR(
-        Check("cuIpcOpenMemHandle", library_->cuIpcOpenMemHandle_v2(
-                                        &address_, opened, CudaVmmLibrary::kLazyPeerAccess)));
+        Check("cuIpcOpenMemHandle",
+              library_->cuIpcOpenMemHandle_v2(&address_, opened, CudaVmmLibrary::kLazyPeerAccess)));
     is_opened_ = true;
     CudaVmmLibrary::Address base = 0;
     size_t there = 0;
-    PT_RETURN_IF_ERROR(Check("cuMemGetAddressRange",
-                             library_->cuMemGetAddressRange_v2(&base, &there, address_)));
+    PT_RETURN_IF_ERROR(
+        Check("cuMemGetAddressRange", library_->cuMemGetAddressRange_v2(&base, &there, address_)));
     if (size_bytes > 0 && base == address_ && size_bytes <= there) return absl::OkStatus();
     return absl::InvalidArgumentError(
         absl::StrCat(action_, ": ", size_bytes, " bytes of the ", there, " behind its handle"));
@@ -224,8 +222,7 @@ class CudaHoldings {
     PT_RETURN_IF_ERROR(Check("cuMemAddressReserve",
                              library_->cuMemAddressReserve(&address_, size_bytes_, 0, 0, 0)));
     is_reserved_ = true;
-    PT_RETURN_IF_ERROR(
-        Check("cuMemMap", library_->cuMemMap(address_, size_bytes_, 0, handle_, 0)));
+    PT_RETURN_IF_ERROR(Check("cuMemMap", library_->cuMemMap(address_, size_bytes_, 0, handle_, 0)));
     is_mapped_ = true;
     const CudaVmmLibrary::Access wanted{.location = OfGpu().location, .flags = access};
     return Check("cuMemSetAccess", library_->cuMemSetAccess(address_, size_bytes_, &wanted, 1));

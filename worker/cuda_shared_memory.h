@@ -50,7 +50,7 @@ class ExportableMemory {
   std::byte* data() const;  // device, to be read and written
   uint64_t size_bytes() const;
   Kind kind() const { return kind_; }
-  int fd() const { return fd_; }                                // kVmm; stays this object's
+  int fd() const { return fd_; }                                 // kVmm; stays this object's
   const std::string& ipc_handle() const { return ipc_handle_; }  // kIpc: 64 bytes
   const std::string& device_uuid() const;                        // 16 bytes
 

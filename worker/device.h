@@ -49,11 +49,11 @@ struct PoolExport {
     kCudaIpc = 3,  // a GPU's: a handle for cuIpcOpenMemHandle
   };
   Kind kind = Kind::kNone;
-  int fd = -1;               // kMemfd, kCudaVmm
-  std::string ipc_handle;    // kCudaIpc: 64 bytes
+  int fd = -1;                // kMemfd, kCudaVmm
+  std::string ipc_handle;     // kCudaIpc: 64 bytes
   uint64_t mapped_bytes = 0;  // what is mapped, from the pool's first byte on: at least the pool
-  std::string device_uuid;   // kCudaVmm, kCudaIpc: the 16 bytes that name the GPU on any host
-  std::string why_not;       // kNone: the reason
+  std::string device_uuid;    // kCudaVmm, kCudaIpc: the 16 bytes that name the GPU on any host
+  std::string why_not;        // kNone: the reason
 };
 
 // One allocation, made once, that frames are carved from. Offsets are bytes from its start. Calls

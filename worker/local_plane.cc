@@ -95,7 +95,8 @@ bool SendWelcome(int fd, const v1::LocalWelcome& welcome, const std::vector<int>
 
 // Says what kind of memory a pool is, and hands it over to a client that understands the kind. The
 // descriptor that is to go with the welcome, or -1.
-int Announce(const PoolExport& exported, const v1::LocalHello& hello, v1::LocalWelcome::Pool* pool) {
+int Announce(const PoolExport& exported, const v1::LocalHello& hello,
+             v1::LocalWelcome::Pool* pool) {
   const auto kind = static_cast<v1::LocalMemory::Kind>(exported.kind);
   pool->set_kind(kind);
   if (exported.kind == PoolExport::Kind::kNone) {
@@ -123,10 +124,10 @@ int Announce(const PoolExport& exported, const v1::LocalHello& hello, v1::LocalW
 }
 
 void CountPool(Metrics& metrics, const v1::LocalWelcome::Pool& pool) {
-  const std::string lent = pool.has_fd()                 ? "memfd"
-                           : pool.has_device_fd()        ? "cuda_vmm"
+  const std::string lent = pool.has_fd()                ? "memfd"
+                           : pool.has_device_fd()       ? "cuda_vmm"
                            : !pool.ipc_handle().empty() ? "cuda_ipc"
-                                                         : "none";
+                                                        : "none";
   metrics
       .GetCounter("pagetide_local_pools_total",
                   "Pools that clients on this host asked to map, by what they were given",

@@ -1,9 +1,10 @@
 // LocalPlane: the data plane for clients on the same machine (proto/pagetide/v1/local_plane.proto).
 // A client connects to a unix socket, says hello, and gets a staging buffer to write rows into and,
 // if it asks for a model, that model's pool to read frames in place: host memory, or, where the
-// device exports it and the client says that it can map such memory, a GPU's. An engine hands its own memory
-// over with the hello. The connection is the client's life: when it closes, the staging is freed,
-// the reservations that used it are aborted, and on_client_gone ends what stood on its memory.
+// device exports it and the client says that it can map such memory, a GPU's. An engine hands its
+// own memory over with the hello. The connection is the client's life: when it closes, the staging
+// is freed, the reservations that used it are aborted, and on_client_gone ends what stood on its
+// memory.
 //
 // One named thread serves the socket and never waits for a client, nor for what a client's
 // descriptors lead to. Clients are hostile until proven otherwise: a bad length, version or message

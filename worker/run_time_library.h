@@ -1,5 +1,5 @@
-// RunTimeLibrary: a shared library that is looked for when it is needed, so that no program needs it
-// to start, and the functions found in it.
+// RunTimeLibrary: a shared library that is looked for when it is needed, so that no program needs
+// it to start, and the functions found in it.
 //
 // Immutable, thread-safe. The library stays in the process: it may have threads of its own.
 #ifndef PAGETIDE_WORKER_RUN_TIME_LIBRARY_H_

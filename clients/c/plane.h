@@ -8,8 +8,8 @@
 #include <stddef.h>
 #include <stdint.h>
 
-/* LocalMemory.Kind. A GPU's memory is for its owner's libraries to map: this client does not ask for
- * it, and is given none. */
+/* LocalMemory.Kind. A GPU's memory is for its owner's libraries to map: this client does not ask
+ * for it, and is given none. */
 enum pt_memory_kind {
   PT_MEMORY_NONE = 0,
   PT_MEMORY_MEMFD = 1,

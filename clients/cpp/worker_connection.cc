@@ -82,9 +82,9 @@ absl::StatusOr<std::shared_ptr<LocalStaging>> WorkerConnection::SharedPool(
                       LocalStaging::Connect(options_.local_socket, /*staging_bytes=*/1,
                                             kLocalPlaneTimeout, digest));
   if (pool->pool().empty()) {
-    return absl::FailedPreconditionError(absl::StrCat("share the pool of worker ", options_.address,
-                                                      ": the host cannot address its frames: ",
-                                                      pool->why_no_pool()));
+    return absl::FailedPreconditionError(
+        absl::StrCat("share the pool of worker ", options_.address,
+                     ": the host cannot address its frames: ", pool->why_no_pool()));
   }
   MutexLock lock(&mu_);
   pools_[digest] = pool;

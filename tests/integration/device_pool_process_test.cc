@@ -61,7 +61,8 @@ class PlaneClient {
     message.msg_control = control;
     message.msg_controllen = sizeof(control);
     const ssize_t n = recvmsg(socket_, &message, MSG_CMSG_CLOEXEC);
-    for (cmsghdr* c = CMSG_FIRSTHDR(&message); n > 4 && c != nullptr; c = CMSG_NXTHDR(&message, c)) {
+    for (cmsghdr* c = CMSG_FIRSTHDR(&message); n > 4 && c != nullptr;
+         c = CMSG_NXTHDR(&message, c)) {
       const size_t count = (c->cmsg_len - CMSG_LEN(0)) / sizeof(int);
       fds_.resize(count);
       std::memcpy(fds_.data(), CMSG_DATA(c), count * sizeof(int));
@@ -198,8 +199,8 @@ TEST_F(DevicePoolProcessTest, AnEngineReadsFramesInTheGpuWhereTheyLie) {
 
 TEST_F(DevicePoolProcessTest, AGpuWithoutDescriptorsLendsItsFramesByAHandle) {
   StartWorker({"--export-device-frames"}, {{"EMULATED_CUDA_DESCRIPTORS", "0"}});
-  const PlaneClient plane(
-      socket(), Hello({v1::LocalMemory::KIND_CUDA_VMM, v1::LocalMemory::KIND_CUDA_IPC}));
+  const PlaneClient plane(socket(),
+                          Hello({v1::LocalMemory::KIND_CUDA_VMM, v1::LocalMemory::KIND_CUDA_IPC}));
   const v1::LocalWelcome::Pool& pool = plane.pool();
   ASSERT_EQ(pool.kind(), v1::LocalMemory::KIND_CUDA_IPC) << pool.why_not();
   EXPECT_FALSE(pool.has_device_fd());
@@ -230,11 +231,11 @@ TEST_F(DevicePoolProcessTest, WhoDoesNotUnderstandTheKindIsGivenNothingToMap) {
   ASSERT_TRUE(staging.ok()) << staging.status();
   EXPECT_TRUE((*staging)->pool().empty());
   EXPECT_THAT((*staging)->why_no_pool(), HasSubstr("in a GPU"));
-  auto example = ChildProcess::Start({.program = "pagetide-c-owned-pages",
-                                      .args = {worker_->Address("grpc"), socket(),
-                                               model_->digest().ToHex(), "none", "2", "16", "64",
-                                               "64"},
-                                      .wait_ready = false});
+  auto example =
+      ChildProcess::Start({.program = "pagetide-c-owned-pages",
+                           .args = {worker_->Address("grpc"), socket(), model_->digest().ToHex(),
+                                    "none", "2", "16", "64", "64"},
+                           .wait_ready = false});
   ASSERT_TRUE(example.ok()) << example.status();
   EXPECT_EQ((*example)->Wait(absl::Seconds(90)).value_or(-1), 1);
   EXPECT_THAT((*example)->Log(),
@@ -243,8 +244,8 @@ TEST_F(DevicePoolProcessTest, WhoDoesNotUnderstandTheKindIsGivenNothingToMap) {
 
 TEST_F(DevicePoolProcessTest, WithoutTheOperatorsLeaveNothingIsExported) {
   StartWorker({});
-  const PlaneClient plane(
-      socket(), Hello({v1::LocalMemory::KIND_CUDA_VMM, v1::LocalMemory::KIND_CUDA_IPC}));
+  const PlaneClient plane(socket(),
+                          Hello({v1::LocalMemory::KIND_CUDA_VMM, v1::LocalMemory::KIND_CUDA_IPC}));
   EXPECT_EQ(plane.pool().kind(), v1::LocalMemory::KIND_UNSPECIFIED);
   EXPECT_THAT(plane.pool().why_not(), HasSubstr("export_device_frames"));
   EXPECT_EQ(plane.fds().size(), 1u);

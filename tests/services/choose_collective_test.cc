@@ -1,4 +1,5 @@
 // The choice between collectives, with NCCL's refusals as this machine gives them.
+#include <dlfcn.h>
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 
@@ -46,6 +47,57 @@ TEST(ChooseCollectiveTest, WithoutNcclTheGroupGoesOverGrpc) {
     EXPECT_TRUE(chosen->collective->Broadcast(2, CollectiveBuffer::Of(bytes), Soon()).ok());
     EXPECT_EQ(bytes, std::vector<std::byte>(1000, std::byte{2}));
   });
+}
+
+// The library that deploy/setup.sh --nccl installs, or one that the loader knows. Empty: there is
+// none.
+std::string RealNccl() {
+  for (const char* path : {PAGETIDE_SOURCE_DIR "/build/tools/nccl/libnccl.so.2", "libnccl.so.2"}) {
+    void* const library = dlopen(path, RTLD_NOW | RTLD_LOCAL);
+    if (library != nullptr) return path;
+  }
+  return "";
+}
+
+TEST(RealNcclTest, WithoutADriverItIsRefusedBeforeAnyGpuIsAsked) {
+  const std::string nccl = RealNccl();
+  if (nccl.empty()) GTEST_SKIP() << "no libnccl.so.2 (deploy/setup.sh --nccl installs it)";
+  NcclLink link({.paths = {.nccl = nccl}}, Clock::Real());
+  const absl::Status checked = link.Check();
+  if (checked.ok()) GTEST_SKIP() << "this machine has a GPU: NcclOnGpuTest is for it";
+  EXPECT_EQ(checked.code(), absl::StatusCode::kFailedPrecondition) << checked;
+  EXPECT_EQ(GetReason(checked), "NO_GPU") << checked;
+  EXPECT_EQ(GetReason(link.MakeId().status()), "NO_GPU");
+  EXPECT_EQ(GetReason(link.Join(0, 1, std::string(128, 'x'), Soon()).status()), "NO_GPU");
+  // And so the group goes over gRPC.
+  Workers workers(2, "a secret of tests");
+  auto members = workers.MakeAll("g");
+  ForAll(2, [&](uint32_t rank) {
+    NcclLink of_member({.paths = {.nccl = nccl}}, Clock::Real());
+    auto chosen = ChooseCollective(std::move(members[rank]), &of_member, Soon());
+    ASSERT_TRUE(chosen.ok()) << chosen.status();
+    EXPECT_EQ(chosen->collective->name(), "grpc");
+  });
+}
+
+// With a driver's names but none behind them, the library itself has to refuse. It has every
+// function that we look for, under the prototype of ours or it would not get so far.
+TEST(RealNcclTest, ItsOwnRefusalIsAStatus) {
+  const std::string nccl = RealNccl();
+  if (nccl.empty()) GTEST_SKIP() << "no libnccl.so.2 (deploy/setup.sh --nccl installs it)";
+  if (dlopen("libcuda.so.1", RTLD_NOW | RTLD_LOCAL) != nullptr) {
+    GTEST_SKIP() << "this machine has a driver: NcclOnGpuTest is for it";
+  }
+  NcclLink link({.gpu = 0, .paths = {.nccl = nccl, .cuda = EMULATED_NCCL}}, Clock::Real());
+  ASSERT_TRUE(link.Check().ok()) << link.Check();
+  const auto id = link.MakeId();
+  if (!id.ok()) {
+    EXPECT_EQ(GetReason(id.status()), "NCCL_FAILED") << id.status();
+    return;
+  }
+  const auto joined = link.Join(0, 1, *id, In(absl::Seconds(30)));
+  EXPECT_EQ(joined.status().code(), absl::StatusCode::kFailedPrecondition) << joined.status();
+  EXPECT_EQ(GetReason(joined.status()), "NCCL_FAILED") << joined.status();
 }
 
 TEST(ChooseCollectiveTest, OneMemberThatCannotIsEnough) {

@@ -1,5 +1,5 @@
-// Frames of a GPU that are exported, imported again in this process: with a GPU where one is, and in
-// kernels_emulated_test over a runtime and a driver that run on the CPU.
+// Frames of a GPU that are exported, imported again in this process: with a GPU where one is, and
+// in kernels_emulated_test over a runtime and a driver that run on the CPU.
 #include <cuda_runtime.h>
 
 #include <cstdlib>
@@ -65,7 +65,8 @@ TEST_F(CudaExportTest, APoolThatTheGpuLacksIsRefusedWithWhatIsFree) {
 }
 
 TEST_F(CudaExportTest, ADriverThatCannotLeavesAPlainPoolThatSaysSo) {
-  auto device = MakeCudaDevice(0, {.export_frames = true, .driver = "libcuda-that-is-not-there.so.1"});
+  auto device =
+      MakeCudaDevice(0, {.export_frames = true, .driver = "libcuda-that-is-not-there.so.1"});
   ASSERT_TRUE(device.ok()) << device.status();
   const auto pool = (*device)->CreatePool(5000);
   ASSERT_TRUE(pool.ok()) << pool.status();

@@ -37,7 +37,8 @@ static_assert(sizeof(L::Access) == sizeof(CUmemAccessDesc));
 static_assert(offsetof(L::Access, flags) == offsetof(CUmemAccessDesc, flags));
 static_assert(sizeof(L::IpcHandle) == sizeof(CUipcMemHandle) && sizeof(L::Uuid) == sizeof(CUuuid));
 
-// As many parameters of the same sizes, in their order: a call by one prototype is one by the other.
+// As many parameters of the same sizes, in their order: a call by one prototype is one by the
+// other.
 template <typename A, typename B>
 struct IsSameCall : std::false_type {};
 template <typename... A, typename... B>
@@ -45,7 +46,7 @@ struct IsSameCall<int (*)(A...), CUresult (*)(B...)> {
   template <bool same_count>
   static constexpr bool Compare() {
     if constexpr (same_count) {
-      return ((sizeof(A) == sizeof(B) && std::is_pointer_v<A> == std::is_pointer_v<B>) && ...);
+      return ((sizeof(A) == sizeof(B) && std::is_pointer_v<A> == std::is_pointer_v<B>)&&...);
     }
     return false;
   }

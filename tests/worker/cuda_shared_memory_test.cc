@@ -135,8 +135,7 @@ class Peer {
   bool Answers(char what, const std::string& answer) {
     EXPECT_EQ(send(socket_, &what, 1, MSG_NOSIGNAL), 1);
     EXPECT_EQ(recv(socket_, &what, 1, 0), 1);
-    return Eventually(
-        [&] { return child_->Log().find(answer + "\n") != std::string::npos; });
+    return Eventually([&] { return child_->Log().find(answer + "\n") != std::string::npos; });
   }
   void HangUp() {
     if (socket_ >= 0) close(socket_);
@@ -268,7 +267,8 @@ TEST_F(CudaSharedMemoryTest, DescriptorsOfSomethingElseAreRefused) {
     EXPECT_THAT(std::string(status.message()), HasSubstr("CUDA_ERROR_INVALID_VALUE (1)"));
     EXPECT_EQ(num_held_(), 0);
   }
-  for (const int fd : {null, memfd, ends[0], ends[1]}) EXPECT_EQ(close(fd), 0) << "not ours to close";
+  for (const int fd : {null, memfd, ends[0], ends[1]})
+    EXPECT_EQ(close(fd), 0) << "not ours to close";
 }
 
 TEST_F(CudaSharedMemoryTest, SizesThatCannotBeMappedAreRefused) {
@@ -354,18 +354,19 @@ TEST(CudaSharedMemoryOnGpuTest, TheRealDriverTakesTheSameCalls) {
     GTEST_SKIP() << memory.status().message();
   }
   ASSERT_TRUE(memory.ok()) << memory.status();
-  if ((*memory)->kind() != ExportableMemory::Kind::kVmm) GTEST_SKIP() << "the GPU gives no descriptors";
+  if ((*memory)->kind() != ExportableMemory::Kind::kVmm)
+    GTEST_SKIP() << "the GPU gives no descriptors";
   // Bytes are compared in worker_device_test, which has a runtime to copy them by.
   for (const auto access : {ImportedMemory::Access::kReadWrite, ImportedMemory::Access::kRead}) {
     const auto imported =
         ImportedMemory::FromFd(*library, 0, (*memory)->fd(), (*memory)->size_bytes(), access);
     EXPECT_TRUE(imported.ok()) << imported.status();
   }
-  EXPECT_EQ(GetReason(ImportedMemory::FromFd(*library, 0, (*memory)->fd(),
-                                             2 * (*memory)->size_bytes(),
-                                             ImportedMemory::Access::kRead)
-                          .status()),
-            "CANNOT_IMPORT");
+  EXPECT_EQ(
+      GetReason(ImportedMemory::FromFd(*library, 0, (*memory)->fd(), 2 * (*memory)->size_bytes(),
+                                       ImportedMemory::Access::kRead)
+                    .status()),
+      "CANNOT_IMPORT");
 }
 
 }  // namespace

@@ -354,9 +354,11 @@ TEST_P(DeviceContractTest, ShiftedRowsHaveTheCpuDevicesBits) {
 }
 
 #ifdef PAGETIDE_EMULATED_CUDA
-INSTANTIATE_TEST_SUITE_P(Devices, DeviceContractTest, testing::Values("cuda_emulated", "cuda_exported"),
+INSTANTIATE_TEST_SUITE_P(Devices, DeviceContractTest,
+                         testing::Values("cuda_emulated", "cuda_exported"),
 #else
-INSTANTIATE_TEST_SUITE_P(Devices, DeviceContractTest, testing::Values("cpu", "cuda", "cuda_exported"),
+INSTANTIATE_TEST_SUITE_P(Devices, DeviceContractTest,
+                         testing::Values("cpu", "cuda", "cuda_exported"),
 #endif
                          [](const auto& info) { return info.param; });
 

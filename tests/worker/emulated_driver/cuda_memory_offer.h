@@ -44,7 +44,8 @@ inline int ReceiveOffer(int socket, CudaMemoryOffer* offer) {
   message.msg_control = control;
   message.msg_controllen = sizeof(control);
   int fd = -1;
-  if (recvmsg(socket, &message, MSG_CMSG_CLOEXEC) != static_cast<ssize_t>(sizeof(*offer))) return fd;
+  if (recvmsg(socket, &message, MSG_CMSG_CLOEXEC) != static_cast<ssize_t>(sizeof(*offer)))
+    return fd;
   const cmsghdr* const header = CMSG_FIRSTHDR(&message);
   if (header != nullptr && header->cmsg_type == SCM_RIGHTS) {
     std::memcpy(&fd, CMSG_DATA(header), sizeof(int));

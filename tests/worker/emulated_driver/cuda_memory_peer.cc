@@ -31,8 +31,7 @@ absl::StatusOr<std::unique_ptr<ImportedMemory>> Import(
     bool writes) {
   if (fd < 0) {
     return ImportedMemory::FromIpcHandle(
-        library, 0, absl::string_view(offer.ipc_handle, sizeof(offer.ipc_handle)),
-        offer.num_bytes);
+        library, 0, absl::string_view(offer.ipc_handle, sizeof(offer.ipc_handle)), offer.num_bytes);
   }
   return ImportedMemory::FromFd(
       library, 0, fd, offer.num_bytes,

@@ -1,8 +1,8 @@
-// The functions of libcuda.so.1 that worker/cuda_vmm_library.h names, over memfds: two GPUs of 1 GiB
-// each, whose memory this process addresses and other processes get by real descriptors. As strict
-// as the documentation of the driver lets one be: units, exact ranges, everything given back in its
-// order and by who has it; access is that of the mapping. What is held is counted, and any one call
-// can be made to fail. Thread-safe.
+// The functions of libcuda.so.1 that worker/cuda_vmm_library.h names, over memfds: two GPUs of 1
+// GiB each, whose memory this process addresses and other processes get by real descriptors. As
+// strict as the documentation of the driver lets one be: units, exact ranges, everything given back
+// in its order and by who has it; access is that of the mapping. What is held is counted, and any
+// one call can be made to fail. Thread-safe.
 //
 // Environment, read at each call: EMULATED_CUDA_GPUS (2), EMULATED_CUDA_DESCRIPTORS (1).
 #include "tests/worker/emulated_driver/emulated_cuda_driver.h"
@@ -185,13 +185,27 @@ int cuInit(unsigned flags) {
 }
 int cuGetErrorName(int error, const char** name) {
   switch (error) {
-    case kInvalidValue: *name = "CUDA_ERROR_INVALID_VALUE"; return kSuccess;
-    case kOutOfMemory: *name = "CUDA_ERROR_OUT_OF_MEMORY"; return kSuccess;
-    case kNoDevice: *name = "CUDA_ERROR_NO_DEVICE"; return kSuccess;
-    case kInvalidContext: *name = "CUDA_ERROR_INVALID_CONTEXT"; return kSuccess;
-    case kNotSupported: *name = "CUDA_ERROR_NOT_SUPPORTED"; return kSuccess;
-    case kUnknown: *name = "CUDA_ERROR_UNKNOWN"; return kSuccess;
-    default: *name = nullptr; return kInvalidValue;
+    case kInvalidValue:
+      *name = "CUDA_ERROR_INVALID_VALUE";
+      return kSuccess;
+    case kOutOfMemory:
+      *name = "CUDA_ERROR_OUT_OF_MEMORY";
+      return kSuccess;
+    case kNoDevice:
+      *name = "CUDA_ERROR_NO_DEVICE";
+      return kSuccess;
+    case kInvalidContext:
+      *name = "CUDA_ERROR_INVALID_CONTEXT";
+      return kSuccess;
+    case kNotSupported:
+      *name = "CUDA_ERROR_NOT_SUPPORTED";
+      return kSuccess;
+    case kUnknown:
+      *name = "CUDA_ERROR_UNKNOWN";
+      return kSuccess;
+    default:
+      *name = nullptr;
+      return kInvalidValue;
   }
 }
 int cuDeviceGetCount(int* count) {
@@ -310,8 +324,8 @@ int cuMemMap(Address address, size_t num_bytes, size_t offset, Handle handle,
       flags != 0) {
     return kInvalidValue;
   }
-  void* const p = mmap(At(address), num_bytes, PROT_NONE, MAP_SHARED | MAP_FIXED,
-                       memory->second->fd, 0);
+  void* const p =
+      mmap(At(address), num_bytes, PROT_NONE, MAP_SHARED | MAP_FIXED, memory->second->fd, 0);
   if (p == MAP_FAILED) return kOutOfMemory;
   mappings[address] = {memory->second, num_bytes};
   return kSuccess;
