@@ -93,6 +93,11 @@ bool SendWelcome(int fd, const v1::LocalWelcome& welcome, const std::vector<int>
   return sendmsg(fd, &message, MSG_NOSIGNAL | MSG_DONTWAIT) == static_cast<ssize_t>(frame.size());
 }
 
+static_assert(static_cast<int>(PoolExport::Kind::kNone) == v1::LocalMemory::KIND_UNSPECIFIED &&
+              static_cast<int>(PoolExport::Kind::kMemfd) == v1::LocalMemory::KIND_MEMFD &&
+              static_cast<int>(PoolExport::Kind::kCudaVmm) == v1::LocalMemory::KIND_CUDA_VMM &&
+              static_cast<int>(PoolExport::Kind::kCudaIpc) == v1::LocalMemory::KIND_CUDA_IPC);
+
 // Says what kind of memory a pool is, and hands it over to a client that understands the kind. The
 // descriptor that is to go with the welcome, or -1.
 int Announce(const PoolExport& exported, const v1::LocalHello& hello,

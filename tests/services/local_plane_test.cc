@@ -273,6 +273,38 @@ TEST_F(LocalPlaneTest, NobodyFreesTheStagingOfAnothersReservation) {
   EXPECT_EQ(client_->Get(mine->state().sequence_id())->pending_tokens(), 0);
 }
 
+TEST_F(LocalPlaneTest, AnEnginesMemoryInAGpuIsRefusedByKind) {
+  for (const auto kind : {v1::LocalMemory::KIND_CUDA_VMM, v1::LocalMemory::KIND_CUDA_IPC,
+                          v1::LocalMemory::KIND_UNSPECIFIED}) {
+    PlaneClient plane(path());
+    v1::LocalHello hello = Hello();
+    v1::LocalMemory* const memory = hello.add_memories();
+    memory->set_kind(kind);
+    memory->set_size_bytes(2 << 20);
+    memory->set_ipc_handle(std::string(64, 'x'));
+    v1::LocalWelcome welcome;
+    ASSERT_TRUE(plane.Hello(hello, &welcome));
+    EXPECT_THAT(welcome.error(), ::testing::HasSubstr(v1::LocalMemory::Kind_Name(kind)));
+    EXPECT_TRUE(plane.IsClosedByPeer());
+  }
+}
+
+// Whatever else the client could map.
+TEST_F(LocalPlaneTest, FramesInHostMemoryAreSaidToBe) {
+  v1::LocalHello hello = Hello();
+  for (const int kind : {0, 2, 3, 99}) {
+    hello.add_pool_kinds(static_cast<v1::LocalMemory::Kind>(kind));
+    PlaneClient plane(path());
+    v1::LocalWelcome welcome;
+    ASSERT_TRUE(plane.Hello(hello, &welcome));
+    EXPECT_EQ(welcome.pools(0).kind(), v1::LocalMemory::KIND_MEMFD);
+    EXPECT_TRUE(welcome.pools(0).has_fd());
+    EXPECT_FALSE(welcome.pools(0).has_device_fd());
+    EXPECT_EQ(welcome.pools(0).why_not(), "");
+    EXPECT_EQ(plane.num_fds(), 2u);
+  }
+}
+
 TEST_F(LocalPlaneTest, DescriptorsAreSealed) {
   PlaneClient plane(path());
   v1::LocalWelcome welcome;

@@ -118,6 +118,20 @@ TEST(WorkerConfigTest, CheckpointsHaveTheirFlags) {
   EXPECT_THAT(std::string(refused.message()), HasSubstr("checkpoint_host_bytes: "));
 }
 
+TEST(WorkerConfigTest, FramesOfAGpuAreExportedOnlyWhereItIsAskedFor) {
+  config::WorkerConfig config;
+  const auto defaults = WorkerOptionsFromConfig(config);
+  ASSERT_TRUE(defaults.ok()) << defaults.status();
+  EXPECT_FALSE(defaults->cuda_device.export_frames);
+  EXPECT_EQ(defaults->cuda_device.driver, "libcuda.so.1");
+  CLI::App app;
+  AddConfigFlags(&app, &config, WorkerFlagHelp());
+  app.parse("--export-device-frames");
+  const auto options = WorkerOptionsFromConfig(config);
+  ASSERT_TRUE(options.ok()) << options.status();
+  EXPECT_TRUE(options->cuda_device.export_frames);
+}
+
 TEST(WorkerConfigTest, ASequenceIdlesForASecondOrMoreOrForEver) {
   config::WorkerConfig config;
   config.set_sequence_idle_ms(999);
