@@ -58,7 +58,7 @@ class AddressedDevice final : public Device {
                              int32_t delta, std::span<std::byte> to) override {
       return pool_->ReadShifted(group, offset, num_rows, delta, to);
     }
-    int export_fd() const override { return -1; }
+    PoolExport exported() const override { return {}; }
 
    private:
     const std::unique_ptr<DevicePool> pool_;
