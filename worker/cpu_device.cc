@@ -15,6 +15,7 @@
 #include "kernels/paged_attention.h"
 #include "worker/attention_call.h"
 #include "worker/k_shift.h"
+#include "worker/row_move.h"
 
 namespace pagetide {
 namespace {
@@ -46,6 +47,12 @@ class CpuPool final : public DevicePool {
 
   uint64_t size_bytes() const override { return size_bytes_; }
   std::byte* host_view() override { return base_; }
+  absl::Status MoveRows(const RowMove& move) override {
+    PT_RETURN_IF_ERROR(CheckRowMove(move, size_bytes_));
+    MoveRowsOnHost(move, base_);
+    return absl::OkStatus();
+  }
+
   PoolExport exported() const override {
     return {.kind = PoolExport::Kind::kMemfd, .fd = fd_, .mapped_bytes = size_bytes_};
   }

@@ -12,6 +12,7 @@
 #include "absl/strings/str_cat.h"
 #include "base/log.h"
 #include "base/status_macros.h"
+#include "kernels/page_move.h"
 #include "kernels/paged_attention.h"
 #include "kernels/rope_shift.h"
 #include "worker/attention_call.h"
@@ -20,6 +21,7 @@
 #include "worker/cuda_status.h"
 #include "worker/device_addressed.h"
 #include "worker/k_shift.h"
+#include "worker/row_move.h"
 
 namespace pagetide {
 namespace {
@@ -194,6 +196,64 @@ class CudaPool final : public DevicePool, public DeviceAddressed {
   std::byte* host_view() override { return nullptr; }
   void* device_address() override { return base_; }
   PoolExport exported() const override { return memory_->exported(); }
+
+  absl::Status MoveRows(const RowMove& move) override {
+    PT_RETURN_IF_ERROR(CheckRowMove(move, size_bytes_));
+    uint64_t num_rows = 0;
+    uint64_t host_rows = 0;
+    for (const RowMove::Rows& run : move.runs) {
+      num_rows += run.slots.size();
+      if (run.host != nullptr) host_rows += run.slots.size();
+    }
+    if (num_rows == 0) return absl::OkStatus();
+    PT_RETURN_IF_ERROR(context_->Use());
+    CudaContext::Borrowed work(context_.get());
+    // The kernel's arrays, then rows of the host: what the device is given, or what it gives.
+    Arena arena;
+    const uint64_t plane_at = arena.Take(sizeof(kernels::EnginePlane));
+    const uint64_t pages_at = arena.Take(move.runs.size() * sizeof(kernels::PageTokens));
+    const uint64_t slots_at = arena.Take(num_rows * sizeof(int64_t));
+    const uint64_t host_at = arena.Take(host_rows * move.row_bytes());
+    const bool is_to_engine = move.direction == kernels::PageMoveDirection::kScatter;
+    PT_RETURN_IF_ERROR(work->Reserve(arena.bytes(), arena.bytes()));
+    std::byte* const pinned = work->pinned();
+    std::byte* const device = work->device();
+    std::memcpy(pinned + plane_at, &move.plane, sizeof(move.plane));
+    auto* page = reinterpret_cast<kernels::PageTokens*>(pinned + pages_at);
+    uint64_t slot_at = slots_at;
+    uint64_t row_at = host_at;
+    for (const RowMove::Rows& run : move.runs) {
+      const uint64_t num_bytes = run.slots.size() * move.row_bytes();
+      std::byte* rows = base_ + run.pool_offset;
+      if (run.host != nullptr) {
+        rows = device + row_at;
+        if (is_to_engine) CopyTo(pinned + row_at, std::span(run.host, num_bytes));
+        row_at += num_bytes;
+      }
+      CopyTo(pinned + slot_at, run.slots);
+      *page++ = {rows, reinterpret_cast<const int64_t*>(device + slot_at), 0,
+                 static_cast<int32_t>(run.slots.size())};
+      slot_at += run.slots.size_bytes();
+    }
+    PT_RETURN_IF_ERROR(
+        work->Copy(device, pinned, is_to_engine ? arena.bytes() : host_at, cudaMemcpyHostToDevice));
+    kernels::PageMoveArgs args = PageMoveArgsOf(move);
+    args.planes = reinterpret_cast<const kernels::EnginePlane*>(device + plane_at);
+    args.pages = reinterpret_cast<const kernels::PageTokens*>(device + pages_at);
+    PT_RETURN_IF_ERROR(CudaStatus("move rows", kernels::PageMoveCuda(args, work->stream())));
+    if (is_to_engine || host_rows == 0) return work->Wait();
+    PT_RETURN_IF_ERROR(work->Copy(pinned + host_at, device + host_at, host_rows * move.row_bytes(),
+                                  cudaMemcpyDeviceToHost));
+    PT_RETURN_IF_ERROR(work->Wait());
+    row_at = host_at;
+    for (const RowMove::Rows& run : move.runs) {
+      if (run.host == nullptr) continue;
+      const uint64_t num_bytes = run.slots.size() * move.row_bytes();
+      if (num_bytes > 0) std::memcpy(run.host, pinned + row_at, num_bytes);
+      row_at += num_bytes;
+    }
+    return absl::OkStatus();
+  }
 
   absl::Status Write(uint64_t offset, std::span<const std::byte> from) override {
     PT_RETURN_IF_ERROR(CheckPoolRange("write to", offset, from.size(), size_bytes_));
@@ -374,6 +434,26 @@ class CudaDevice final : public Device {
       return absl::InvalidArgumentError(absl::StrCat("create a pool of 0 bytes on ", name()));
     }
     return CudaPool::Create(context_, driver_, size_bytes);
+  }
+
+  // Of engines that are trusted with the frames: memory that its owner takes away while a kernel
+  // runs over it ends the GPU's use for this process.
+  bool CanImport(PoolExport::Kind kind) const override {
+    return driver_.ok() &&
+           (kind == PoolExport::Kind::kCudaVmm || kind == PoolExport::Kind::kCudaIpc);
+  }
+
+  absl::StatusOr<ImportedPeerMemory> Import(const PeerMemory& memory) override {
+    PT_RETURN_IF_ERROR(driver_.status());
+    auto imported =
+        memory.kind == PoolExport::Kind::kCudaVmm
+            ? ImportedMemory::FromFd(*driver_, context_->ordinal(), memory.fd, memory.size_bytes,
+                                     ImportedMemory::Access::kReadWrite)
+            : ImportedMemory::FromIpcHandle(*driver_, context_->ordinal(), memory.ipc_handle,
+                                            memory.size_bytes);
+    PT_RETURN_IF_ERROR(imported.status());
+    std::byte* const data = (*imported)->data();
+    return ImportedPeerMemory{data, std::shared_ptr<const ImportedMemory>(*std::move(imported))};
   }
 
  private:

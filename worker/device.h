@@ -17,6 +17,8 @@
 
 namespace pagetide {
 
+struct RowMove;
+
 // Consecutive rows of one layer in one frame, for attention.
 struct DeviceExtent {
   uint64_t page_offset = 0;  // byte offset of the page's frame in the pool
@@ -76,9 +78,25 @@ class DevicePool {
   // (CANNOT_SHIFT) for rows this device cannot turn.
   virtual absl::Status ReadShifted(const GroupGeometry& group, uint64_t offset, uint32_t num_rows,
                                    int32_t delta, std::span<std::byte> to) = 0;
+  // Rows between this pool, or the host, and memory of an engine that the device addresses.
+  // INVALID_ARGUMENT where CheckRowMove says so.
+  virtual absl::Status MoveRows(const RowMove& move) = 0;
   // For peers on the same host. Of a GPU's memory whoever maps it decides by itself whether it can
   // write: such a pool is exported only where the operator asked for it, to peers that he trusts.
   virtual PoolExport exported() const = 0;
+};
+
+// Memory that a process on the same host hands over.
+struct PeerMemory {
+  PoolExport::Kind kind = PoolExport::Kind::kNone;
+  int fd = -1;                   // kCudaVmm; stays the caller's
+  absl::string_view ipc_handle;  // kCudaIpc
+  uint64_t size_bytes = 0;
+};
+
+struct ImportedPeerMemory {
+  std::byte* data = nullptr;            // as the device addresses it
+  std::shared_ptr<const void> mapping;  // mapped until the last holder lets it go
 };
 
 class Device {
@@ -87,6 +105,12 @@ class Device {
   virtual absl::string_view name() const = 0;  // "cpu", "cuda:0"
   // RESOURCE_EXHAUSTED when the memory is not to be had.
   virtual absl::StatusOr<std::unique_ptr<DevicePool>> CreatePool(uint64_t size_bytes) = 0;
+  // Does this device map memory of peers of this kind? Of host memory no device is asked.
+  virtual bool CanImport(PoolExport::Kind kind) const { return false; }
+  // Memory of this device. FAILED_PRECONDITION where it cannot be imported.
+  virtual absl::StatusOr<ImportedPeerMemory> Import(const PeerMemory& memory) {
+    return absl::UnimplementedError("import memory of a peer: this device does not");
+  }
 };
 
 }  // namespace pagetide

@@ -8,7 +8,6 @@
 #include "absl/strings/str_cat.h"
 #include "base/error_info.h"
 #include "base/status_macros.h"
-#include "kernels/page_move.h"
 
 namespace pagetide {
 namespace {
@@ -232,37 +231,21 @@ std::vector<int64_t> EngineLayout::Slots(const EngineSlotMap& map, uint64_t begi
 }
 
 absl::Status EngineLayout::Move(Direction direction, uint32_t group, uint32_t layer, RowKind kind,
-                                std::span<const Rows> runs) const {
+                                std::span<const Rows> runs, DevicePool* pool) const {
   const Group& made = groups_[group];
   const bool is_k = kind == RowKind::kK;
   const int64_t head_bytes = is_k ? made.k_head_bytes : made.v_head_bytes;
   if (head_bytes == 0) return absl::OkStatus();
   const Plane& plane = is_k ? made.k[layer] : made.v[layer];
-  const kernels::EnginePlane engine_plane{plane.base, plane.block_stride, plane.token_stride,
-                                          plane.head_stride, 0};
-  std::vector<kernels::PageTokens> pages;
-  pages.reserve(runs.size());
-  size_t most = 0;
-  for (const Rows& run : runs) {
-    pages.push_back({run.rows, run.slots.data(), 0, static_cast<int32_t>(run.slots.size())});
-    most = std::max(most, run.slots.size());
-  }
-  kernels::PageMoveArgs args{};
-  args.direction = direction == Direction::kFromEngine ? kernels::PageMoveDirection::kGather
+  RowMove move;
+  move.direction = direction == Direction::kFromEngine ? kernels::PageMoveDirection::kGather
                                                        : kernels::PageMoveDirection::kScatter;
-  args.planes = &engine_plane;
-  args.num_planes = 1;
-  args.pages = pages.data();
-  args.num_pages = static_cast<int64_t>(pages.size());
-  args.max_tokens = static_cast<int32_t>(most);
-  args.engine_page_tokens = static_cast<int32_t>(block_tokens_);
-  args.num_heads = made.num_heads;
-  args.head_bytes = head_bytes;
-  if (const char* wrong = kernels::CheckPageMoveArgs(args)) {
-    return absl::InternalError(absl::StrCat("move rows of an engine's blocks: ", wrong));
-  }
-  kernels::PageMoveHost(args);
-  return absl::OkStatus();
+  move.plane = {plane.base, plane.block_stride, plane.token_stride, plane.head_stride, 0};
+  move.engine_page_tokens = static_cast<int32_t>(block_tokens_);
+  move.num_heads = made.num_heads;
+  move.head_bytes = head_bytes;
+  move.runs = runs;
+  return pool->MoveRows(move);
 }
 
 }  // namespace pagetide

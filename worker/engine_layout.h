@@ -16,7 +16,9 @@
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
 #include "core/geometry.h"
+#include "worker/device.h"
 #include "worker/engine_memory.h"
+#include "worker/row_move.h"
 
 namespace pagetide {
 
@@ -80,13 +82,11 @@ class EngineLayout {
   std::vector<int64_t> Slots(const EngineSlotMap& map, uint64_t begin, uint64_t end) const;
 
   enum class Direction : uint8_t { kFromEngine, kToEngine };
-  struct Rows {
-    std::byte* rows = nullptr;  // [slots.size()][row bytes], token-major
-    std::span<const int64_t> slots;
-  };
-  // Moves rows of one layer between the engine's blocks and memory of ours.
+  using Rows = RowMove::Rows;
+  // Moves rows of one layer between the engine's blocks and frames of `pool`, or the host. The
+  // pool's device addresses the engine's memory.
   absl::Status Move(Direction direction, uint32_t group, uint32_t layer, RowKind kind,
-                    std::span<const Rows> runs) const;
+                    std::span<const Rows> runs, DevicePool* pool) const;
 
  private:
   struct Plane {

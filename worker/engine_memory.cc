@@ -10,6 +10,7 @@
 #include <algorithm>
 #include <cerrno>
 #include <cstring>
+#include <utility>
 
 #include "absl/strings/str_cat.h"
 
@@ -66,12 +67,21 @@ absl::StatusOr<std::shared_ptr<const EngineMemory>> EngineMemory::Map(int fd, ui
       new EngineMemory(own, static_cast<std::byte*>(data), size_bytes));
 }
 
+std::shared_ptr<const EngineMemory> EngineMemory::OnDevice(std::shared_ptr<const void> mapping,
+                                                           std::byte* data, uint64_t size_bytes) {
+  std::shared_ptr<EngineMemory> memory(new EngineMemory(-1, data, size_bytes));
+  memory->mapping_ = std::move(mapping);
+  return memory;
+}
+
 EngineMemory::~EngineMemory() {
+  if (is_on_device()) return;
   munmap(data_, size_bytes_);
   close(fd_);
 }
 
 absl::Status EngineMemory::CheckAllocated() const {
+  if (is_on_device()) return absl::OkStatus();
   // The offset is the engine's too: it finds it as it was.
   const off_t at = lseek(fd_, 0, SEEK_CUR);
   const off_t hole = lseek(fd_, 0, SEEK_HOLE);

@@ -1,5 +1,7 @@
 // EngineMemory: memory of an engine on this host that the worker may read and write: a memfd that
-// the engine made and handed over. The engine may write into it at any time; it cannot make our
+// the engine made and handed over, or memory of the worker's GPU, which a device has imported.
+//
+// Of a memfd: the engine may write into it at any time; it cannot make our
 // mapping fault: it cannot shrink the memory (F_SEAL_SHRINK), and it is plain memory, so that a
 // hole is zeros and no file system can be full. A hole that is touched is filled at the expense of
 // who touches it, so pools are registered only in memory that has none.
@@ -25,12 +27,17 @@ class EngineMemory {
   // (size), FAILED_PRECONDITION (no memfd, seals, not open for writing), RESOURCE_EXHAUSTED (cannot
   // be mapped).
   static absl::StatusOr<std::shared_ptr<const EngineMemory>> Map(int fd, uint64_t size_bytes);
+  // Memory that a device addresses, and the host does not; mapped as long as `mapping` lives, which
+  // is shared with nobody else.
+  static std::shared_ptr<const EngineMemory> OnDevice(std::shared_ptr<const void> mapping,
+                                                      std::byte* data, uint64_t size_bytes);
   ~EngineMemory();
   EngineMemory(const EngineMemory&) = delete;
   EngineMemory& operator=(const EngineMemory&) = delete;
 
-  // INVALID_ARGUMENT when there is a hole. The engine can make one later: then our touch fills it.
-  // Looks at every page: takes a second for some hundred GiB.
+  bool is_on_device() const { return fd_ < 0; }
+  // INVALID_ARGUMENT when there is a hole; a GPU's memory has none. The engine can make one later:
+  // then our touch fills it. Looks at every page: takes a second for some hundred GiB.
   absl::Status CheckAllocated() const;
 
   // Const says what the object is, not the bytes, which are the engine's.
@@ -41,9 +48,10 @@ class EngineMemory {
   EngineMemory(int fd, std::byte* data, uint64_t size_bytes)
       : fd_(fd), data_(data), size_bytes_(size_bytes) {}
 
-  const int fd_;  // ours
+  const int fd_;  // ours; of a GPU's memory -1
   std::byte* const data_;
   const uint64_t size_bytes_;
+  std::shared_ptr<const void> mapping_;  // of a GPU's memory; set by OnDevice only
 };
 
 }  // namespace pagetide

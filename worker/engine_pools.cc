@@ -18,6 +18,29 @@ absl::Status PoolNotFound(absl::string_view name) {
       "ENGINE_POOL_NOT_FOUND");
 }
 
+// Rows are moved by one side: the host, or the device that the frames lie in.
+absl::Status CheckSide(const EnginePoolSpec& spec, const EngineLayout::Memories& memories,
+                       bool is_on_device) {
+  const auto check = [&](const EnginePlaneSpec& plane) -> absl::Status {
+    if (plane.memory >= memories.size() || memories[plane.memory]->is_on_device() == is_on_device) {
+      return absl::OkStatus();
+    }
+    return WithReason(
+        absl::FailedPreconditionError(absl::StrCat(
+            "register an engine pool: memory ", plane.memory,
+            is_on_device ? " lies on the host, which cannot address this worker's frames"
+                         : " lies in a GPU, and this worker's frames on the host")),
+        is_on_device ? "POOL_NOT_ON_HOST" : "POOL_ON_HOST");
+  };
+  for (const EngineGroupSpec& group : spec.groups) {
+    for (const EngineGroupSpec::Layer& layer : group.layers) {
+      PT_RETURN_IF_ERROR(check(layer.k));
+      if (layer.v) PT_RETURN_IF_ERROR(check(*layer.v));
+    }
+  }
+  return absl::OkStatus();
+}
+
 absl::Status StaleGeneration(const EnginePoolRef& wanted, uint64_t now) {
   return WithReason(absl::FailedPreconditionError(
                         absl::StrCat("engine pool \"", wanted.name, "\" has generation ", now,
@@ -58,11 +81,8 @@ absl::StatusOr<EnginePoolRef> EnginePools::Register(const Tenant& tenant, ModelH
                                                     Registration registration,
                                                     MonotonicTime deadline) {
   PT_RETURN_IF_ERROR(ValidateName("name", registration.name));
-  if (host->pool().host_view() == nullptr) {
-    return WithReason(absl::FailedPreconditionError(
-                          "register an engine pool: the host cannot address this worker's frames"),
-                      "POOL_NOT_ON_HOST");
-  }
+  PT_RETURN_IF_ERROR(
+      CheckSide(registration.spec, registration.memories, host->pool().host_view() == nullptr));
   for (size_t m = 0; m < registration.memories.size(); ++m) {
     const absl::Status allocated = registration.memories[m]->CheckAllocated();
     if (allocated.ok()) continue;

@@ -92,7 +92,6 @@ absl::StatusOr<uint64_t> LoadRows(const EngineTransfer& transfer, const EngineTr
                       host->PinRows(transfer.tenant, id, group, begin, end, transfer.deadline));
   const std::vector<int64_t> slots =
       transfer.layout->Slots(MapOf(transfer.maps, group), begin, end);
-  std::byte* const view = host->pool().host_view();
   uint64_t num_bytes = 0;
   std::vector<EngineLayout::Rows> rows;
   std::vector<std::vector<std::byte>> turned;  // rows whose shift was still pending
@@ -103,18 +102,20 @@ absl::StatusOr<uint64_t> LoadRows(const EngineTransfer& transfer, const EngineTr
       rows.clear();
       turned.clear();
       for (const ModelHost::PinnedRows::Run& run : pinned->Runs(layer, kind)) {
-        std::byte* at = view + run.offset;
+        EngineLayout::Rows from{
+            .pool_offset = run.offset,
+            .slots = std::span(slots).subspan(run.first_token - begin, run.num_tokens)};
         if (run.shift != 0) {
           std::vector<std::byte>& copy = turned.emplace_back(run.num_bytes);
           PT_RETURN_IF_ERROR(
               host->pool().ReadShifted(geometry, run.offset, run.num_tokens, run.shift, copy));
-          at = copy.data();
+          from.host = copy.data();
         }
-        rows.push_back({at, std::span(slots).subspan(run.first_token - begin, run.num_tokens)});
+        rows.push_back(from);
         num_bytes += run.num_bytes;
       }
-      PT_RETURN_IF_ERROR(
-          transfer.layout->Move(EngineLayout::Direction::kToEngine, group, layer, kind, rows));
+      PT_RETURN_IF_ERROR(transfer.layout->Move(EngineLayout::Direction::kToEngine, group, layer,
+                                               kind, rows, &host->pool()));
     }
   }
   return num_bytes;
@@ -137,10 +138,10 @@ absl::Status FillAppend(const EngineTransfer& transfer, const EngineTransferJob&
         PT_RETURN_IF_ERROR(CheckGoesOn(transfer, job, progress));
         scratch.resize(page_tokens * row_bytes);
         for (uint32_t first = 0; first < slot.num_tokens; first += page_tokens) {
-          const EngineLayout::Rows rows{scratch.data(),
-                                        std::span(slots).subspan(first, page_tokens)};
+          const EngineLayout::Rows rows{.host = scratch.data(),
+                                        .slots = std::span(slots).subspan(first, page_tokens)};
           PT_RETURN_IF_ERROR(transfer.layout->Move(EngineLayout::Direction::kFromEngine, g, layer,
-                                                   kind, {&rows, 1}));
+                                                   kind, {&rows, 1}, &transfer.host->pool()));
           PT_RETURN_IF_ERROR(transfer.host->WriteRows(
               transfer.tenant, slot.sequence, slot.pending_id, {g, layer, kind, first, page_tokens},
               scratch.size(), [&](uint64_t offset, std::span<std::byte> dst) {

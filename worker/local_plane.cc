@@ -268,6 +268,22 @@ bool LocalPlane::Receive(Connection* connection) {
   return Welcome(connection, **hello, fds);
 }
 
+bool LocalPlane::CanImport(v1::LocalMemory::Kind kind) const {
+  return (kind == v1::LocalMemory::KIND_CUDA_VMM || kind == v1::LocalMemory::KIND_CUDA_IPC) &&
+         worker_->device().CanImport(static_cast<PoolExport::Kind>(kind));
+}
+
+absl::StatusOr<std::shared_ptr<const EngineMemory>> LocalPlane::MapMemory(
+    const v1::LocalMemory& memory, int fd) const {
+  if (memory.kind() == v1::LocalMemory::KIND_MEMFD) {
+    return EngineMemory::Map(fd, memory.size_bytes());
+  }
+  PT_ASSIGN_OR_RETURN(ImportedPeerMemory imported,
+                      worker_->device().Import({static_cast<PoolExport::Kind>(memory.kind()), fd,
+                                                memory.ipc_handle(), memory.size_bytes()}));
+  return EngineMemory::OnDevice(std::move(imported.mapping), imported.data, memory.size_bytes());
+}
+
 absl::StatusOr<EngineLayout::Memories> LocalPlane::MapMemories(const v1::LocalHello& hello,
                                                                const ReceivedFds& fds) const {
   EngineLayout::Memories memories;
@@ -276,9 +292,11 @@ absl::StatusOr<EngineLayout::Memories> LocalPlane::MapMemories(const v1::LocalHe
                                                    " entries, at most ", kMaxLocalMemories));
   }
   uint64_t total = 0;
+  size_t num_fds = 0;
   for (int i = 0; i < hello.memories_size(); ++i) {
     const v1::LocalMemory& memory = hello.memories(i);
-    if (memory.kind() != v1::LocalMemory::KIND_MEMFD) {
+    const bool is_host = memory.kind() == v1::LocalMemory::KIND_MEMFD;
+    if (!is_host && !CanImport(memory.kind())) {
       return absl::UnimplementedError(absl::StrCat(
           "memories[", i, "].kind is ", v1::LocalMemory::Kind_Name(memory.kind()),
           "; this worker's device is ", worker_->device_name(), ", it takes KIND_MEMFD only"));
@@ -289,19 +307,22 @@ absl::StatusOr<EngineLayout::Memories> LocalPlane::MapMemories(const v1::LocalHe
                        " bytes, a client may hand over ", options_.max_engine_bytes));
     }
     total += memory.size_bytes();
+    if (memory.kind() != v1::LocalMemory::KIND_CUDA_IPC) ++num_fds;
   }
-  if (fds.size() != static_cast<size_t>(hello.memories_size())) {
-    return absl::InvalidArgumentError(absl::StrCat("memories has ", hello.memories_size(),
-                                                   " entries, ", fds.size(), " descriptors came"));
+  if (fds.size() != num_fds) {
+    return absl::InvalidArgumentError(absl::StrCat(
+        "memories has ", num_fds, " entries with a descriptor, ", fds.size(), " descriptors came"));
   }
-  for (size_t i = 0; i < fds.size(); ++i) {
-    const auto size = hello.memories(static_cast<int>(i)).size_bytes();
-    auto memory = EngineMemory::Map(fds[i], size);
-    if (!memory.ok()) {
-      return absl::Status(memory.status().code(),
-                          absl::StrCat("memories[", i, "]: ", memory.status().message()));
+  size_t next_fd = 0;
+  for (int i = 0; i < hello.memories_size(); ++i) {
+    const v1::LocalMemory& memory = hello.memories(i);
+    const int fd = memory.kind() == v1::LocalMemory::KIND_CUDA_IPC ? -1 : fds[next_fd++];
+    auto mapped = MapMemory(memory, fd);
+    if (!mapped.ok()) {
+      return absl::Status(mapped.status().code(),
+                          absl::StrCat("memories[", i, "]: ", mapped.status().message()));
     }
-    memories.push_back(*std::move(memory));
+    memories.push_back(*std::move(mapped));
   }
   return memories;
 }

@@ -120,6 +120,9 @@ class LocalPlane {
   // False: close the connection.
   bool Receive(Connection* connection);
   bool Welcome(Connection* connection, const v1::LocalHello& hello, const ReceivedFds& received);
+  bool CanImport(v1::LocalMemory::Kind kind) const;
+  absl::StatusOr<std::shared_ptr<const EngineMemory>> MapMemory(const v1::LocalMemory& memory,
+                                                                int fd) const;
   absl::StatusOr<EngineLayout::Memories> MapMemories(const v1::LocalHello& hello,
                                                      const ReceivedFds& fds) const;
   void DropClient(uint64_t client_id);

@@ -114,6 +114,7 @@ class Worker {
   const std::string& id() const { return options_.id; }
   uint64_t incarnation() const { return options_.incarnation; }
   absl::string_view device_name() const { return ports_.device->name(); }
+  Device& device() const { return *ports_.device; }
   PinLeases& leases() { return leases_; }
   // Row messages of appends between the transport and their frames.
   ByteGauge& staged_rows() { return staged_rows_; }

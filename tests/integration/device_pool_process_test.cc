@@ -3,10 +3,12 @@
 #include <fcntl.h>
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
+#include <sys/mman.h>
 #include <sys/socket.h>
 #include <sys/un.h>
 #include <unistd.h>
 
+#include <cstdlib>
 #include <cstring>
 #include <memory>
 #include <string>
@@ -14,10 +16,13 @@
 #include <vector>
 
 #include "absl/strings/str_cat.h"
+#include "base/error_info.h"
 #include "clients/cpp/local_staging.h"
 #include "kvstore/remote_page_store.h"
+#include "pagetide/v1/engine_pool.grpc.pb.h"
 #include "pagetide/v1/local_plane.pb.h"
 #include "rpc/channel.h"
+#include "rpc/status_mapping.h"
 #include "tests/support/process.h"
 #include "tests/support/timing.h"
 #include "tests/support/worker_client.h"
@@ -27,6 +32,7 @@ namespace pagetide {
 namespace {
 
 using ::pagetide::testing::ChildProcess;
+using ::pagetide::testing::Eventually;
 using ::pagetide::testing::MakeTestModel;
 using ::pagetide::testing::RegisterTestModel;
 using ::pagetide::testing::TempDir;
@@ -39,7 +45,7 @@ using ::testing::HasSubstr;
 // A client of the plane that keeps the descriptors it is sent.
 class PlaneClient {
  public:
-  PlaneClient(const std::string& path, const v1::LocalHello& hello) {
+  PlaneClient(const std::string& path, const v1::LocalHello& hello, int memory_fd = -1) {
     socket_ = socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0);
     sockaddr_un address{};
     address.sun_family = AF_UNIX;
@@ -50,14 +56,23 @@ class PlaneClient {
     const uint32_t length = static_cast<uint32_t>(hello.ByteSizeLong());
     std::string frame(reinterpret_cast<const char*>(&length), sizeof(length));
     frame += hello.SerializeAsString();
-    EXPECT_EQ(send(socket_, frame.data(), frame.size(), MSG_NOSIGNAL),
-              static_cast<ssize_t>(frame.size()));
-    char buffer[4096];
-    alignas(cmsghdr) char control[CMSG_SPACE(8 * sizeof(int))];
-    iovec part{buffer, sizeof(buffer)};
+    alignas(cmsghdr) char control[CMSG_SPACE(8 * sizeof(int))] = {};
+    iovec part{frame.data(), frame.size()};
     msghdr message{};
     message.msg_iov = &part;
     message.msg_iovlen = 1;
+    if (memory_fd >= 0) {
+      message.msg_control = control;
+      message.msg_controllen = CMSG_SPACE(sizeof(int));
+      cmsghdr* const header = CMSG_FIRSTHDR(&message);
+      header->cmsg_level = SOL_SOCKET;
+      header->cmsg_type = SCM_RIGHTS;
+      header->cmsg_len = CMSG_LEN(sizeof(int));
+      std::memcpy(CMSG_DATA(header), &memory_fd, sizeof(int));
+    }
+    EXPECT_EQ(sendmsg(socket_, &message, MSG_NOSIGNAL), static_cast<ssize_t>(frame.size()));
+    char buffer[4096];
+    part = {buffer, sizeof(buffer)};
     message.msg_control = control;
     message.msg_controllen = sizeof(control);
     const ssize_t n = recvmsg(socket_, &message, MSG_CMSG_CLOEXEC);
@@ -68,7 +83,6 @@ class PlaneClient {
       std::memcpy(fds_.data(), CMSG_DATA(c), count * sizeof(int));
     }
     EXPECT_TRUE(n > 4 && welcome_.ParseFromArray(buffer + 4, static_cast<int>(n) - 4));
-    EXPECT_EQ(welcome_.error(), "");
   }
   ~PlaneClient() {
     for (const int fd : fds_) close(fd);
@@ -240,6 +254,242 @@ TEST_F(DevicePoolProcessTest, WhoDoesNotUnderstandTheKindIsGivenNothingToMap) {
   EXPECT_EQ((*example)->Wait(absl::Seconds(90)).value_or(-1), 1);
   EXPECT_THAT((*example)->Log(),
               HasSubstr("frames cannot be mapped: kind 2: the frames lie in a GPU"));
+}
+
+// An engine's own pool in the GPU: blocks of 16 tokens, layer by layer, K and V, heads outside.
+class GpuEngine {
+ public:
+  static constexpr uint32_t kBlocks = 8;
+  GpuEngine(const Model& model, ExportableMemory* memory) : memory_(memory) {
+    const GroupGeometry& group = model.geometry().group(0);
+    request_.set_name("engine");
+    request_.set_model_digest(model.digest().ToHex());
+    request_.set_block_tokens(16);
+    request_.set_num_blocks(kBlocks);
+    v1::EngineGroup* const to = request_.add_groups();
+    to->set_layout(v1::EngineGroup::LAYOUT_HND);
+    to->set_k_type(v1::DATA_TYPE_F32);
+    to->set_v_type(v1::DATA_TYPE_F32);
+    to->set_kv_heads(group.spec().kv_heads);
+    head_bytes_ = group.k_row_bytes() / group.spec().kv_heads;
+    num_heads_ = group.spec().kv_heads;
+    uint64_t at = 0;
+    for (uint32_t layer = 0; layer < group.num_layers(); ++layer) {
+      v1::EngineGroup::Layer* const planes = to->add_layers();
+      planes->mutable_k()->set_offset(at);
+      planes->mutable_v()->set_offset(at + PlaneBytes());
+      at += 2 * PlaneBytes();
+    }
+  }
+  v1::LocalMemory Memory() const {
+    v1::LocalMemory memory;
+    const bool is_vmm = memory_->kind() == ExportableMemory::Kind::kVmm;
+    memory.set_kind(is_vmm ? v1::LocalMemory::KIND_CUDA_VMM : v1::LocalMemory::KIND_CUDA_IPC);
+    memory.set_size_bytes(memory_->size_bytes());
+    memory.set_ipc_handle(memory_->ipc_handle());
+    return memory;
+  }
+  v1::RegisterEnginePoolRequest Registration(uint64_t client_id) const {
+    v1::RegisterEnginePoolRequest request = request_;
+    request.set_local_client_id(client_id);
+    return request;
+  }
+  // The row of slot `slot` in the plane of a layer and kind, to be read or written head by head.
+  std::string Row(uint32_t layer, RowKind kind, uint32_t slot, const std::string* write = nullptr) {
+    std::string row;
+    for (uint64_t h = 0; h < num_heads_; ++h) {
+      const uint64_t plane = (2 * layer + (kind == RowKind::kV ? 1 : 0)) * PlaneBytes();
+      char* const at = reinterpret_cast<char*>(memory_->data()) + plane +
+                       slot / 16 * (16 * num_heads_ * head_bytes_) + h * 16 * head_bytes_ +
+                       slot % 16 * head_bytes_;
+      if (write != nullptr) std::memcpy(at, write->data() + h * head_bytes_, head_bytes_);
+      row.append(at, head_bytes_);
+    }
+    return row;
+  }
+
+ private:
+  uint64_t PlaneBytes() const { return kBlocks * 16 * num_heads_ * head_bytes_; }
+
+  ExportableMemory* const memory_;
+  v1::RegisterEnginePoolRequest request_;
+  uint64_t head_bytes_ = 0;
+  uint64_t num_heads_ = 0;
+};
+
+class GpuEngineProcessTest : public DevicePoolProcessTest {
+ protected:
+  // Stores a prompt out of blocks 1…4 and loads it, with another's tokens, into other blocks.
+  void RunEngine(const std::shared_ptr<ExportableMemory>& memory) {
+    StartWorker({"--export-device-frames"});
+    GpuEngine engine(*model_, memory.get());
+    v1::LocalHello hello;
+    hello.set_version(1);
+    *hello.add_memories() = engine.Memory();
+    auto plane = std::make_unique<PlaneClient>(socket(), hello, memory->fd());
+    ASSERT_EQ(plane->welcome().error(), "");
+    ASSERT_EQ(plane->welcome().num_memories(), 1u);
+    const auto engines = v1::EnginePoolService::NewStub(client_->channel());
+    TestContext registering;
+    v1::RegisterEnginePoolResponse registered;
+    absl::Status status = FromGrpcStatus(engines->RegisterEnginePool(
+        &registering, engine.Registration(plane->welcome().client_id()), &registered));
+    ASSERT_TRUE(status.ok()) << status;
+
+    const auto tokens = TestTokens(5, 64);
+    const GroupGeometry& group = model_->geometry().group(0);
+    const auto rows_of = [&](uint32_t layer, RowKind kind, uint32_t i) {
+      return TestRows(group, tokens, i, i + 1, layer, kind);
+    };
+    const std::vector<uint32_t> stored = {3, 1, 4, 2};
+    for (uint32_t i = 0; i < 64; ++i) {
+      for (uint32_t layer = 0; layer < group.num_layers(); ++layer) {
+        for (const RowKind kind : {RowKind::kK, RowKind::kV}) {
+          const std::string row = rows_of(layer, kind, i);
+          engine.Row(layer, kind, stored[i / 16] * 16 + i % 16, &row);
+        }
+      }
+    }
+    v1::StorePagesRequest store;
+    *store.mutable_pool() = registered.pool();
+    store.mutable_tokens()->Add(tokens.begin(), tokens.end());
+    store.add_slot_maps()->mutable_blocks()->Add(stored.begin(), stored.end());
+    v1::StorePagesResponse store_accepted;
+    TestContext storing;
+    status = FromGrpcStatus(engines->StorePages(&storing, store, &store_accepted));
+    ASSERT_TRUE(status.ok()) << status;
+    EXPECT_EQ(AwaitJob(*engines, store_accepted.job().job_id()), 64u);
+
+    // Another client reads what the engine stored, row by row as they should be.
+    const auto open = client_->Open(tokens);
+    ASSERT_TRUE(open.ok()) << open.status();
+    const uint64_t length = client_->WaitReady(open->state().sequence_id()).value_or(0);
+    ASSERT_GE(length, 48u);
+    EXPECT_TRUE(client_->Verify(open->state().sequence_id(), tokens, 0, length).ok());
+
+    v1::LoadPagesRequest load;
+    *load.mutable_pool() = registered.pool();
+    load.mutable_tokens()->Add(tokens.begin(), tokens.end());
+    load.set_allow_full_reuse(true);
+    const std::vector<uint32_t> loaded = {7, 5, 6, 2};
+    load.add_slot_maps()->mutable_blocks()->Add(loaded.begin(), loaded.end());
+    v1::LoadPagesResponse load_accepted;
+    TestContext loading;
+    std::memset(memory->data(), 0xee, memory->size_bytes());
+    status = FromGrpcStatus(engines->LoadPages(&loading, load, &load_accepted));
+    ASSERT_TRUE(status.ok()) << status;
+    EXPECT_EQ(AwaitJob(*engines, load_accepted.job().job_id()), 64u);
+    const std::string untouched(group.k_row_bytes(), '\xee');
+    for (uint32_t layer = 0; layer < group.num_layers(); ++layer) {
+      for (const RowKind kind : {RowKind::kK, RowKind::kV}) {
+        for (uint32_t i = 0; i < 64; ++i) {
+          ASSERT_EQ(engine.Row(layer, kind, loaded[i / 16] * 16 + i % 16), rows_of(layer, kind, i))
+              << "layer " << layer << ", token " << i;
+        }
+        for (const uint32_t block : {0u, 1u, 3u, 4u}) {
+          for (uint32_t t = 0; t < 16; ++t) {
+            ASSERT_EQ(engine.Row(layer, kind, block * 16 + t), untouched) << "block " << block;
+          }
+        }
+      }
+    }
+    // The engine's end is its pool's.
+    plane.reset();
+    EXPECT_TRUE(Eventually([&] {
+      TestContext context;
+      return GetReason(FromGrpcStatus(engines->LoadPages(&context, load, &load_accepted))) ==
+             "ENGINE_POOL_NOT_FOUND";
+    }));
+  }
+  // The usable tokens of a job that ended well.
+  static uint64_t AwaitJob(v1::EnginePoolService::StubInterface& engines, const std::string& id) {
+    TestContext context;
+    v1::WatchJobRequest watch;
+    watch.set_job_id(id);
+    v1::WatchJobResponse told;
+    const auto stream = engines.WatchJob(&context, watch);
+    while (stream->Read(&told)) {
+    }
+    EXPECT_TRUE(stream->Finish().ok());
+    EXPECT_EQ(told.job().state(), v1::EngineJob::STATE_DONE) << told.DebugString();
+    return told.job().usable_tokens();
+  }
+  static std::shared_ptr<ExportableMemory> MakeMemory() {
+    return ExportableMemory::Create(Driver(), 0, 1 << 20).value();
+  }
+  std::string Refusal(const v1::LocalMemory& memory, int fd) {
+    v1::LocalHello hello;
+    hello.set_version(1);
+    *hello.add_memories() = memory;
+    return PlaneClient(socket(), hello, fd).welcome().error();
+  }
+};
+
+TEST_F(GpuEngineProcessTest, ItsMemoryByADescriptorIsStoredFromAndLoadedInto) {
+  RunEngine(MakeMemory());
+}
+
+TEST_F(GpuEngineProcessTest, ItsMemoryByAHandleIsStoredFromAndLoadedInto) {
+  setenv("EMULATED_CUDA_DESCRIPTORS", "0", 1);
+  const std::shared_ptr<ExportableMemory> memory = MakeMemory();
+  unsetenv("EMULATED_CUDA_DESCRIPTORS");
+  ASSERT_EQ(memory->kind(), ExportableMemory::Kind::kIpc);
+  RunEngine(memory);
+}
+
+TEST_F(GpuEngineProcessTest, MemoryThatCannotBeImportedIsRefusedWithTheDriversWords) {
+  StartWorker({"--export-device-frames"});
+  const std::shared_ptr<ExportableMemory> memory = MakeMemory();
+  const GpuEngine engine(*model_, memory.get());
+  const int null = open("/dev/null", O_RDWR | O_CLOEXEC);
+  EXPECT_THAT(Refusal(engine.Memory(), null), HasSubstr("CUDA_ERROR_INVALID_VALUE"));
+  close(null);
+  v1::LocalMemory odd = engine.Memory();
+  odd.set_size_bytes(5000);
+  EXPECT_THAT(Refusal(odd, memory->fd()), HasSubstr("no whole units"));
+  EXPECT_THAT(Refusal(engine.Memory(), -1), HasSubstr("0 descriptors came"));
+  v1::LocalMemory handle = engine.Memory();
+  handle.set_kind(v1::LocalMemory::KIND_CUDA_IPC);
+  EXPECT_THAT(Refusal(handle, memory->fd()), HasSubstr("1 descriptors came"));
+  EXPECT_THAT(Refusal(handle, -1), HasSubstr("its handle has 0 bytes"));
+  handle.set_ipc_handle(std::string(64, 'x'));
+  EXPECT_THAT(Refusal(handle, -1), HasSubstr("CUDA_ERROR_INVALID_VALUE"));
+  const std::shared_ptr<ExportableMemory> other =
+      ExportableMemory::Create(Driver(), 1, 1 << 20).value();
+  EXPECT_THAT(Refusal(GpuEngine(*model_, other.get()).Memory(), other->fd()),
+              HasSubstr("not of this GPU"));
+  EXPECT_EQ(Refusal(engine.Memory(), memory->fd()), "");
+}
+
+TEST_F(GpuEngineProcessTest, WithoutTheOperatorsLeaveItsMemoryIsNotTaken) {
+  StartWorker({});
+  const std::shared_ptr<ExportableMemory> memory = MakeMemory();
+  EXPECT_THAT(Refusal(GpuEngine(*model_, memory.get()).Memory(), memory->fd()),
+              HasSubstr("KIND_CUDA_VMM; this worker's device is cuda:0, it takes KIND_MEMFD only"));
+}
+
+TEST_F(GpuEngineProcessTest, BlocksOnTheHostAreNotReachedFromAGpu) {
+  StartWorker({"--export-device-frames"});
+  const std::shared_ptr<ExportableMemory> memory = MakeMemory();
+  const GpuEngine engine(*model_, memory.get());
+  const int fd = memfd_create("engine", MFD_CLOEXEC | MFD_ALLOW_SEALING);
+  ASSERT_EQ(posix_fallocate(fd, 0, 1 << 20), 0);
+  ASSERT_EQ(fcntl(fd, F_ADD_SEALS, F_SEAL_SHRINK), 0);
+  v1::LocalHello hello;
+  hello.set_version(1);
+  v1::LocalMemory* const on_host = hello.add_memories();
+  on_host->set_kind(v1::LocalMemory::KIND_MEMFD);
+  on_host->set_size_bytes(1 << 20);
+  const PlaneClient plane(socket(), hello, fd);
+  close(fd);
+  ASSERT_EQ(plane.welcome().error(), "");
+  TestContext context;
+  v1::RegisterEnginePoolResponse registered;
+  const absl::Status status = FromGrpcStatus(
+      v1::EnginePoolService::NewStub(client_->channel())
+          ->RegisterEnginePool(&context, engine.Registration(plane.welcome().client_id()),
+                               &registered));
+  EXPECT_EQ(GetReason(status), "POOL_NOT_ON_HOST") << status;
 }
 
 TEST_F(DevicePoolProcessTest, WithoutTheOperatorsLeaveNothingIsExported) {

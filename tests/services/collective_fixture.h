@@ -50,6 +50,7 @@ class TestPool final : public DevicePool, public DeviceAddressed {
                            std::span<std::byte>) override {
     return absl::UnimplementedError("");
   }
+  absl::Status MoveRows(const RowMove&) override { return absl::UnimplementedError(""); }
   PoolExport exported() const override { return {}; }
 
   std::vector<std::byte>& bytes() { return bytes_; }

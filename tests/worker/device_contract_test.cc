@@ -4,6 +4,7 @@
 #include <cmath>
 #include <limits>
 #include <memory>
+#include <numeric>
 #include <random>
 #include <string>
 #include <thread>
@@ -18,6 +19,8 @@
 #include "tests/worker/named_device.h"
 #include "worker/cpu_device.h"
 #include "worker/device.h"
+#include "worker/device_addressed.h"
+#include "worker/row_move.h"
 
 namespace pagetide {
 namespace {
@@ -168,6 +171,100 @@ TEST_P(DeviceContractTest, CallsRunInParallelOnRangesThatDoNotOverlap) {
   }
   for (std::thread& thread : threads) thread.join();
   EXPECT_EQ(failures, std::vector<int>(kThreads, 0));
+}
+
+// --- rows between a pool and an engine's blocks, in memory of the same device ---
+
+std::byte* AddressOf(DevicePool& pool) {
+  auto* const device = dynamic_cast<DeviceAddressed*>(&pool);
+  return device != nullptr ? static_cast<std::byte*>(device->device_address()) : pool.host_view();
+}
+
+TEST_P(DeviceContractTest, RowsGoToBlocksOfAnEngineAndBack) {
+  struct Shape {
+    int32_t block_tokens, num_heads;
+    int64_t head_bytes;
+    bool is_hnd;
+  };
+  std::mt19937 random(17);
+  for (const Shape& shape :
+       {Shape{16, 4, 32, false}, Shape{16, 4, 32, true}, Shape{1, 2, 34, false},
+        Shape{5, 3, 7, true}, Shape{8, 1, 132, false}}) {
+    SCOPED_TRACE(absl::StrCat("head of ", shape.head_bytes, " bytes"));
+    constexpr int64_t kBlocks = 12;
+    const int64_t row_bytes = shape.num_heads * shape.head_bytes;
+    const int64_t block_bytes = shape.block_tokens * row_bytes + 24;  // and a gap between blocks
+    const size_t engine_bytes = static_cast<size_t>(kBlocks * block_bytes + 40);
+    auto engine = MakePool(engine_bytes);
+    auto pool = MakePool(static_cast<uint64_t>(40 * row_bytes));
+    std::vector<std::byte> blocks = Pattern(engine_bytes, 1);
+    std::vector<std::byte> frames = Pattern(pool->size_bytes(), 2);
+    std::vector<std::byte> host = Pattern(static_cast<size_t>(20 * row_bytes), 3);
+    ASSERT_TRUE(engine->Write(0, blocks).ok());
+    ASSERT_TRUE(pool->Write(0, frames).ok());
+    RowMove move;
+    move.plane.base = AddressOf(*engine) + 40;
+    move.plane.engine_page_bytes = block_bytes;
+    move.plane.engine_token_bytes = shape.is_hnd ? shape.head_bytes : row_bytes;
+    move.plane.engine_head_bytes =
+        shape.is_hnd ? shape.head_bytes * shape.block_tokens : shape.head_bytes;
+    move.engine_page_tokens = shape.block_tokens;
+    move.num_heads = shape.num_heads;
+    move.head_bytes = shape.head_bytes;
+    std::vector<int64_t> slots(static_cast<size_t>(kBlocks * shape.block_tokens));
+    std::iota(slots.begin(), slots.end(), 0);
+    for (int round = 0; round < 6; ++round) {
+      std::shuffle(slots.begin(), slots.end(), random);
+      const std::span<const int64_t> taken(slots);
+      const std::vector<RowMove::Rows> runs = {
+          {.pool_offset = static_cast<uint64_t>(3 * row_bytes), .slots = taken.first(5)},
+          {.host = host.data() + row_bytes, .slots = taken.subspan(5, 4)},
+          {.pool_offset = 0, .slots = {}},
+          {.pool_offset = static_cast<uint64_t>(20 * row_bytes), .slots = taken.subspan(9, 2)},
+          {.host = host.data() + 10 * row_bytes, .slots = taken.subspan(11, 1)}};
+      move.runs = runs;
+      const bool is_gather = round % 2 == 0;
+      move.direction =
+          is_gather ? kernels::PageMoveDirection::kGather : kernels::PageMoveDirection::kScatter;
+      // What it should give, head by head.
+      std::vector<std::byte> want_blocks = blocks, want_frames = frames, want_host = host;
+      for (const RowMove::Rows& run : runs) {
+        std::byte* rows = run.host != nullptr ? want_host.data() + (run.host - host.data())
+                                              : want_frames.data() + run.pool_offset;
+        for (const int64_t slot : run.slots) {
+          for (int64_t h = 0; h < shape.num_heads; ++h, rows += shape.head_bytes) {
+            std::byte* const place = want_blocks.data() + 40 +
+                                     slot / shape.block_tokens * block_bytes +
+                                     slot % shape.block_tokens * move.plane.engine_token_bytes +
+                                     h * move.plane.engine_head_bytes;
+            std::memcpy(is_gather ? rows : place, is_gather ? place : rows,
+                        static_cast<size_t>(shape.head_bytes));
+          }
+        }
+      }
+      const absl::Status moved = pool->MoveRows(move);
+      ASSERT_TRUE(moved.ok()) << moved;
+      blocks = Contents(*engine);
+      frames = Contents(*pool);
+      ASSERT_EQ(blocks, want_blocks);
+      ASSERT_EQ(frames, want_frames);
+      ASSERT_EQ(host, want_host);
+    }
+    // What leaves the pool, or is no slot, moves nothing.
+    const std::vector<int64_t> bad = {0, -1};
+    const std::vector<int64_t> two = {0, 1};
+    const std::vector<RowMove::Rows> wrong = {
+        {.pool_offset = static_cast<uint64_t>(39 * row_bytes), .slots = two},
+        {.pool_offset = ~uint64_t{0}, .slots = two},
+        {.pool_offset = 0, .slots = bad},
+        {.host = host.data(), .slots = bad}};
+    for (const RowMove::Rows& run : wrong) {
+      move.runs = {&run, 1};
+      EXPECT_TRUE(absl::IsInvalidArgument(pool->MoveRows(move)));
+    }
+    EXPECT_EQ(Contents(*pool), frames);
+    EXPECT_EQ(Contents(*engine), blocks);
+  }
 }
 
 // --- attention and shifts: against the CPU device ---

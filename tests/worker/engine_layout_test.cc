@@ -1,5 +1,6 @@
 // What a layout, a slot map and a memory must be to be taken.
 #include "worker/engine_layout.h"
+#include "worker/cpu_device.h"
 
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
@@ -168,12 +169,15 @@ TEST(EngineLayoutTest, RowsWithScalesAndPackedRowsMoveAsAWhole) {
     ASSERT_TRUE(memory.ok()) << memory.status();
     const auto layout = EngineLayout::Create(model->geometry(), spec, {*memory});
     ASSERT_TRUE(layout.ok()) << layout.status();
+    const auto pool = CpuDevice().CreatePool(4096).value();
     for (const RowKind kind : {RowKind::kK, RowKind::kV}) {
       const uint32_t row_bytes = group.row_bytes(kind);
       std::vector<std::byte> rows = RowOracle::Rows(Tokens(1, 3), 0, 3, 0, 1, kind, row_bytes);
       const std::vector<int64_t> slots = {15, 4, 6};
-      const EngineLayout::Rows run{rows.data(), slots};
-      ASSERT_TRUE(layout->Move(EngineLayout::Direction::kToEngine, 0, 1, kind, {&run, 1}).ok());
+      const EngineLayout::Rows run{.host = rows.data(), .slots = slots};
+      const absl::Status moved =
+          layout->Move(EngineLayout::Direction::kToEngine, 0, 1, kind, {&run, 1}, pool.get());
+      ASSERT_TRUE(moved.ok()) << moved;
       const auto& planes = engine.layers[1];
       if (row_bytes == 0) continue;
       const uint64_t offset = kind == RowKind::kK ? planes.k.offset : planes.v->offset;
