@@ -58,6 +58,7 @@ class AddressedDevice final : public Device {
                              int32_t delta, std::span<std::byte> to) override {
       return pool_->ReadShifted(group, offset, num_rows, delta, to);
     }
+    absl::Status MoveRows(const RowMove& move) override { return pool_->MoveRows(move); }
     PoolExport exported() const override { return {}; }
 
    private:
