@@ -19,8 +19,10 @@
 namespace pagetide {
 
 struct CudaDeviceOptions {
-  // Make pools that processes on this host can map. Off, because nothing keeps such a peer from
-  // writing into them. Where GPU or driver cannot, pools are made as without, and say why.
+  // Make pools that processes on this host can map, and take their memory in this GPU in return
+  // (Import). Off, because nothing keeps such a peer from writing into a pool, nor from taking its
+  // own memory away under a kernel. Where GPU or driver cannot, pools are made as without, and say
+  // why.
   bool export_frames = false;
   // The driver's library that exports go through, as dlopen takes it.
   std::string driver = "libcuda.so.1";
