@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import gc
 import pathlib
+import threading
 from typing import Any, Callable, Generator
 
+import llama_cpp.llama_cpp as lc
 import numpy as np
 import pytest
 from engine import control_logits, first_logits, open_engine
@@ -128,6 +130,47 @@ def test_a_generation_that_ends_late_leaves_the_next_one_alone(
     connector.detach()
     check_stored(fleet, models["llama"], first, 512)
     check_stored(fleet, models["llama"], second, 512)
+
+
+def test_a_generation_that_another_thread_ends_leaves_the_context_alone(
+        models: dict[str, pathlib.Path], fleet: Fleet) -> None:
+    """The garbage collector runs on any thread; what it ended is stored by the next prompt."""
+    prompt = prompt_of(600, 960)
+    llama = open_engine(models["llama"])
+    connector = pt.attach(llama, router=fleet.router.grpc)
+    cuts = watch_cuts(connector)
+    generation = begin(llama, prompt)
+    other = threading.Thread(target=generation.close)
+    other.start()
+    other.join(10)
+    assert cuts == [] and not other.is_alive()
+    begin(llama, prompt_of(300, 961)).close()
+    assert cuts[:2] == [(0, 256), (256, 512)]
+    connector.detach()
+    check_stored(fleet, models["llama"], prompt, 512)
+
+
+def test_rows_of_other_threads_are_not_stored_though_the_number_is_set_back(
+        models: dict[str, pathlib.Path], fleet: Fleet) -> None:
+    prompt = prompt_of(600, 970)
+    llama = open_engine(models["llama"], flash_attn=True)  # then threads are part of the key
+    connector = pt.attach(llama, router=fleet.router.grpc)
+    assert connector.numerics["threads"] == 2
+    begin(llama, prompt_of(300, 971)).close()
+    generation = llama.generate(prompt, temp=0.0)
+    prepare = connector.prepare
+
+    def prepare_and_set(tokens: list[int]) -> Any:
+        report = prepare(tokens)
+        lc.llama_set_n_threads(llama.ctx, 1, 1)
+        return report
+
+    connector.prepare = prepare_and_set  # type: ignore[method-assign]
+    next(generation)
+    lc.llama_set_n_threads(llama.ctx, 2, 2)
+    generation.close()
+    assert connector.flush() and connector.stored_tokens == 256  # the other prompt's
+    connector.detach()
 
 
 def test_an_engine_that_is_closed_first_ends_quietly(models: dict[str, pathlib.Path], fleet: Fleet) -> None:

@@ -13,6 +13,7 @@ import ctypes
 import json
 import logging
 import os
+import threading
 import time
 import weakref
 from typing import Any, Callable, Generator, Optional, Sequence
@@ -87,6 +88,8 @@ class Connector:
         self._generation = 0
         # The context, or what is known of it, is being worked on: what the garbage collector ends meanwhile waits.
         self._is_at_work = False
+        # That used the context last. The collector may end a generation on any other, beside this one.
+        self._thread = threading.get_ident()
         self._rows = KnownRows(llama)
         self._origin = origin_of(llama.ctx)
         self._num_changes = self._origin.num_changes
@@ -209,13 +212,16 @@ class Connector:
         generation = self._generation
         try:
             yield from self._generate(tokens, *args, **kwargs)
-        finally:
-            if generation == self._generation:
+        finally:  # else the next prompt, flush() or detach() does
+            if generation == self._generation and threading.get_ident() == self._thread:
                 self.keep()
 
     def _eval_and_note(self, tokens: Sequence[int]) -> None:
+        self._thread = threading.get_ident()
         # Here, not behind it: a prompt's first token does not wait for the cutting of its pages.
         self._keep_rest()
+        if self._sequence is not None and not self._has_its_threads():
+            self._sequence = None  # what is computed now is not of the numerics that pages are named after
         is_outermost, self._is_at_work = not self._is_at_work, True
         try:
             self._rows.evaluate(self._eval, tokens)
@@ -230,17 +236,22 @@ class Connector:
         if self._origin.num_changes != self._num_changes:
             raise Refused(f"{self._origin.last_change} was called since the context was attached: its rows "
                           "are not those of the model any more that it is named after; open it anew")
-        threads = self.numerics.get("threads")
-        if self._options.numerics_in_key and threads not in (None, lc.llama_n_threads(self._llama.ctx)):
-            raise Refused(f"the context was attached with {threads} threads and has "
+        if not self._has_its_threads():
+            raise Refused(f"the context was attached with {self.numerics['threads']} threads and has "
                           f"{lc.llama_n_threads(self._llama.ctx)}: attach it anew")
         if not context.is_passage_free():
             raise Refused(f"sequence {SEQUENCE} of the context is in use, through which pages go in and out")
+
+    def _has_its_threads(self) -> bool:
+        """As many as are part of the key, if they are."""
+        threads = self.numerics.get("threads")
+        return not self._options.numerics_in_key or threads in (None, lc.llama_n_threads(self._llama.ctx))
 
     def prepare(self, tokens: list[int]) -> Report:
         """Brings the longest known prefix of a prompt into the context, unless the context holds as much
         already. generate() calls it."""
         self._generation += 1
+        self._thread = threading.get_ident()
         self._keep_rest()
         report = Report(len(tokens))
         self.last = report
