@@ -107,7 +107,7 @@ class Device {
   virtual absl::StatusOr<std::unique_ptr<DevicePool>> CreatePool(uint64_t size_bytes) = 0;
   // Does this device map memory of peers of this kind? Of host memory no device is asked.
   virtual bool CanImport(PoolExport::Kind kind) const { return false; }
-  // Memory of this device. FAILED_PRECONDITION where it cannot be imported.
+  // Memory of this device, or by IPC handle of one that it has peer access to. FAILED_PRECONDITION where it cannot be imported.
   virtual absl::StatusOr<ImportedPeerMemory> Import(const PeerMemory& memory) {
     return absl::UnimplementedError("import memory of a peer: this device does not");
   }

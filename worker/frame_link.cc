@@ -9,10 +9,9 @@
 
 namespace pagetide {
 
-Digest ProveLink(absl::string_view transfer_id, absl::string_view link, absl::string_view link_id,
-                 const TenantSalt& salt) {
+Digest ProveLink(absl::string_view transfer_id, absl::string_view link, const TenantSalt& salt) {
   Sha256 hash;
-  hash.AppendField(transfer_id).AppendField(link).AppendField(link_id);
+  hash.AppendField(transfer_id).AppendField(link);
   return HmacSha256(salt.digest.view(), absl::StrCat("pagetide.link.v1", hash.Finish().view()));
 }
 
@@ -52,55 +51,54 @@ MonotonicTime FrameLink::Pair::PageDeadline(MonotonicTime deadline) const {
   return std::min(deadline, parent_->clock_->MonotonicNow() + parent_->options_.page_timeout);
 }
 
-absl::Status FrameLink::Pair::Join(uint32_t rank, absl::string_view id, absl::Duration timeout,
-                                   MonotonicTime deadline) {
-  const MonotonicTime join_by = std::min(deadline, parent_->clock_->MonotonicNow() + timeout);
-  PT_ASSIGN_OR_RETURN(std::unique_ptr<Collective> joined, link_->Join(rank, 2, id, join_by));
+absl::Status FrameLink::Pair::Run(uint32_t rank, absl::string_view id, absl::Duration join_timeout,
+                                  MonotonicTime deadline,
+                                  absl::FunctionRef<absl::Status(Collective& group)> move) {
+  const MonotonicTime join_by = std::min(deadline, parent_->clock_->MonotonicNow() + join_timeout);
+  PT_ASSIGN_OR_RETURN(const std::unique_ptr<Collective> group, link_->Join(rank, 2, id, join_by));
+  {
+    MutexLock lock(&mu_);
+    group_ = group.get();
+    // What was asked for while there was nothing to end.
+    if (is_aborted_) group_->Abort();
+  }
+  const absl::Status status = move(*group);
   MutexLock lock(&mu_);
-  collective_ = std::move(joined);
-  // What was asked for while there was nothing to end.
-  if (is_aborted_) collective_->Abort();
-  return absl::OkStatus();
+  group_ = nullptr;
+  return status;
 }
 
 void FrameLink::Pair::Abort() {
   MutexLock lock(&mu_);
   is_aborted_ = true;
-  if (collective_ != nullptr) collective_->Abort();
+  if (group_ != nullptr) group_->Abort();
 }
 
 absl::Status FrameLink::Pair::Send(absl::string_view id, absl::Duration join_timeout,
                                    OutgoingSequence& outgoing, std::span<const uint32_t> pages,
                                    MonotonicTime deadline) {
-  PT_RETURN_IF_ERROR(Join(0, id, join_timeout, deadline));
-  Collective* collective = nullptr;
-  {
-    MutexLock lock(&mu_);
-    collective = collective_.get();  // it stays
-  }
-  return outgoing.VisitFrames(pages, [&](uint32_t, const CollectiveBuffer& frame) -> absl::Status {
-    PT_RETURN_IF_ERROR(collective->Send(1, frame, PageDeadline(deadline)));
-    parent_->sent_pages_->Increment();
-    return absl::OkStatus();
+  return Run(1, id, join_timeout, deadline, [&](Collective& group) {
+    return outgoing.VisitFrames(pages,
+                                [&](uint32_t, const CollectiveBuffer& frame) -> absl::Status {
+                                  PT_RETURN_IF_ERROR(group.Send(0, frame, PageDeadline(deadline)));
+                                  parent_->sent_pages_->Increment();
+                                  return absl::OkStatus();
+                                });
   });
 }
 
 absl::Status FrameLink::Pair::Receive(absl::string_view id, absl::Duration join_timeout,
                                       IncomingTransfers::Push& push,
                                       std::span<const uint32_t> pages, MonotonicTime deadline) {
-  PT_RETURN_IF_ERROR(Join(1, id, join_timeout, deadline));
-  Collective* collective = nullptr;
-  {
-    MutexLock lock(&mu_);
-    collective = collective_.get();  // it stays
-  }
-  for (uint32_t page : pages) {
-    PT_RETURN_IF_ERROR(push.Fill(page, [&](const CollectiveBuffer& frame) {
-      return collective->Receive(0, frame, PageDeadline(deadline));
-    }));
-    parent_->received_pages_->Increment();
-  }
-  return absl::OkStatus();
+  return Run(0, id, join_timeout, deadline, [&](Collective& group) -> absl::Status {
+    for (uint32_t page : pages) {
+      PT_RETURN_IF_ERROR(push.Fill(page, [&](const CollectiveBuffer& frame) {
+        return group.Receive(1, frame, PageDeadline(deadline));
+      }));
+      parent_->received_pages_->Increment();
+    }
+    return absl::OkStatus();
+  });
 }
 
 }  // namespace pagetide

@@ -13,6 +13,7 @@
 #include <span>
 #include <string>
 
+#include "absl/functional/function_ref.h"
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
 #include "absl/strings/string_view.h"
@@ -30,9 +31,8 @@
 namespace pagetide {
 
 // Proof that a worker of this deployment asks for the group, for this tenant:
-//   HMAC-SHA-256(salt, "pagetide.link.v1" SHA-256(field transfer id, field link, field link id))
-Digest ProveLink(absl::string_view transfer_id, absl::string_view link, absl::string_view link_id,
-                 const TenantSalt& salt);
+//   HMAC-SHA-256(salt, "pagetide.link.v1" SHA-256(field transfer id, field link))
+Digest ProveLink(absl::string_view transfer_id, absl::string_view link, const TenantSalt& salt);
 
 class FrameLink {
  public:
@@ -58,10 +58,11 @@ class FrameLink {
   // One transfer's use of the link. For one thread, but for Abort.
   class Pair {
    public:
-    // By the source, once.
+    // By the target, once.
     absl::StatusOr<std::string> MakeId() { return link_->MakeId(); }
-    // The two ends: they join, then the pages go in their order. FAILED_PRECONDITION (NO_NCCL,
-    // NO_GPU, NCCL_FAILED), DEADLINE_EXCEEDED, CANCELLED; of Send those of
+    // The two ends: they join, the pages go in their order, and they leave: both at the same time,
+    // since to leave a group of GPUs of one machine may wait for the other. FAILED_PRECONDITION
+    // (NO_NCCL, NO_GPU, NCCL_FAILED), DEADLINE_EXCEEDED, CANCELLED; of Send those of
     // OutgoingSequence::VisitFrames, of Receive those of IncomingTransfers::Push::Fill.
     absl::Status Send(absl::string_view id, absl::Duration join_timeout, OutgoingSequence& outgoing,
                       std::span<const uint32_t> pages, MonotonicTime deadline);
@@ -75,8 +76,10 @@ class FrameLink {
     friend class FrameLink;
     Pair(FrameLink* parent, std::unique_ptr<StreamSlots::Slot> slot, std::unique_ptr<FastLink> link)
         : parent_(parent), slot_(std::move(slot)), link_(std::move(link)) {}
-    absl::Status Join(uint32_t rank, absl::string_view id, absl::Duration timeout,
-                      MonotonicTime deadline);
+    // Joined, runs `move`, and leaves.
+    absl::Status Run(uint32_t rank, absl::string_view id, absl::Duration join_timeout,
+                     MonotonicTime deadline,
+                     absl::FunctionRef<absl::Status(Collective& group)> move);
     MonotonicTime PageDeadline(MonotonicTime deadline) const;
 
     FrameLink* const parent_;
@@ -84,8 +87,7 @@ class FrameLink {
     const std::unique_ptr<FastLink> link_;
     Mutex mu_;
     bool is_aborted_ ABSL_GUARDED_BY(mu_) = false;
-    // Set once, by the thread that joins.
-    std::unique_ptr<Collective> collective_ ABSL_GUARDED_BY(mu_);
+    Collective* group_ ABSL_GUARDED_BY(mu_) = nullptr;  // while it runs
   };
   // FAILED_PRECONDITION (NO_LINK), RESOURCE_EXHAUSTED (TOO_MANY_LINKS).
   absl::StatusOr<std::unique_ptr<Pair>> Take(absl::string_view tenant);

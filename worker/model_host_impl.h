@@ -158,9 +158,11 @@ class ModelHostImpl final : public ModelHost, public TransferHost {
                                                     std::span<const std::byte> body)>;
     virtual absl::Status ReadPages(std::span<const uint32_t> pages, MonotonicTime deadline,
                                    CopySink sink) = 0;
-    // See OutgoingSequence.
-    virtual std::vector<uint32_t> InFrames(std::span<const uint32_t> pages) = 0;
-    virtual absl::Status VisitFrame(uint32_t page, OutgoingSequence::FrameSink sink) = 0;
+    // Does the page lie in a frame, all of it, with this checksum?
+    virtual bool IsInFrame(uint32_t page, const Checksum128& checksum) = 0;
+    // See OutgoingSequence. FAILED_PRECONDITION (NOT_IN_FRAME).
+    virtual absl::Status VisitFrame(uint32_t page, const Checksum128& checksum,
+                                    OutgoingSequence::FrameSink sink) = 0;
   };
 
   // Pins of pages, given back when it goes. Made with the lock held, destroyed without.

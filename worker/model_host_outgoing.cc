@@ -56,11 +56,21 @@ class ModelHostImpl::OutgoingImpl final : public OutgoingSequence {
   }
 
   std::vector<uint32_t> InFrames(std::span<const uint32_t> pages) override {
-    return snapshot_->InFrames(pages);
+    std::vector<uint32_t> found;
+    for (uint32_t page : pages) {
+      if (page < plan_.pages.size() && snapshot_->IsInFrame(page, plan_.pages[page].ref.checksum)) {
+        found.push_back(page);
+      }
+    }
+    return found;
   }
   absl::Status VisitFrames(std::span<const uint32_t> pages, FrameSink sink) override {
     for (uint32_t page : pages) {
-      PT_RETURN_IF_ERROR(snapshot_->VisitFrame(page, sink));
+      if (page >= plan_.pages.size()) {
+        return absl::InvalidArgumentError(
+            absl::StrCat("send page ", page, " of a transfer of ", plan_.pages.size()));
+      }
+      PT_RETURN_IF_ERROR(snapshot_->VisitFrame(page, plan_.pages[page].ref.checksum, sink));
     }
     return absl::OkStatus();
   }

@@ -218,20 +218,17 @@ class ModelHostImpl::SnapshotImpl final : public PagedSnapshot {
     return status;
   }
 
-  std::vector<uint32_t> InFrames(std::span<const uint32_t> pages) override {
-    std::vector<uint32_t> found;
+  bool IsInFrame(uint32_t page, const Checksum128& checksum) override {
     MutexLock lock(&host_->mu_);
-    for (uint32_t page : pages) {
-      if (page < items_.size() && IsInFrame(items_[page])) found.push_back(page);
-    }
-    return found;
+    return page < items_.size() && IsWholeInFrame(items_[page], checksum);
   }
 
-  absl::Status VisitFrame(uint32_t i, OutgoingSequence::FrameSink sink) override {
+  absl::Status VisitFrame(uint32_t i, const Checksum128& checksum,
+                          OutgoingSequence::FrameSink sink) override {
     CollectiveBuffer frame;
     {
       MutexLock lock(&host_->mu_);
-      if (i >= items_.size() || !IsInFrame(items_[i])) {
+      if (i >= items_.size() || !IsWholeInFrame(items_[i], checksum)) {
         return WithReason(absl::FailedPreconditionError(
                               absl::StrCat("send page ", i, ": it is not whole in a frame")),
                           "NOT_IN_FRAME");
@@ -277,10 +274,13 @@ class ModelHostImpl::SnapshotImpl final : public PagedSnapshot {
     std::optional<PageKey> stored_key;  // of a private page whose record holds the frame's bytes
   };
 
-  // Whole there, and nobody writes to it any more.
-  bool IsInFrame(const Item& item) const ABSL_EXCLUSIVE_LOCKS_REQUIRED(host_->mu_) {
+  // All slots are written, and nobody writes to it any more. A tail that was sealed has no
+  // checksum: behind its rows lies what its frame held before.
+  bool IsWholeInFrame(const Item& item, const Checksum128& checksum) const
+      ABSL_EXCLUSIVE_LOCKS_REQUIRED(host_->mu_) {
     const Page& page = host_->pages_.Get(item.page);
-    return item.body.empty() && !item.is_pinned && page.is_full() && page.is_readable();
+    return item.body.empty() && !item.is_pinned && page.is_full() && page.is_readable() &&
+           page.checksum() == checksum;
   }
 
   // A pool may be smaller than a batch.

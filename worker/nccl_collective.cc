@@ -148,6 +148,11 @@ absl::Status NcclCollective::WaitStream(absl::string_view action, MonotonicTime 
     absl::SleepFor(kPoll);
   }
   Drop();
+  // What was enqueued must not write into the buffer any more when this answers.
+  const MonotonicTime ended_by = clock_->MonotonicNow() + kFinalize;
+  while (library_->cuStreamQuery(stream_) == kCudaNotReady && clock_->MonotonicNow() < ended_by) {
+    absl::SleepFor(kPoll);
+  }
   return status;
 }
 

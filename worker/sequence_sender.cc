@@ -8,7 +8,9 @@
 #include <utility>
 #include <vector>
 
+#include "absl/functional/function_ref.h"
 #include "absl/strings/str_cat.h"
+#include "absl/time/clock.h"
 #include "base/error_info.h"
 #include "base/log.h"
 #include "base/status_context.h"
@@ -25,6 +27,8 @@ namespace pagetide {
 namespace {
 
 constexpr size_t kMaxAddressBytes = 1024;
+constexpr absl::Duration kLinkEnds = absl::Seconds(8);
+constexpr absl::Duration kLookAgain = absl::Milliseconds(100);
 
 // Could the target have done what it was asked for, and only the answer be lost?
 bool IsInDoubt(const absl::Status& status) {
@@ -65,6 +69,36 @@ class SequenceSender::Peer {
     grpc::ClientContext context;
     SetDeadline(deadline, &context);
     return Said(FromGrpcStatus((stub_.get()->*method)(&context, request, response)));
+  }
+
+  // The target's end of a link, and at the same time `send`, this one's, with the id that the
+  // target made.
+  absl::Status ReceivePages(const v1::ReceivePagesRequest& request, MonotonicTime deadline,
+                            FrameLink::Pair& pair,
+                            absl::FunctionRef<absl::Status(absl::string_view id)> send) {
+    grpc::ClientContext context;
+    SetDeadline(deadline, &context);
+    const auto reader = stub_->ReceivePages(&context, request);
+    v1::ReceivePagesResponse first;
+    // It refuses before there is an id.
+    if (!reader->Read(&first)) return Said(FromGrpcStatus(reader->Finish()));
+    absl::Status received;
+    absl::Status sent;
+    {
+      ThreadGroup other("link-receive");  // its end waits for the target's
+      other.Start([&] {
+        v1::ReceivePagesResponse last;
+        const bool is_there = reader->Read(&last);
+        received = FromGrpcStatus(reader->Finish());
+        if (received.ok() && !is_there) received = absl::InternalError("no second answer");
+        if (!received.ok()) pair.Abort();
+      });
+      sent = send(first.link_id());
+      if (!sent.ok()) context.TryCancel();
+    }
+    // What the target says of it says more than that its end is gone.
+    if (!sent.ok() && (received.ok() || absl::IsCancelled(received))) return sent;
+    return Said(received);
   }
 
   absl::Status Push(OutgoingSequence& outgoing, const std::string& transfer_id,
@@ -131,7 +165,11 @@ SequenceSender::SequenceSender(Options options, Worker* worker, Parking* parking
       slots_({.what = "sends of sequences",
               .reason = "TOO_MANY_TRANSFERS",
               .in_all = options.max_running,
-              .per_tenant = options.max_running_of_tenant}) {}
+              .per_tenant = options.max_running_of_tenant}),
+      share_slots_({.what = "sends of pages within shard groups",
+                    .reason = "TOO_MANY_TRANSFERS",
+                    .in_all = options.max_running,
+                    .per_tenant = options.max_running_of_tenant}) {}
 
 void SequenceSender::Count(const absl::Status& status) const {
   worker_->metrics()
@@ -142,9 +180,10 @@ void SequenceSender::Count(const absl::Status& status) const {
 }
 
 absl::StatusOr<v1::SendSequenceResponse> SequenceSender::Counted(
-    const Tenant& tenant, absl::FunctionRef<absl::StatusOr<v1::SendSequenceResponse>()> send) {
+    StreamSlots& slots, const Tenant& tenant,
+    absl::FunctionRef<absl::StatusOr<v1::SendSequenceResponse>()> send) {
   const auto with_slot = [&]() -> absl::StatusOr<v1::SendSequenceResponse> {
-    PT_ASSIGN_OR_RETURN(const auto slot, slots_.Take(tenant.name));
+    PT_ASSIGN_OR_RETURN(const auto slot, slots.Take(tenant.name));
     return send();
   };
   absl::StatusOr<v1::SendSequenceResponse> sent = with_slot();
@@ -159,13 +198,13 @@ absl::StatusOr<v1::SendSequenceResponse> SequenceSender::Counted(
 
 absl::StatusOr<v1::SendSequenceResponse> SequenceSender::Send(
     const Tenant& tenant, const v1::SendSequenceRequest& request, MonotonicTime deadline) {
-  return Counted(tenant, [&] { return SendOnce(tenant, request, deadline); });
+  return Counted(slots_, tenant, [&] { return SendOnce(tenant, request, deadline); });
 }
 
 absl::StatusOr<v1::SendSequenceResponse> SequenceSender::SendPages(
     const Tenant& tenant, ModelHost* host, const SequenceHandle& sequence,
     const Digest& model_digest, const std::string& address, MonotonicTime deadline) {
-  return Counted(tenant, [&]() -> absl::StatusOr<v1::SendSequenceResponse> {
+  return Counted(share_slots_, tenant, [&]() -> absl::StatusOr<v1::SendSequenceResponse> {
     PT_ASSIGN_OR_RETURN(const std::unique_ptr<OutgoingSequence> outgoing,
                         TransfersOf(*host).BeginOutgoing(tenant, sequence, TransferKind::kPages,
                                                          address, deadline));
@@ -257,7 +296,13 @@ absl::StatusOr<v1::SendSequenceResponse> SequenceSender::Transfer(
     std::vector<uint32_t> others;
     std::set_difference(reserved.wanted().begin(), reserved.wanted().end(), linked.begin(),
                         linked.end(), std::back_inserter(others));
-    status = peer->Push(outgoing, reserved.transfer_id(), others, deadline, &response);
+    // The target's end of a link that broke may take as long as a page to see it.
+    const MonotonicTime busy_until = worker_->clock().MonotonicNow() + kLinkEnds;
+    do {
+      status = peer->Push(outgoing, reserved.transfer_id(), others, deadline, &response);
+    } while (GetReason(status) == "TRANSFER_BUSY" && link_ != nullptr &&
+             worker_->clock().MonotonicNow() < std::min(busy_until, deadline) &&
+             (absl::SleepFor(kLookAgain), true));
   }
   if (!status.ok()) {
     // So that its frames are free at once; otherwise they are when its ttl has passed.
@@ -290,10 +335,8 @@ std::vector<uint32_t> SequenceSender::SendByLink(Peer& peer, const Tenant& tenan
   uint64_t num_bytes = 0;
   for (uint32_t page : pages) num_bytes += outgoing.page_bytes(page);
   if (pages.empty() || num_bytes < link_->options().min_bytes) return {};
-  const absl::StatusOr<std::unique_ptr<FrameLink::Pair>> pair = link_->Take(tenant.name);
-  absl::StatusOr<std::string> id = pair.ok() ? (*pair)->MakeId() : pair.status();
-  absl::Status status = id.status();
-  if (status.ok()) {
+  const absl::Status status = [&]() -> absl::Status {
+    PT_ASSIGN_OR_RETURN(const std::unique_ptr<FrameLink::Pair> pair, link_->Take(tenant.name));
     // What is reserved must not expire meanwhile.
     const absl::Duration join_timeout =
         std::min(link_->options().join_timeout,
@@ -301,28 +344,14 @@ std::vector<uint32_t> SequenceSender::SendByLink(Peer& peer, const Tenant& tenan
     v1::ReceivePagesRequest request;
     request.set_transfer_id(reserved.transfer_id());
     request.set_link(link_->name());
-    request.set_link_id(*id);
     request.mutable_pages()->Add(pages.begin(), pages.end());
     *request.mutable_join_timeout() = DurationToProto(join_timeout);
     request.set_proof(
-        std::string(ProveLink(reserved.transfer_id(), link_->name(), *id, tenant.salt).view()));
-    absl::Status received;
-    absl::Status asked;
-    {
-      // The target's end, which takes as long as this one. Declared last: waits before the rest
-      // goes.
-      ThreadGroup other("link-receive");
-      other.Start([&] {
-        v1::ReceivePagesResponse response;
-        received =
-            peer.Call(&v1::TransferService::Stub::ReceivePages, request, &response, deadline);
-        if (!received.ok()) (*pair)->Abort();
-      });
-      asked = (*pair)->Send(*id, join_timeout, outgoing, pages, deadline);
-    }
-    // What the target says of it says more than that its end is gone.
-    status = received.ok() ? asked : received;
-  }
+        std::string(ProveLink(reserved.transfer_id(), link_->name(), tenant.salt).view()));
+    return peer.ReceivePages(request, deadline, *pair, [&](absl::string_view id) {
+      return pair->Send(id, join_timeout, outgoing, pages, deadline);
+    });
+  }();
   worker_->metrics()
       .GetCounter("pagetide_transfer_link_sends_total",
                   "Transfers whose pages went from GPU to GPU, by how that ended",

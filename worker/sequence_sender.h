@@ -95,7 +95,8 @@ class SequenceSender {
                                                     MonotonicTime deadline);
   // With one of the slots; counts.
   absl::StatusOr<v1::SendSequenceResponse> Counted(
-      const Tenant& tenant, absl::FunctionRef<absl::StatusOr<v1::SendSequenceResponse>()> send);
+      StreamSlots& slots, const Tenant& tenant,
+      absl::FunctionRef<absl::StatusOr<v1::SendSequenceResponse>()> send);
   // Those of `wanted` that went from GPU to GPU; none where that is not possible, or failed.
   std::vector<uint32_t> SendByLink(Peer& peer, const Tenant& tenant, ModelHost& host,
                                    OutgoingSequence& outgoing,
@@ -123,6 +124,7 @@ class SequenceSender {
   RequestMemos* const memos_;
   FrameLink* const link_;
   StreamSlots slots_;
+  StreamSlots share_slots_;  // of SendPages, so that groups and clients do not wait for each other
   std::atomic<uint64_t> next_request_{1};
 
   mutable Mutex mu_;

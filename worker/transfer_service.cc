@@ -109,12 +109,7 @@ grpc::Status TransferServiceImpl::PushPages(grpc::ServerContext* context,
 
 absl::Status TransferServiceImpl::Receive(const CallContext& call,
                                           const v1::ReceivePagesRequest& request,
-                                          v1::ReceivePagesResponse* response) {
-  if (request.link_id().empty() || request.link_id().size() > FastLink::kMaxIdBytes) {
-    return absl::InvalidArgumentError(absl::StrCat("link_id has ", request.link_id().size(),
-                                                   " bytes, must have 1 to ",
-                                                   FastLink::kMaxIdBytes));
-  }
+                                          grpc::ServerWriter<v1::ReceivePagesResponse>* writer) {
   PT_ASSIGN_OR_RETURN(const absl::Duration join_timeout,
                       DurationFromProto("join_timeout", request.join_timeout()));
   if (join_timeout == absl::ZeroDuration() || join_timeout > FrameLink::kMaxJoinTimeout) {
@@ -122,37 +117,43 @@ absl::Status TransferServiceImpl::Receive(const CallContext& call,
         "join_timeout is ", absl::FormatDuration(join_timeout), ", must be above 0 and at most ",
         absl::FormatDuration(FrameLink::kMaxJoinTimeout)));
   }
-  const Digest proof =
-      ProveLink(request.transfer_id(), request.link(), request.link_id(), call.tenant.salt);
-  if (proof.view() != request.proof()) {
+  if (ProveLink(request.transfer_id(), request.link(), call.tenant.salt).view() !=
+      request.proof()) {
     return WithReason(
         absl::PermissionDeniedError("receive pages: the proof is not of a worker of this "
                                     "deployment, for this tenant"),
         "NOT_PROVEN");
   }
-  if (link_ == nullptr || link_->name().empty() || request.link() != link_->name()) {
+  if (link_ == nullptr || request.link() != link_->name()) {
     return WithReason(
-        absl::FailedPreconditionError(absl::StrCat(
-            "receive pages: this worker has no link of that name: ",
-            link_ == nullptr ? "its frames are not joined to those of others" : link_->why_not())),
+        absl::FailedPreconditionError("receive pages: this worker has no link of that name"),
         "NO_LINK");
   }
+  // All that can refuse comes before the id: a group that nobody joins leaves a thread of NCCL's.
   PT_ASSIGN_OR_RETURN(const std::unique_ptr<IncomingTransfers::Push> push,
                       incoming_->BeginPush(call.tenant, request.transfer_id()));
   PT_ASSIGN_OR_RETURN(const std::unique_ptr<FrameLink::Pair> pair, link_->Take(call.tenant.name));
+  PT_ASSIGN_OR_RETURN(const std::string id, pair->MakeId());
+  v1::ReceivePagesResponse first;
+  first.set_link_id(id);
+  if (!writer->Write(first)) return absl::CancelledError("receive pages: the caller left");
   PT_RETURN_IF_ERROR(pair->Receive(
-      request.link_id(), join_timeout, *push,
+      id, join_timeout, *push,
       std::span(request.pages().data(), static_cast<size_t>(request.pages_size())), call.deadline));
-  response->set_received_pages(push->received_pages());
-  response->set_received_bytes(push->received_bytes());
-  response->set_missing_pages(push->num_missing());
+  v1::ReceivePagesResponse last;
+  last.set_received_pages(push->received_pages());
+  last.set_received_bytes(push->received_bytes());
+  last.set_missing_pages(push->num_missing());
+  if (!writer->Write(last)) return absl::CancelledError("receive pages: the caller left");
   return absl::OkStatus();
 }
 
-grpc::Status TransferServiceImpl::ReceivePages(grpc::ServerContext* context,
-                                               const v1::ReceivePagesRequest* request,
-                                               v1::ReceivePagesResponse* response) {
-  return ToGrpcStatus(Receive(MakeCallContext(*context, *worker_), *request, response));
+grpc::Status TransferServiceImpl::ReceivePages(
+    grpc::ServerContext* context, const v1::ReceivePagesRequest* request,
+    grpc::ServerWriter<v1::ReceivePagesResponse>* writer) {
+  const CallContext call = MakeCallContext(*context, *worker_);
+  const StreamDeadlines::Watch watch(deadlines_, context, call.end, "receive pages");
+  return ToGrpcStatus(Receive(call, *request, writer));
 }
 
 grpc::Status TransferServiceImpl::CommitTransfer(grpc::ServerContext* context,

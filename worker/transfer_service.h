@@ -29,7 +29,7 @@ class TransferServiceImpl final : public v1::TransferService::Service {
                          grpc::ServerReader<v1::PushPagesRequest>* reader,
                          v1::PushPagesResponse* response) override;
   grpc::Status ReceivePages(grpc::ServerContext* context, const v1::ReceivePagesRequest* request,
-                            v1::ReceivePagesResponse* response) override;
+                            grpc::ServerWriter<v1::ReceivePagesResponse>* writer) override;
   grpc::Status CommitTransfer(grpc::ServerContext* context,
                               const v1::CommitTransferRequest* request,
                               v1::CommitTransferResponse* response) override;
@@ -48,7 +48,7 @@ class TransferServiceImpl final : public v1::TransferService::Service {
                     grpc::ServerReader<v1::PushPagesRequest>* reader,
                     v1::PushPagesResponse* response);
   absl::Status Receive(const CallContext& call, const v1::ReceivePagesRequest& request,
-                       v1::ReceivePagesResponse* response);
+                       grpc::ServerWriter<v1::ReceivePagesResponse>* writer);
   absl::Status Deliver(const CallContext& call,
                        grpc::ServerReader<v1::DeliverBytesRequest>* reader);
   v1::CommitTransferResponse ToProto(const IncomingTransfers::Committed& committed) const;

@@ -3,8 +3,11 @@
 // of a communicator that not all have joined "in progress", and refuses two ranks on one GPU. An
 // operation goes on when its stream is asked about.
 #include <array>
+#include <chrono>
 #include <condition_variable>
 #include <cstdint>
+#include <cstdio>
+#include <cstdlib>
 #include <cstring>
 #include <deque>
 #include <functional>
@@ -27,6 +30,7 @@ struct UniqueId {
 struct Group {
   std::set<int> ranks;
   std::set<void*> gpus;
+  std::set<int> left;
   bool is_refused = false;
   // (from, to) → messages in order.
   std::map<std::pair<int, int>, std::deque<std::vector<char>>> mail;
@@ -36,6 +40,7 @@ struct Comm {
   int rank = 0;
   int size = 0;
   int error = kSuccess;
+  bool is_aborted = false;  // what it enqueued ends, and moves nothing
 };
 struct Stream {
   // True when it is over.
@@ -43,6 +48,7 @@ struct Stream {
 };
 
 std::mutex mu;
+std::condition_variable left;
 std::map<std::array<char, 128>, std::shared_ptr<Group>> groups;
 std::vector<std::unique_ptr<Comm>> comms;  // all there ever were: streams may still name them
 uint64_t next_id = 1;
@@ -55,6 +61,7 @@ void Put(Comm& comm, int to, const void* from, size_t count) {
 }
 std::function<bool()> Take(Comm* comm, int from, void* to, size_t count) {
   return [=] {
+    if (comm->is_aborted) return true;
     std::deque<std::vector<char>>& mail = comm->group->mail[{from, comm->rank}];
     if (mail.empty()) return false;
     if (mail.front().size() == count) {
@@ -105,11 +112,31 @@ int ncclCommGetAsyncError(void* handle, int* result) {
 int ncclCommFinalize(void*) {
   return kSuccess;
 }
+// As between GPUs of one machine: waits for the other members to leave too, where a test asks for
+// it.
 int ncclCommDestroy(void* handle) {
-  return handle == nullptr ? kInvalidArgument : kSuccess;
+  if (handle == nullptr) return kInvalidArgument;
+  std::unique_lock<std::mutex> lock(mu);
+  Comm& comm = *static_cast<Comm*>(handle);
+  comm.group->left.insert(comm.rank);
+  left.notify_all();
+  if (std::getenv("EMULATED_NCCL_LEAVES_TOGETHER") == nullptr) return kSuccess;
+  const bool have_all_left = left.wait_for(lock, std::chrono::seconds(20), [&] {
+    return static_cast<int>(comm.group->left.size()) >= comm.size;
+  });
+  if (have_all_left) return kSuccess;
+  std::fprintf(stderr, "rank %d waits in ncclCommDestroy for members that do not leave\n",
+               comm.rank);
+  std::abort();
 }
 int ncclCommAbort(void* handle) {
-  return handle == nullptr ? kInvalidArgument : kSuccess;
+  if (handle == nullptr) return kInvalidArgument;
+  const std::lock_guard<std::mutex> lock(mu);
+  Comm& comm = *static_cast<Comm*>(handle);
+  comm.is_aborted = true;
+  comm.group->left.insert(comm.rank);
+  left.notify_all();
+  return kSuccess;
 }
 const char* ncclGetErrorString(int result) {
   return result == kInvalidUsage ? "invalid usage (Duplicate GPU detected)" : "invalid argument";

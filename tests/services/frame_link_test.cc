@@ -11,6 +11,7 @@
 #include <utility>
 #include <vector>
 
+#include "pagetide/v1/session.grpc.pb.h"
 #include "services/tenant.h"
 #include "tests/services/collective_fixture.h"
 #include "tests/services/transfer_service_fixture.h"
@@ -126,7 +127,10 @@ class FaultyLink final : public FastLink {
 
 class FrameLinkTest : public TransferServiceTest {
  protected:
-  void SetUp() override { ASSERT_TRUE(RegisterTestModel(*model_, &store_).ok()); }
+  void SetUp() override {
+    setenv("EMULATED_NCCL_LEAVES_TOGETHER", "1", 1);
+    ASSERT_TRUE(RegisterTestModel(*model_, &store_).ok());
+  }
   // gpu -1: without a link.
   void StartLinked(const std::string& id, int gpu, WorkerUnderTest* worker,
                    uint64_t min_bytes = 1) {
@@ -254,17 +258,17 @@ TEST_F(FrameLinkTest, ReceivePagesRefusesWhoProvesNothingAndWhatItDidNotAskFor) 
     v1::ReceivePagesRequest request;
     request.set_transfer_id("none");
     request.set_link("nccl");
-    request.set_link_id(std::string(128, 'i'));
     request.mutable_join_timeout()->set_nanos(100'000'000);
     request.add_pages(0);
     change(request);
     if (is_proven) {
-      request.set_proof(std::string(
-          ProveLink(request.transfer_id(), request.link(), request.link_id(), salt).view()));
+      request.set_proof(std::string(ProveLink(request.transfer_id(), request.link(), salt).view()));
     }
     TestContext context;
     v1::ReceivePagesResponse response;
-    return FromGrpcStatus(worker.transfers->ReceivePages(&context, request, &response));
+    const auto reader = worker.transfers->ReceivePages(&context, request);
+    while (reader->Read(&response)) EXPECT_FALSE(response.link_id().empty());
+    return FromGrpcStatus(reader->Finish());
   };
   const auto nothing = [](v1::ReceivePagesRequest&) {};
   EXPECT_EQ(GetReason(receive(b_, nothing, /*is_proven=*/false)), "NOT_PROVEN");
@@ -272,8 +276,6 @@ TEST_F(FrameLinkTest, ReceivePagesRefusesWhoProvesNothingAndWhatItDidNotAskFor) 
   EXPECT_EQ(GetReason(receive(c_, nothing)), "NO_LINK");
   EXPECT_EQ(GetReason(receive(b_, [](auto& r) { r.set_link("rdma"); })), "NO_LINK");
   for (const absl::Status& bad : {
-           receive(b_, [](auto& r) { r.clear_link_id(); }),
-           receive(b_, [](auto& r) { r.set_link_id(std::string(257, 'i')); }),
            receive(b_, [](auto& r) { r.clear_join_timeout(); }),
            receive(b_, [](auto& r) { r.mutable_join_timeout()->set_seconds(11); }),
            receive(b_, [](auto& r) { r.mutable_join_timeout()->set_seconds(-1); }),
@@ -294,6 +296,34 @@ TEST_F(FrameLinkTest, ReceivePagesRefusesWhoProvesNothingAndWhatItDidNotAskFor) 
   ASSERT_FALSE(transfer_id.empty());
   const absl::Status alone = receive(b_, [&](auto& r) { r.set_transfer_id(transfer_id); });
   EXPECT_TRUE(absl::IsDeadlineExceeded(alone)) << alone;
+}
+
+TEST_F(FrameLinkTest, ATailThatACheckpointSealedGoesByGrpc) {
+  StartLinked("a", 0, &a_);
+  StartLinked("b", 1, &b_);
+  // Frames that hold rows already.
+  const std::vector<uint32_t> before = TestTokens(9, kFrames * 16);
+  const v1::SequenceState full = Fill(a_, before);
+  ASSERT_TRUE(a_.client->Close(full).ok());
+  const v1::SequenceState state = Fill(a_, tokens_);
+  const auto sessions = v1::SessionService::NewStub(a_.client->channel());
+  TestContext context;
+  v1::CreateCheckpointRequest request;
+  request.mutable_sequence()->set_sequence_id(state.sequence_id());
+  request.mutable_sequence()->set_epoch(state.epoch());
+  request.set_tier(v1::TIER_DEVICE);
+  v1::CreateCheckpointResponse response;
+  const absl::Status made =
+      FromGrpcStatus(sessions->CreateCheckpoint(&context, request, &response));
+  ASSERT_TRUE(made.ok()) << made;
+  const auto sent = a_.Send(state, b_.role->address(), v1::TRANSFER_KIND_COPY);
+  ASSERT_TRUE(sent.ok()) << sent.status();
+  EXPECT_EQ(Linked(b_), 4);
+  EXPECT_EQ(LinkSends(a_, "OK"), 1);
+  EXPECT_EQ(b_.client->Stat("pagetide_transfer_damaged_pages_total").value_or(0), 0);
+  EXPECT_GT(b_.client->Verify(sent->committed().state().sequence_id(), tokens_, 0, tokens_.size())
+                .value_or(0),
+            0u);
 }
 
 }  // namespace

@@ -53,10 +53,14 @@ class DevicePool:
     fd: int = -1
     ipc_handle: bytes = b""
 
+    def __post_init__(self) -> None:
+        # One that is dropped must not keep the memory of a worker that has ended.
+        self._closing = weakref.finalize(self, os.close, self.fd) if self.fd >= 0 else None
+
     def close(self) -> None:
         """Closes the descriptor. What was imported by it stays."""
-        if self.fd >= 0:
-            os.close(self.fd)
+        if self._closing is not None:
+            self._closing()
         self.fd = -1
 
 
