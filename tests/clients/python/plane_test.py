@@ -3,6 +3,7 @@ written here, as workers with and without a GPU, and of before the kinds, send t
 
 from __future__ import annotations
 
+import gc
 import os
 import socket
 import struct
@@ -102,6 +103,19 @@ def test_a_descriptor_of_a_gpu_is_given_to_the_caller_and_not_mapped(tmp_path: A
     with pytest.raises(OSError):
         os.fstat(fd)
     plane.close()  # once more
+
+
+def test_a_pool_of_a_gpu_that_is_dropped_lets_go_of_its_memory(tmp_path: Any, memory: Any) -> None:
+    pool = {"size_bytes": 5000, "kind": VMM, "has_device_fd": True, "mapped_bytes": 8192, "device_uuid": UUID}
+    plane, _ = connect(tmp_path, pool, [memory.fd, memory.fd], True)
+    assert plane.device_pool is not None
+    fd = plane.device_pool.fd
+    os.fstat(fd)
+    plane.device_pool = None
+    gc.collect()
+    with pytest.raises(OSError):
+        os.fstat(fd)
+    plane.close()
 
 
 def test_a_handle_of_a_gpu_is_given_to_the_caller(tmp_path: Any, memory: Any) -> None:
