@@ -26,11 +26,12 @@ absl::StatusOr<SequenceContents> ModelHostImpl::ReadContents(const Tenant& tenan
   return contents;
 }
 
-// XXH3-128 of, little-endian: u64 canonical rows, u64 k, the prefix key of the k full pages of them
-// (32 bytes, none for k = 0), which chains all their tokens and inputs; of each row behind those
-// pages u32 token; of each row that is not canonical i32 position; of each input behind the pages
-// u64 row, 32 bytes digest. Canonical rows stand at their own index, and the rest follows from the
-// length.
+// XXH3-128 of, little-endian: the root of the prefix keys (32 bytes), which tells deployment
+// secret, tenant and model also where there is no page; u64 canonical rows, u64 k, the prefix key
+// of the k full pages of them (32 bytes, none for k = 0), which chains all their tokens and inputs;
+// of each row behind those pages u32 token; of each row that is not canonical i32 position; of each
+// input behind the pages u64 row, 32 bytes digest. Canonical rows stand at their own index, and the
+// rest follows from the length.
 absl::StatusOr<ContentDigest> ModelHostImpl::DigestContents(const Tenant& tenant,
                                                             const SequenceHandle& handle,
                                                             uint64_t length) {
@@ -55,6 +56,7 @@ absl::StatusOr<ContentDigest> ModelHostImpl::DigestContents(const Tenant& tenant
     const uint64_t canonical = std::min(sequence->canonical_rows(), length);
     const uint64_t num_keys = std::min<uint64_t>(sequence->keys.size(), canonical / page_tokens());
     const uint64_t keyed = num_keys * page_tokens();
+    head = sequence->root.digest.ToBytes();
     AppendLittleEndian<uint64_t>(&head, canonical);
     AppendLittleEndian<uint64_t>(&head, num_keys);
     if (num_keys > 0) head += sequence->keys[num_keys - 1].digest.ToBytes();

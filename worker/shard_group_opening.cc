@@ -82,6 +82,12 @@ absl::Status ShardGroupOwner::Opening::CheckOwnShard() const {
                                                   ", must be rank 0 of ", num_ranks()));
 }
 
+absl::Status ShardGroupOwner::Opening::HoldRequests(uint64_t request_bytes) {
+  PT_ASSIGN_OR_RETURN(held_requests_,
+                      owner_->request_budget_.Take(request_bytes * (num_ranks() - 1)));
+  return absl::OkStatus();
+}
+
 uint32_t ShardGroupOwner::Opening::limiting_rank() const {
   return ShortestOf(reuse_);
 }
@@ -97,6 +103,10 @@ std::vector<PositionedInput> ShardGroupOwner::Opening::InputsBelow(uint64_t leng
 absl::StatusOr<std::vector<v1::PrefixReuse>> ShardGroupOwner::Opening::AskReuse(
     uint64_t length, bool allow_full_reuse) {
   const std::vector<PositionedInput> inputs = InputsBelow(length);
+  // First: it checks the prompt, which the others are not sent then.
+  PT_ASSIGN_OR_RETURN(const PrefixReuse own,
+                      host_->LookupPrefix(caller_->tenant, tokens_.first(length), inputs,
+                                          {.allow_full_reuse = allow_full_reuse}));
   v1::LookupPrefixRequest request;
   request.mutable_tokens()->Add(tokens_.begin(), tokens_.begin() + length);
   for (const PositionedInput& input : inputs) {
@@ -111,12 +121,10 @@ absl::StatusOr<std::vector<v1::PrefixReuse>> ShardGroupOwner::Opening::AskReuse(
     calls.Start(rank, ranks_[rank].address, &ShardPeer::prefixes,
                 &v1::PrefixService::Stub::PrepareAsyncLookupPrefix, request, caller_->deadline);
   }
-  PT_ASSIGN_OR_RETURN(const PrefixReuse own,
-                      host_->LookupPrefix(caller_->tenant, tokens_.first(length), inputs,
-                                          {.allow_full_reuse = allow_full_reuse}));
   std::vector<v1::PrefixReuse> reuse = {ReuseToProto(own)};
   for (auto& answer : calls.Wait(caller_->is_cancelled)) {
     PT_RETURN_IF_ERROR(answer.response.status());
+    CutReuse(answer.response->mutable_reuse());
     reuse.push_back(std::move(*answer.response->mutable_reuse()));
   }
   return reuse;
@@ -173,6 +181,12 @@ v1::OpenSequenceRequest ShardGroupOwner::Opening::OpenRequest(uint32_t rank) con
   return request;
 }
 
+absl::Status ShardGroupOwner::Opening::TakeState(uint32_t rank, v1::OpenSequenceResponse answer) {
+  PT_RETURN_IF_ERROR(CheckState(rank, ranks_[rank].address, "", answer.mutable_state()));
+  ranks_[rank].state = std::move(*answer.mutable_state());
+  return absl::OkStatus();
+}
+
 absl::Status ShardGroupOwner::Opening::OpenOthers() {
   RankCalls<v1::OpenSequenceResponse> calls(&owner_->peers_, &owner_->worker_->clock());
   for (uint32_t rank = 1; rank < num_ranks(); ++rank) {
@@ -185,7 +199,7 @@ absl::Status ShardGroupOwner::Opening::OpenOthers() {
   for (auto& answer : calls.Wait(caller_->is_cancelled)) {
     Rank& rank = ranks_[answer.rank];
     if (answer.response.ok()) {
-      rank.state = std::move(*answer.response->mutable_state());
+      first.Update(TakeState(answer.rank, *std::move(answer.response)));
     } else {
       rank.is_tried = MayHaveOpened(answer.response.status());
       first.Update(answer.response.status());
@@ -217,7 +231,7 @@ absl::StatusOr<bool> ShardGroupOwner::Opening::CompareAll() {
     const v1::SequenceState& state = *ranks_[rank].state;
     ranks.push_back({ranks_[rank].address, state.sequence_id(), state.epoch()});
   }
-  others_ = owner_->Acknowledge(*caller_, ranks, length_);
+  others_ = owner_->Acknowledge(*caller_, ranks, length_, caller_->deadline);
   absl::StatusOr<ContentDigest> own =
       host_->DigestContents(caller_->tenant, {.id = own_.id, .epoch = own_.epoch}, length_);
   bool is_whole = true;
@@ -259,9 +273,13 @@ absl::StatusOr<bool> ShardGroupOwner::Opening::OpenAll(uint64_t length, bool is_
   bool is_whole = own_.length == length;
   if (is_whole) {
     if (is_sharing && length > 0) {
-      if (const std::vector<uint32_t> replicas = FindReplicas(); !replicas.empty()) {
-        Share(replicas);
+      const MonotonicTime now = owner_->worker_->clock().MonotonicNow();
+      if (!share_deadline_) {
+        share_deadline_ =
+            now + std::min(owner_->options_.share_timeout, (caller_->deadline - now) / 2);
       }
+      const std::vector<uint32_t> replicas = FindReplicas(*share_deadline_);
+      if (!replicas.empty()) Share(replicas, *share_deadline_);
     }
     PT_RETURN_IF_ERROR(OpenOthers());
     PT_ASSIGN_OR_RETURN(is_whole, CompareAll());
@@ -288,36 +306,42 @@ v1::ShardGroup ShardGroupOwner::Opening::ToProto() const {
   return owner_->ToProto(group_, {host_, own_}, others_);
 }
 
+void ShardGroupOwner::Opening::StartClose(RankCalls<v1::CloseSequenceResponse>* calls,
+                                          uint32_t rank, MonotonicTime deadline) {
+  v1::CloseSequenceRequest close;
+  close.set_sequence_id(ranks_[rank].state->sequence_id());
+  close.set_epoch(ranks_[rank].state->epoch());
+  calls->Start(rank, ranks_[rank].address, &ShardPeer::sequences,
+               &v1::SequenceService::Stub::PrepareAsyncCloseSequence, close, deadline);
+  ranks_[rank].state.reset();
+}
+
 void ShardGroupOwner::Opening::CloseAll() {
-  // Whatever became of the caller.
-  const MonotonicTime deadline =
-      owner_->worker_->clock().MonotonicNow() + owner_->options_.close_timeout;
+  // Whatever became of the caller. Who does not answer takes no time from who does.
+  const MonotonicTime now = owner_->worker_->clock().MonotonicNow();
+  const MonotonicTime deadline = now + owner_->options_.close_timeout;
+  RankCalls<v1::CloseSequenceResponse> closes(&owner_->peers_, &owner_->worker_->clock());
+  // The same request again tells what the first of it opened.
+  RankCalls<v1::OpenSequenceResponse> asks(&owner_->peers_, &owner_->worker_->clock());
+  for (uint32_t rank = 1; rank < num_ranks(); ++rank) {
+    if (ranks_[rank].state) {
+      StartClose(&closes, rank, deadline);
+    } else if (ranks_[rank].is_tried) {
+      asks.Start(rank, ranks_[rank].address, &ShardPeer::sequences,
+                 &v1::SequenceService::Stub::PrepareAsyncOpenSequence, OpenRequest(rank),
+                 now + owner_->options_.close_timeout / 2);
+    }
+    ranks_[rank].is_tried = false;
+  }
   if (!ranks_.empty() && ranks_[0].state) {
     CloseSequenceHere(owner_->worker_, owner_->parking_, owner_->memos_, caller_->tenant, host_,
                       own_.id, own_.epoch, deadline)
         .IgnoreError();  // its client is nobody: if not now, it ends when it has been idle
     ranks_[0].state.reset();
   }
-  // The same request again tells what the first of it opened.
-  RankCalls<v1::OpenSequenceResponse> asks(&owner_->peers_, &owner_->worker_->clock());
-  for (uint32_t rank = 1; rank < num_ranks(); ++rank) {
-    if (ranks_[rank].state || !ranks_[rank].is_tried) continue;
-    asks.Start(rank, ranks_[rank].address, &ShardPeer::sequences,
-               &v1::SequenceService::Stub::PrepareAsyncOpenSequence, OpenRequest(rank), deadline);
-  }
   for (auto& asked : asks.Wait(nullptr)) {
-    if (asked.response.ok()) ranks_[asked.rank].state = asked.response->state();
-  }
-  RankCalls<v1::CloseSequenceResponse> closes(&owner_->peers_, &owner_->worker_->clock());
-  for (uint32_t rank = 1; rank < num_ranks(); ++rank) {
-    ranks_[rank].is_tried = false;
-    if (!ranks_[rank].state) continue;
-    v1::CloseSequenceRequest close;
-    close.set_sequence_id(ranks_[rank].state->sequence_id());
-    close.set_epoch(ranks_[rank].state->epoch());
-    closes.Start(rank, ranks_[rank].address, &ShardPeer::sequences,
-                 &v1::SequenceService::Stub::PrepareAsyncCloseSequence, close, deadline);
-    ranks_[rank].state.reset();
+    if (!asked.response.ok() || !TakeState(asked.rank, *std::move(asked.response)).ok()) continue;
+    StartClose(&closes, asked.rank, deadline);
   }
   closes.Wait(nullptr);
 }

@@ -4,6 +4,7 @@
 #ifndef PAGETIDE_WORKER_SHARD_GROUP_OPENING_H_
 #define PAGETIDE_WORKER_SHARD_GROUP_OPENING_H_
 
+#include <memory>
 #include <optional>
 #include <span>
 #include <string>
@@ -26,6 +27,9 @@ class ShardGroupOwner::Opening {
   absl::Status SetMembers(const google::protobuf::RepeatedPtrField<v1::ShardMember>& members);
   // FAILED_PRECONDITION (SHARD_MISMATCH).
   absl::Status CheckOwnShard() const;
+  // Counts the requests to the other ranks, each of about so many bytes, while this lives.
+  // RESOURCE_EXHAUSTED (TOO_MANY_SHARD_GROUP_CALLS).
+  absl::Status HoldRequests(uint64_t request_bytes);
   // What all ranks can reuse of the prompt.
   absl::StatusOr<uint64_t> FindLength(bool allow_full_reuse);
   // Opens all ranks with `length` tokens. False: a rank could not reuse so many any more, and none
@@ -55,10 +59,14 @@ class ShardGroupOwner::Opening {
   absl::StatusOr<std::vector<v1::PrefixReuse>> AskReuse(uint64_t length, bool allow_full_reuse);
   absl::Status OpenOwn(uint64_t length);
   v1::OpenSequenceRequest OpenRequest(uint32_t rank) const;
-  // Ranks whose pages are the same as rank 0's and that would read some from the store.
-  std::vector<uint32_t> FindReplicas() const;
-  void Share(std::span<const uint32_t> replicas);
+  // Ranks whose pages are the same as rank 0's and that would read some from the store. None when
+  // that is not known by `deadline`.
+  std::vector<uint32_t> FindReplicas(MonotonicTime deadline) const;
+  void Share(std::span<const uint32_t> replicas, MonotonicTime deadline);
   absl::Status OpenOthers();
+  absl::Status TakeState(uint32_t rank, v1::OpenSequenceResponse answer);
+  void StartClose(RankCalls<v1::CloseSequenceResponse>* calls, uint32_t rank,
+                  MonotonicTime deadline);
   // False: one is shorter than it was opened.
   absl::StatusOr<bool> CompareAll();
   absl::Status CheckShard(uint32_t rank, const v1::AcknowledgeShardResponse& said) const;
@@ -79,6 +87,8 @@ class ShardGroupOwner::Opening {
   std::vector<Acknowledged> others_;
   ShardGroups::View group_;  // once it came to be
   uint64_t shared_pages_ = 0;
+  std::optional<MonotonicTime> share_deadline_;  // of all attempts, from the first share
+  std::unique_ptr<RequestBudget::Held> held_requests_;
 };
 
 }  // namespace pagetide

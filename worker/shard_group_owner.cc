@@ -1,5 +1,6 @@
 #include "worker/shard_group_owner.h"
 
+#include <algorithm>
 #include <utility>
 
 #include "absl/strings/str_cat.h"
@@ -43,6 +44,7 @@ ShardGroupOwner::ShardGroupOwner(Options options, Worker* worker, Parking* parki
                       .reason = "TOO_MANY_SHARD_GROUP_CALLS",
                       .in_all = options.max_running,
                       .per_tenant = options.max_running_of_tenant}),
+      request_budget_(options.max_request_bytes),
       num_groups_gauge_(worker->metrics().GetGauge("pagetide_shard_group_open",
                                                    "Shard groups that this worker owns")),
       shared_pages_(worker->metrics().GetCounter(
@@ -87,7 +89,8 @@ void ShardGroupOwner::EndGone() {
 }
 
 std::vector<ShardGroupOwner::Acknowledged> ShardGroupOwner::Acknowledge(
-    const ShardCaller& caller, const std::vector<ShardRank>& ranks, uint64_t length) {
+    const ShardCaller& caller, const std::vector<ShardRank>& ranks, uint64_t length,
+    MonotonicTime deadline) {
   RankCalls<v1::AcknowledgeShardResponse> calls(&peers_, &worker_->clock());
   v1::AcknowledgeShardRequest request;
   request.set_length(length);
@@ -95,10 +98,17 @@ std::vector<ShardGroupOwner::Acknowledged> ShardGroupOwner::Acknowledge(
     request.set_sequence_id(ranks[rank].sequence_id);
     request.set_epoch(ranks[rank].epoch);
     calls.Start(rank, ranks[rank].address, &ShardPeer::groups,
-                &v1::ShardGroupService::Stub::PrepareAsyncAcknowledgeShard, request,
-                caller.deadline);
+                &v1::ShardGroupService::Stub::PrepareAsyncAcknowledgeShard, request, deadline);
   }
-  return calls.Wait(caller.is_cancelled);
+  std::vector<Acknowledged> answers = calls.Wait(caller.is_cancelled);
+  for (Acknowledged& answer : answers) {
+    if (!answer.response.ok()) continue;
+    const ShardRank& rank = ranks[answer.rank];
+    const absl::Status checked =
+        CheckState(answer.rank, rank.address, rank.sequence_id, answer.response->mutable_state());
+    if (!checked.ok()) answer.response = checked;
+  }
+  return answers;
 }
 
 v1::ShardGroup ShardGroupOwner::ToProto(const ShardGroups::View& group, const Own& own,
@@ -127,7 +137,7 @@ v1::ShardGroup ShardGroupOwner::ToProto(const ShardGroups::View& group, const Ow
 
 absl::StatusOr<v1::ShardGroup> ShardGroupOwner::Describe(const ShardCaller& caller,
                                                          const ShardGroups::View& group) {
-  const std::vector<Acknowledged> others = Acknowledge(caller, group.ranks, 0);
+  const std::vector<Acknowledged> others = Acknowledge(caller, group.ranks, 0, caller.deadline);
   PT_ASSIGN_OR_RETURN(const Own own, FindOwn(caller, group.id, group.epoch));
   return ToProto(group, own, others);
 }
@@ -156,7 +166,8 @@ absl::StatusOr<v1::CommitShardGroupResponse> ShardGroupOwner::CommitOnce(
                                        ", the group has ", turn->length(), " tokens already")),
                       "LENGTH_MISMATCH", {{"length", absl::StrCat(turn->length())}});
   }
-  const std::vector<Acknowledged> others = Acknowledge(caller, turn->ranks(), request.length());
+  const std::vector<Acknowledged> others =
+      Acknowledge(caller, turn->ranks(), request.length(), caller.deadline);
   for (const Acknowledged& other : others) PT_RETURN_IF_ERROR(other.response.status());
   // Rank 0 comes last: what it has then is compared.
   absl::StatusOr<ContentDigest> own = before.host->DigestContents(
@@ -207,7 +218,8 @@ absl::StatusOr<v1::RewindShardGroupResponse> ShardGroupOwner::RewindOnce(
   PT_ASSIGN_OR_RETURN(const auto turn, TakeTurn(caller, request.sequence_id(), request.epoch()));
   PT_ASSIGN_OR_RETURN(Own own, FindOwn(caller, turn->id(), turn->epoch()));
   const uint64_t length = request.length();
-  if (length > turn->length()) {
+  // A repeat asks for what the first of it did.
+  if (length > turn->cut_length()) {
     return absl::InvalidArgumentError(absl::StrCat("rewind shard group: length is ", length,
                                                    ", must be at most the group's, ",
                                                    turn->length()));
@@ -223,8 +235,14 @@ absl::StatusOr<v1::RewindShardGroupResponse> ShardGroupOwner::RewindOnce(
     own.info = cut->info;
     worker_->NoteSequence(*own.host, own.info);
   }
-  turn->SetLength(length);
-  std::vector<Acknowledged> others = Acknowledge(caller, turn->ranks(), 0);
+  uint64_t least = std::min({length, turn->length(), own.info.length});
+  turn->SetLengths(least, length);
+  // Who does not answer leaves the others time to be cut.
+  const MonotonicTime now = worker_->clock().MonotonicNow();
+  std::vector<Acknowledged> others =
+      Acknowledge(caller, turn->ranks(), 0, now + (caller.deadline - now) / 2);
+  absl::Status first;  // of those that did not answer, before those that could not be cut
+  for (const Acknowledged& other : others) first.Update(other.response.status());
   RankCalls<v1::RewindResponse> cuts(&peers_, &worker_->clock());
   const std::string request_id =
       absl::StrCat("shard-rewind-", absl::Hex(worker_->incarnation(), absl::kZeroPad16), "-",
@@ -240,14 +258,21 @@ absl::StatusOr<v1::RewindShardGroupResponse> ShardGroupOwner::RewindOnce(
                &v1::SequenceEditService::Stub::PrepareAsyncRewind, cut, caller.deadline);
   }
   for (auto& cut : cuts.Wait(caller.is_cancelled)) {
-    absl::StatusOr<v1::AcknowledgeShardResponse>& other = others[cut.rank - 1].response;
-    if (cut.response.ok()) {
-      *other->mutable_state() = cut.response->state();
-    } else {
-      other = cut.response.status();
+    const ShardRank& rank = turn->ranks()[cut.rank];
+    absl::Status status = cut.response.status();
+    if (status.ok()) {
+      status = CheckState(cut.rank, rank.address, rank.sequence_id, cut.response->mutable_state());
     }
+    if (status.ok()) {
+      *others[cut.rank - 1].response->mutable_state() = std::move(*cut.response->mutable_state());
+    }
+    first.Update(status);
   }
-  for (const Acknowledged& other : others) PT_RETURN_IF_ERROR(other.response.status());
+  for (const Acknowledged& other : others) {
+    if (other.response.ok()) least = std::min(least, other.response->state().length());
+  }
+  turn->SetLengths(least, length);
+  PT_RETURN_IF_ERROR(first);
   v1::RewindShardGroupResponse response;
   *response.mutable_group() = ToProto(ViewOf(*turn), own, others);
   return response;
@@ -272,19 +297,24 @@ absl::StatusOr<v1::CloseShardGroupResponse> ShardGroupOwner::Close(
   v1::CloseShardGroupResponse response;
   if (absl::IsNotFound(turn.status())) {
     PT_ASSIGN_OR_RETURN(const SequenceId id, SequenceIdFromProto(request.sequence_id()));
-    // One of ours that is not open is closed.
-    if (id.incarnation == worker_->incarnation() && !worker_->HostOfSequence(id).ok()) {
-      return response;
+    // One of ours that is not open is closed; it may be parked, or its close have ended halfway.
+    if (id.incarnation != worker_->incarnation() || worker_->HostOfSequence(id).ok()) {
+      return turn.status();
     }
-    return turn.status();
+    PT_RETURN_IF_ERROR(
+        parking_->Drop(caller.tenant, id, request.epoch(), caller.deadline).status());
+    return response;
   }
   PT_RETURN_IF_ERROR(turn.status());
   const ShardGroups::View group = ViewOf(**turn);
   // Rank 0 first: while it is being moved it cannot be closed, and then the group goes on.
+  absl::Status own_closed;
   if (const absl::StatusOr<Own> own = FindOwn(caller, group.id, group.epoch); own.ok()) {
-    PT_RETURN_IF_ERROR(
+    own_closed =
         WithContext("rank 0", CloseSequenceHere(worker_, parking_, memos_, caller.tenant, own->host,
-                                                group.id, group.epoch, caller.deadline)));
+                                                group.id, group.epoch, caller.deadline));
+    // Where it is closed, and only what is parked of it stayed, the group ends all the same.
+    if (!own_closed.ok() && FindOwn(caller, group.id, group.epoch).ok()) return own_closed;
   }
   EndGroup(group.id, group.epoch);
   RankCalls<v1::CloseSequenceResponse> calls(&peers_, &worker_->clock());
@@ -302,6 +332,7 @@ absl::StatusOr<v1::CloseShardGroupResponse> ShardGroupOwner::Close(
     if (closed.response.ok() || absl::IsNotFound(closed.response.status())) continue;
     response.add_unreachable_ranks(closed.rank);
   }
+  PT_RETURN_IF_ERROR(own_closed);
   return response;
 }
 

@@ -54,6 +54,9 @@ class ShardGroupOwner {
     uint32_t max_opening_of_tenant = 64;
     uint32_t max_running = 1024;
     uint32_t max_running_of_tenant = 512;
+    // Of the prompts that all opens and look-ups hold for the other ranks, once for each rank. One
+    // that has more runs alone.
+    uint64_t max_request_bytes = uint64_t{1} << 30;
   };
   ShardGroupOwner(Options options, Worker* worker, Parking* parking, RequestMemos* memos,
                   SequenceSender* sender);
@@ -99,7 +102,8 @@ class ShardGroupOwner {
   void EndGroup(SequenceId id, uint64_t epoch);
   // Of all ranks but rank 0, in order: answers[i] is of rank i + 1.
   std::vector<Acknowledged> Acknowledge(const ShardCaller& caller,
-                                        const std::vector<ShardRank>& ranks, uint64_t length);
+                                        const std::vector<ShardRank>& ranks, uint64_t length,
+                                        MonotonicTime deadline);
   // Each rank as it is now.
   absl::StatusOr<v1::ShardGroup> Describe(const ShardCaller& caller,
                                           const ShardGroups::View& group);
@@ -116,6 +120,7 @@ class ShardGroupOwner {
   ShardGroups groups_;
   StreamSlots opening_slots_;
   StreamSlots running_slots_;
+  RequestBudget request_budget_;
   Gauge* const num_groups_gauge_;
   Counter* const shared_pages_;
   Counter* const failed_shares_;

@@ -34,7 +34,7 @@ bool HasSamePages(const Model& a, const Model& b) {
 
 }  // namespace
 
-std::vector<uint32_t> ShardGroupOwner::Opening::FindReplicas() const {
+std::vector<uint32_t> ShardGroupOwner::Opening::FindReplicas(MonotonicTime deadline) const {
   std::vector<uint32_t> replicas;
   for (uint32_t rank = 1; rank < num_ranks(); ++rank) {
     if (last_reuse_[rank].store_tokens() == 0) continue;
@@ -44,18 +44,15 @@ std::vector<uint32_t> ShardGroupOwner::Opening::FindReplicas() const {
       if (HasSamePages(host->model(), host_->model())) replicas.push_back(rank);
       continue;
     }
+    if (!CheckCaller().ok() || worker->clock().MonotonicNow() >= deadline) return {};
     // Its registration is enough; without it the rank reads for itself.
-    const absl::StatusOr<Model> model =
-        worker->ReadModel(*Digest::FromHex(digest), caller_->deadline);
+    const absl::StatusOr<Model> model = worker->ReadModel(*Digest::FromHex(digest), deadline);
     if (model.ok() && HasSamePages(*model, host_->model())) replicas.push_back(rank);
   }
   return replicas;
 }
 
-void ShardGroupOwner::Opening::Share(std::span<const uint32_t> replicas) {
-  const MonotonicTime now = owner_->worker_->clock().MonotonicNow();
-  const MonotonicTime deadline =
-      now + std::min(owner_->options_.share_timeout, (caller_->deadline - now) / 2);
+void ShardGroupOwner::Opening::Share(std::span<const uint32_t> replicas, MonotonicTime deadline) {
   const auto failed = [&](const absl::Status& status, absl::string_view what) {
     owner_->failed_shares_->Increment();
     LogInfo("worker", "open shard group: ", what,
@@ -103,6 +100,7 @@ absl::StatusOr<v1::LookupShardGroupResponse> ShardGroupOwner::Lookup(
   PT_ASSIGN_OR_RETURN(std::vector<PositionedInput> inputs, InputsFromProto(request.inputs()));
   Opening opening(this, &caller, TokensOf(request.tokens()), std::move(inputs));
   PT_RETURN_IF_ERROR(opening.SetMembers(request.members()));
+  PT_RETURN_IF_ERROR(opening.HoldRequests(request.ByteSizeLong()));
   PT_ASSIGN_OR_RETURN(const uint64_t length, opening.FindLength(request.allow_full_reuse()));
   v1::LookupShardGroupResponse response;
   response.set_reused_tokens(length);
@@ -130,6 +128,7 @@ absl::StatusOr<v1::OpenShardGroupResponse> ShardGroupOwner::OpenOnce(
   PT_RETURN_IF_ERROR(opening.SetMembers(request.members()));
   PT_RETURN_IF_ERROR(opening.CheckOwnShard());
   PT_RETURN_IF_ERROR(groups_.CheckRoom(caller.tenant.name));
+  PT_RETURN_IF_ERROR(opening.HoldRequests(request.ByteSizeLong()));
   uint64_t length = 0;
   for (int attempt = 1;; ++attempt) {
     // A sequence that reuses nothing has nothing to lose.

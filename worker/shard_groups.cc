@@ -39,9 +39,15 @@ uint64_t ShardGroups::Turn::length() const {
   return group_->length;
 }
 
-void ShardGroups::Turn::SetLength(uint64_t length) {
+uint64_t ShardGroups::Turn::cut_length() const {
+  MutexLock lock(&groups_->mu_);
+  return group_->cut_length;
+}
+
+void ShardGroups::Turn::SetLengths(uint64_t length, uint64_t cut_length) {
   MutexLock lock(&groups_->mu_);
   group_->length = length;
+  group_->cut_length = cut_length;
 }
 
 absl::Status ShardGroups::CheckRoomLocked(absl::string_view tenant) const {
@@ -71,6 +77,7 @@ absl::Status ShardGroups::Add(absl::string_view tenant, View group) {
   added->epoch = group.epoch;
   added->ranks = std::move(group.ranks);
   added->length = group.length;
+  added->cut_length = group.length;
   {
     MutexLock lock(&mu_);
     if (const auto it = groups_.find(group.id); it != groups_.end()) EndLocked(it);

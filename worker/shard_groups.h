@@ -53,7 +53,11 @@ class ShardGroups {
     uint64_t epoch() const;
     const std::vector<ShardRank>& ranks() const;
     uint64_t length() const;
-    void SetLength(uint64_t length);
+    // What the last rewind asked for, if nothing grew since: the group is shorter where a rank was.
+    // Else its length.
+    uint64_t cut_length() const;
+    void SetLength(uint64_t length) { SetLengths(length, length); }
+    void SetLengths(uint64_t length, uint64_t cut_length);
 
    private:
     friend class ShardGroups;
@@ -98,6 +102,7 @@ class ShardGroups {
     std::vector<ShardRank> ranks;
     // The rest under the mutex of the table.
     uint64_t length = 0;
+    uint64_t cut_length = 0;
     bool is_taken = false;
     bool has_ended = false;
   };

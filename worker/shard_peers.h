@@ -1,5 +1,7 @@
 // What the owner of a shard group calls the workers of the other ranks with: stubs, kept by address
-// as a group is asked at every step, and one call to each of several ranks at once.
+// as a group is asked at every step, and one call to each of several ranks at once. Another worker
+// is not trusted with more than its own part: what it says is checked and cut to what an answer may
+// hold.
 #ifndef PAGETIDE_WORKER_SHARD_PEERS_H_
 #define PAGETIDE_WORKER_SHARD_PEERS_H_
 
@@ -17,11 +19,11 @@
 #include <vector>
 
 #include "absl/container/flat_hash_map.h"
+#include "absl/status/status.h"
 #include "absl/status/statusor.h"
-#include "absl/strings/str_cat.h"
+#include "absl/strings/string_view.h"
 #include "base/clock.h"
 #include "base/mutex.h"
-#include "base/status_context.h"
 #include "pagetide/v1/prefix.grpc.pb.h"
 #include "pagetide/v1/sequence.grpc.pb.h"
 #include "pagetide/v1/sequence_edit.grpc.pb.h"
@@ -56,13 +58,52 @@ class ShardPeers {
   absl::flat_hash_map<std::string, std::list<Entry>::iterator> peers_ ABSL_GUARDED_BY(mu_);
 };
 
+// An error of a rank: the text names the rank and the address, the rest stays, but that a
+// STALE_EPOCH is the rank's and not the group's: SHARD_STALE, metadata rank.
+absl::Status ErrorOfRank(uint32_t rank, absl::string_view address, const absl::Status& status);
+
+// What a rank said, cut to what may stand in an answer: numbers, and texts of bounded size.
+// INTERNAL, with rank and address, unless the state has the id of a sequence, and `sequence_id`
+// if that is not empty.
+absl::Status CheckState(uint32_t rank, absl::string_view address, absl::string_view sequence_id,
+                        v1::SequenceState* state);
+void CutReuse(v1::PrefixReuse* reuse);
+
+// How many bytes of requests to other ranks are held at once. Nobody waits. Thread-safe; outlives
+// what was taken.
+class RequestBudget {
+ public:
+  explicit RequestBudget(uint64_t max_bytes) : max_bytes_(max_bytes) {}
+  // Held for as long as the object lives.
+  class Held {
+   public:
+    ~Held();
+    Held(const Held&) = delete;
+    Held& operator=(const Held&) = delete;
+
+   private:
+    friend class RequestBudget;
+    Held(RequestBudget* budget, uint64_t num_bytes) : budget_(budget), num_bytes_(num_bytes) {}
+    RequestBudget* const budget_;
+    const uint64_t num_bytes_;
+  };
+  // RESOURCE_EXHAUSTED (TOO_MANY_SHARD_GROUP_CALLS) with the numbers and a retry delay, unless
+  // nobody else holds any.
+  absl::StatusOr<std::unique_ptr<Held>> Take(uint64_t num_bytes);
+
+ private:
+  const uint64_t max_bytes_;
+  Mutex mu_;
+  uint64_t held_bytes_ ABSL_GUARDED_BY(mu_) = 0;
+};
+
 // One call to each of some ranks, all at once. For one thread. Its end cancels what still runs.
 template <typename Response>
 class RankCalls {
  public:
   struct Answer {
     uint32_t rank = 0;
-    // The text of an error names the rank and the address.
+    // Errors: see ErrorOfRank.
     absl::StatusOr<Response> response;
   };
 
@@ -118,8 +159,7 @@ class RankCalls {
       if (status.ok()) {
         answer.response = std::move(call->response);
       } else {
-        answer.response =
-            WithContext(absl::StrCat("rank ", call->rank, " at ", call->address), status);
+        answer.response = ErrorOfRank(call->rank, call->address, status);
       }
     }
     calls_.clear();

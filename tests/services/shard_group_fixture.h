@@ -53,7 +53,7 @@ inline std::shared_ptr<const Model> RankModel(uint32_t rank, uint32_t num_ranks,
   return std::make_shared<const Model>(Model::Create(std::move(spec)).value());
 }
 
-// Counts the pages that are read.
+// Counts the pages that are read, and loses what it is told to.
 class CountingStore final : public DecoratingPageStore {
  public:
   explicit CountingStore(PageStore* inner) : DecoratingPageStore(inner) {}
@@ -62,7 +62,26 @@ class CountingStore final : public DecoratingPageStore {
     num_read += pages.size();
     return inner()->GetPages(pages, deadline);
   }
+  absl::StatusOr<StoreRecord> GetRecord(absl::string_view kind, absl::string_view key,
+                                        MonotonicTime deadline) override {
+    if (kind == "model") {
+      ++num_model_reads;
+      if (deadline - Clock::Real()->MonotonicNow() > absl::Seconds(10)) ++num_late_model_reads;
+    }
+    if (lose_models && kind == "model") return absl::UnavailableError("lost");
+    return inner()->GetRecord(kind, key, deadline);
+  }
+  absl::Status DeleteManifest(absl::string_view name, uint64_t expected_version,
+                              const std::optional<WriteFence>& fence,
+                              MonotonicTime deadline) override {
+    if (lose_deletes) return absl::UnavailableError("lost");
+    return inner()->DeleteManifest(name, expected_version, fence, deadline);
+  }
   std::atomic<uint64_t> num_read{0};
+  std::atomic<int> num_model_reads{0};
+  std::atomic<int> num_late_model_reads{0};  // might have taken more than 10 s
+  std::atomic<bool> lose_models{false};
+  std::atomic<bool> lose_deletes{false};
 };
 
 // Stands in front of a member: forwards what rank 0 asks for, and loses or changes what it is told
@@ -89,18 +108,41 @@ class LossyMember final {
   std::atomic<int> one_less_left{0};  // of so many look-ups: one less than it knows
   std::atomic<int> num_lookups{0};
   std::atomic<bool> lose_rewind{false};
-  std::atomic<bool> hold_opens{false};  // until told otherwise, or their caller leaves
+  // Until told otherwise, or their caller leaves.
+  std::atomic<bool> hold_opens{false};
+  std::atomic<bool> hold_lookups{false};
+  std::atomic<bool> hold_acknowledgements{false};
   std::atomic<int> num_opens{0};
+  std::atomic<bool> lie_about_id{false};  // an id that is none, and large
+  std::atomic<bool> say_too_much{false};
 
  private:
   static grpc::Status Lost() { return {grpc::StatusCode::UNAVAILABLE, "lost on the way"}; }
+  static grpc::Status Hold(const std::atomic<bool>& hold, const grpc::ServerContext& call) {
+    Eventually([&] { return !hold || call.IsCancelled(); });
+    return call.IsCancelled() ? grpc::Status::CANCELLED : grpc::Status::OK;
+  }
+  // One byte more, so that the bound falls into a character.
+  static std::string LongText() {
+    std::string text = "x";
+    for (int i = 0; i < 100'000; ++i) text += "ä";
+    return text;
+  }
+  void Change(v1::SequenceState* state) const {
+    if (lie_about_id) state->set_sequence_id(LongText());
+    if (!say_too_much) return;
+    state->set_worker_id(LongText());
+    state->set_model_digest(LongText());
+    state->GetReflection()->MutableUnknownFields(state)->AddLengthDelimited(1000, LongText());
+  }
 
   class Prefixes final : public v1::PrefixService::Service {
    public:
     explicit Prefixes(LossyMember* member) : member_(member) {}
-    grpc::Status LookupPrefix(grpc::ServerContext*, const v1::LookupPrefixRequest* request,
+    grpc::Status LookupPrefix(grpc::ServerContext* call, const v1::LookupPrefixRequest* request,
                               v1::LookupPrefixResponse* response) override {
       ++member_->num_lookups;
+      if (const auto held = Hold(member_->hold_lookups, *call); !held.ok()) return held;
       if (member_->lose_all) return Lost();
       TestContext context;
       const auto stub = v1::PrefixService::NewStub(MakeChannel(member_->target_));
@@ -112,6 +154,7 @@ class LossyMember final {
         response->mutable_reuse()->set_reused_tokens(
             std::min<uint64_t>(member_->claim_tokens, request->tokens_size()));
       }
+      if (member_->say_too_much) response->mutable_reuse()->set_explanation(LongText());
       return status;
     }
     LossyMember* const member_;
@@ -122,12 +165,12 @@ class LossyMember final {
     grpc::Status OpenSequence(grpc::ServerContext* call, const v1::OpenSequenceRequest* request,
                               v1::OpenSequenceResponse* response) override {
       ++member_->num_opens;
-      Eventually([&] { return !member_->hold_opens || call->IsCancelled(); });
-      if (call->IsCancelled()) return grpc::Status::CANCELLED;
+      if (const auto held = Hold(member_->hold_opens, *call); !held.ok()) return held;
       if (member_->lose_all) return Lost();
       TestContext context;
       const auto stub = v1::SequenceService::NewStub(MakeChannel(member_->target_));
       const grpc::Status status = stub->OpenSequence(&context, *request, response);
+      member_->Change(response->mutable_state());
       return member_->lose_open_answers.fetch_sub(1) > 0 ? Lost() : status;
     }
     grpc::Status CloseSequence(grpc::ServerContext*, const v1::CloseSequenceRequest* request,
@@ -154,12 +197,16 @@ class LossyMember final {
   class Groups final : public v1::ShardGroupService::Service {
    public:
     explicit Groups(LossyMember* member) : member_(member) {}
-    grpc::Status AcknowledgeShard(grpc::ServerContext*, const v1::AcknowledgeShardRequest* request,
+    grpc::Status AcknowledgeShard(grpc::ServerContext* call,
+                                  const v1::AcknowledgeShardRequest* request,
                                   v1::AcknowledgeShardResponse* response) override {
+      if (const auto held = Hold(member_->hold_acknowledgements, *call); !held.ok()) return held;
       if (member_->lose_all) return Lost();
       TestContext context;
       const auto stub = v1::ShardGroupService::NewStub(MakeChannel(member_->target_));
-      return stub->AcknowledgeShard(&context, *request, response);
+      const grpc::Status status = stub->AcknowledgeShard(&context, *request, response);
+      member_->Change(response->mutable_state());
+      return status;
     }
     LossyMember* const member_;
   };

@@ -200,6 +200,23 @@ TEST_F(ShardGroupOpeningTest, NothingIsLeftOfACallerThatLeft) {
   ExpectNothingIsOpen();
 }
 
+// Accepts calls and never answers.
+TEST_F(ShardGroupOpeningTest, ARankThatHangsKeepsNoOtherFromBeingClosed) {
+  StartRanks(3);
+  PutLossyInFront();
+  lossy_->hold_opens = true;
+  v1::OpenShardGroupRequest request = OpenRequest(tokens_);
+  request.set_no_reuse(true);
+  const absl::Status late =
+      Call(&v1::ShardGroupService::Stub::OpenShardGroup, request, absl::Milliseconds(300)).status();
+  EXPECT_TRUE(absl::IsDeadlineExceeded(late)) << late;
+  // The call has ended: what was to be closed is.
+  EXPECT_TRUE(Eventually([&] { return Stat("pagetide_shard_group_opens_total") == 1; }));
+  EXPECT_EQ(lossy_->num_opens, 2) << "asked again, in vain";
+  ExpectNothingIsOpen();
+  lossy_->hold_opens = false;
+}
+
 class ReplicatedRanksTest : public ShardGroupOpeningTest {
  protected:
   void SetUp() override { StartRanks(3, /*is_replicated=*/true, /*write_through=*/true); }
@@ -264,6 +281,21 @@ TEST_F(ReplicatedRanksTest, ARankThatCannotBeSentToReadsTheStore) {
   EXPECT_EQ(ranks_[1]->store->num_read, 0u);
   EXPECT_EQ(ranks_[2]->store->num_read, 12u);
   EXPECT_EQ(Stat("pagetide_shard_group_failed_shares_total"), 1);
+}
+
+// Whether ranks are replicated is looked up in the time for sharing; who cannot say shares nothing.
+TEST_F(ReplicatedRanksTest, AStoreThatDoesNotSayWhoIsReplicatedKeepsNobodyFromOpening) {
+  StoreOnly();
+  ranks_[0]->store->num_model_reads = 0;
+  ranks_[0]->store->num_late_model_reads = 0;
+  ranks_[0]->store->lose_models = true;
+  const auto opened = Open(tokens_);
+  ASSERT_TRUE(opened.ok()) << opened.status();
+  EXPECT_EQ(opened->reused_tokens(), 192u);
+  EXPECT_EQ(opened->shared_pages(), 0u);
+  ExpectAllHave(opened->group(), 192);
+  EXPECT_EQ(ranks_[0]->store->num_model_reads, 2);
+  EXPECT_EQ(ranks_[0]->store->num_late_model_reads, 0);
 }
 
 // Pages of other heads are not theirs, however alike the rest is.

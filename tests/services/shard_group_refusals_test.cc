@@ -5,10 +5,12 @@
 #include <functional>
 #include <memory>
 #include <string>
+#include <thread>
 #include <vector>
 
 #include "absl/strings/match.h"
 #include "tests/services/shard_group_fixture.h"
+#include "worker/shard_group_owner.h"
 
 namespace pagetide::shard_group_test {
 namespace {
@@ -131,6 +133,80 @@ TEST_F(ShardGroupRefusalsTest, ARankOfAnotherDeploymentIsNoMember) {
   EXPECT_EQ(GetReason(status), "SHARD_MISMATCH") << status;
   EXPECT_TRUE(absl::StrContains(status.message(), "deployment secret")) << status;
   ExpectNothingIsOpen();
+  // Also where there is nothing to compare yet.
+  v1::OpenShardGroupRequest request = OpenRequest(TestTokens(2, 200));
+  request.set_no_reuse(true);
+  const absl::Status empty = Open(request).status();
+  EXPECT_EQ(GetReason(empty), "SHARD_MISMATCH") << empty;
+  ExpectNothingIsOpen();
+}
+
+TEST_F(ShardGroupRefusalsTest, WhatARankSaysIsCheckedAndCut) {
+  StartRanks(2);
+  LossyMember member(ranks_[1]->address);
+  ranks_[1]->address = member.address();
+  member.say_too_much = true;
+  const auto opened = Open(tokens_);
+  ASSERT_TRUE(opened.ok()) << opened.status();
+  const v1::ShardGroup& group = opened->group();
+  EXPECT_EQ(opened->ranks(1).explanation().size(), 1023u) << "in front of half a character";
+  EXPECT_EQ(group.ranks(1).state().worker_id().size(), 255u);
+  EXPECT_EQ(group.ranks(1).state().model_digest().size(), 255u);
+  EXPECT_LT(opened->ByteSizeLong(), 3000u) << "and nothing that nobody knows";
+  // Another's id is none of this rank's.
+  member.lie_about_id = true;
+  const absl::Status lied = Commit(group, 1).status();
+  EXPECT_EQ(lied.code(), absl::StatusCode::kInternal) << lied;
+  EXPECT_TRUE(absl::StrContains(lied.message(), "rank 1 at ")) << lied;
+  const auto now = Get(group);
+  ASSERT_TRUE(now.ok()) << now.status();
+  EXPECT_EQ(now->ranks(1).code(), static_cast<int>(absl::StatusCode::kInternal));
+  EXPECT_EQ(now->ranks(1).state().sequence_id(), group.ranks(1).state().sequence_id());
+  const absl::Status none = Open(tokens_).status();
+  EXPECT_EQ(none.code(), absl::StatusCode::kInternal) << none;
+  EXPECT_TRUE(absl::StrContains(none.message(), "rank 1 at ")) << none;
+  EXPECT_LT(none.message().size(), 500u);
+  EXPECT_EQ(Stat("pagetide_shard_group_open"), 1);
+}
+
+// What the other ranks are sent is held once for each of them.
+TEST_F(ShardGroupRefusalsTest, RequestsToOtherRanksAreBoundedInAll) {
+  StartRanks(2);
+  LossyMember member(ranks_[1]->address);
+  ranks_[1]->address = member.address();
+  Worker& worker = ranks_[0]->role->worker();
+  ShardGroupOwner owner({.max_request_bytes = 100}, &worker, nullptr, nullptr, nullptr);
+  v1::LookupShardGroupRequest request;
+  SetMembers(&request);
+  request.mutable_tokens()->Add(tokens_.begin(), tokens_.end());
+  const auto lookup = [&] {
+    const MonotonicTime deadline = worker.clock().MonotonicNow() + absl::Seconds(60);
+    return owner.Lookup({worker.TenantNamed("default"), deadline, nullptr}, request).status();
+  };
+  member.hold_lookups = true;
+  std::thread first([&] { EXPECT_TRUE(lookup().ok()) << "alone, however large it is"; });
+  EXPECT_TRUE(Eventually([&] { return member.num_lookups == 1; }));
+  const absl::Status full = lookup();
+  EXPECT_EQ(full.code(), absl::StatusCode::kResourceExhausted) << full;
+  EXPECT_EQ(GetReason(full), "TOO_MANY_SHARD_GROUP_CALLS");
+  EXPECT_TRUE(GetRetryDelay(full).has_value());
+  EXPECT_TRUE(absl::StrContains(full.message(), "the limit is 100")) << full;
+  EXPECT_EQ(member.num_lookups, 1);
+  member.hold_lookups = false;
+  first.join();
+  EXPECT_TRUE(lookup().ok());
+}
+
+TEST_F(ShardGroupRefusalsTest, APromptThatIsBadIsSentToNobody) {
+  StartRanks(2);
+  LossyMember member(ranks_[1]->address);
+  ranks_[1]->address = member.address();
+  const absl::Status bad = OpenWith([](v1::OpenShardGroupRequest& r) {
+    r.add_inputs()->set_position(r.tokens_size());
+    r.mutable_inputs(0)->set_digest(std::string(32, 'i'));
+  });
+  EXPECT_EQ(bad.code(), absl::StatusCode::kInvalidArgument) << bad;
+  EXPECT_EQ(member.num_lookups, 0);
 }
 
 TEST_F(ShardGroupRefusalsTest, TokensAreCheckedAlsoWhereNothingIsReused) {

@@ -221,6 +221,110 @@ TEST_F(ShardGroupTest, ARewindThatLosesARankIsDoneByARepeat) {
   EXPECT_EQ(again->group().ranks(1).state().length(), 10u);
 }
 
+TEST_F(ShardGroupTest, ARankThatHangsKeepsNoOtherFromBeingCut) {
+  StartRanks(3);
+  LossyMember hung(ranks_[1]->address);
+  ranks_[1]->address = hung.address();
+  const auto opened = Open(tokens_);
+  ASSERT_TRUE(opened.ok()) << opened.status();
+  const v1::ShardGroup& group = opened->group();
+  AppendAll(group, tokens_, 30);
+  ASSERT_TRUE(Commit(group, 30).ok());
+  hung.hold_acknowledgements = true;
+  v1::RewindShardGroupRequest request;
+  request.set_sequence_id(group.sequence_id());
+  request.set_epoch(group.epoch());
+  request.set_length(10);
+  const absl::Status late =
+      Call(&v1::ShardGroupService::Stub::RewindShardGroup, request, absl::Seconds(4)).status();
+  EXPECT_TRUE(absl::IsDeadlineExceeded(late)) << late;
+  EXPECT_TRUE(absl::StrContains(late.message(), "rank 1 at ")) << late;
+  hung.hold_acknowledgements = false;
+  const auto now = Get(group);
+  ASSERT_TRUE(now.ok()) << now.status();
+  EXPECT_EQ(now->length(), 10u);
+  EXPECT_EQ(now->ranks(1).state().length(), 30u);
+  EXPECT_EQ(now->ranks(2).state().length(), 10u);
+  EXPECT_TRUE(Rewind(group, 10).ok());
+}
+
+// A client may have cut a rank in front of the group's length.
+TEST_F(ShardGroupTest, ARewoundGroupIsAsLongAsItsShortestRank) {
+  StartRanks(3);
+  const auto opened = Open(tokens_);
+  ASSERT_TRUE(opened.ok()) << opened.status();
+  const v1::ShardGroup& group = opened->group();
+  AppendAll(group, tokens_, 30);
+  ASSERT_TRUE(Commit(group, 30).ok());
+  ASSERT_TRUE(ranks_[1]->client->Rewind(group.ranks(1).state(), 5).ok());
+  EXPECT_EQ(Commit(group, 30)->group().length(), 30u) << "nothing is compared for it";
+  for (int i = 0; i < 2; ++i) {
+    const auto cut = Rewind(group, 20);
+    ASSERT_TRUE(cut.ok()) << cut.status() << ": a repeat too";
+    EXPECT_EQ(cut->group().length(), 5u);
+    EXPECT_EQ(cut->group().ranks(2).state().length(), 20u);
+  }
+  EXPECT_EQ(Rewind(group, 21).status().code(), absl::StatusCode::kInvalidArgument);
+  ASSERT_TRUE(ranks_[0]->client->Rewind(*ranks_[0]->client->Get(group.sequence_id()), 3).ok());
+  EXPECT_EQ(Rewind(group, 5)->group().length(), 3u) << "rank 0's own";
+}
+
+// The owner of the group has not changed: a caller that takes STALE_EPOCH for it would give up.
+TEST_F(ShardGroupTest, ARankOfAnotherEpochIsStaleAndNotTheGroup) {
+  StartRanks(3);
+  const auto opened = Open(tokens_);
+  ASSERT_TRUE(opened.ok()) << opened.status();
+  const v1::ShardGroup& group = opened->group();
+  AppendAll(group, tokens_, 30);
+  TestContext park_context;
+  v1::ParkSequenceRequest park;
+  park.mutable_sequence()->set_sequence_id(group.ranks(2).state().sequence_id());
+  park.mutable_sequence()->set_epoch(group.ranks(2).state().epoch());
+  v1::ParkSequenceResponse parked;
+  const auto sequences = v1::SequenceService::NewStub(ranks_[2]->client->channel());
+  ASSERT_TRUE(sequences->ParkSequence(&park_context, park, &parked).ok());
+  TestContext resume_context;
+  v1::ResumeSequenceRequest resume;
+  resume.set_sequence_id(group.ranks(2).state().sequence_id());
+  v1::ResumeSequenceResponse resumed;
+  ASSERT_TRUE(sequences->ResumeSequence(&resume_context, resume, &resumed).ok());
+  for (const absl::Status& stale : {Commit(group, 30).status(), Rewind(group, 0).status()}) {
+    EXPECT_EQ(stale.code(), absl::StatusCode::kFailedPrecondition);
+    EXPECT_EQ(GetReason(stale), "SHARD_STALE") << stale;
+    EXPECT_EQ(GetReasonMetadata(stale, "rank"), "2");
+    EXPECT_TRUE(absl::StrContains(stale.message(), "rank 2 at ")) << stale;
+  }
+}
+
+// What is parked of rank 0 cannot be dropped: its sequence is closed all the same.
+TEST_F(ShardGroupTest, ClosesAllRanksWhenTheStoreKeepsWhatIsParked) {
+  StartRanks(2);
+  const auto opened = Open(tokens_);
+  ASSERT_TRUE(opened.ok()) << opened.status();
+  const v1::ShardGroup& group = opened->group();
+  AppendAll(group, tokens_, 30);
+  TestContext context;
+  v1::ParkSequenceRequest park;
+  park.mutable_sequence()->set_sequence_id(group.sequence_id());
+  park.mutable_sequence()->set_epoch(group.epoch());
+  park.set_keep_open(true);
+  v1::ParkSequenceResponse parked;
+  ASSERT_TRUE(ranks_[0]->client->sequences().ParkSequence(&context, park, &parked).ok());
+  ranks_[0]->store->lose_deletes = true;
+  for (int i = 0; i < 2; ++i) {
+    const absl::Status kept = Close(group).status();
+    EXPECT_EQ(kept.code(), absl::StatusCode::kUnavailable) << kept << ": nor by a repeat";
+    ExpectNothingIsOpen();
+  }
+  EXPECT_EQ(GetReason(Get(group).status()), "SHARD_GROUP_NOT_FOUND");
+  ranks_[0]->store->lose_deletes = false;
+  EXPECT_TRUE(Close(group).ok());
+  const auto left =
+      store_.ListManifests("parked/", "", 10, Clock::Real()->MonotonicNow() + absl::Seconds(60));
+  ASSERT_TRUE(left.ok()) << left.status();
+  EXPECT_EQ(left->size(), 0u);
+}
+
 TEST_F(ShardGroupTest, ADeadRankStopsCommitsAndIsNamed) {
   StartRanks(3);
   const auto opened = Open(tokens_);
