@@ -99,8 +99,8 @@ class ShardGroup:
     async def commit(self, length: Optional[int] = None) -> int:
         """Makes the group `length` tokens long (None: as long as its shortest sequence), when every rank
         has so many and the same ones. FailedPrecondition, and nothing has changed: SHARD_BEHIND (metadata:
-        rank, length), SHARD_DIVERGED (a rank has other tokens than rank 0), LENGTH_MISMATCH (the group is
-        longer: rewind)."""
+        rank, length), SHARD_DIVERGED (a rank has other tokens than rank 0), SHARD_STALE (metadata: rank;
+        its sequence is of another epoch), LENGTH_MISMATCH (the group is longer: rewind)."""
         wanted = min(s.length for s in self.sequences) if length is None else length
         response = await unary(
             self._worker.options, self._worker.shard_groups.CommitShardGroup,
